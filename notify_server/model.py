@@ -1,0 +1,245 @@
+"""The types that every layer speaks. They are frozen, hold no behaviour that does I/O, and import nothing of the house.
+
+Times are integer Unix milliseconds, UTC (`_at`), unless a name says otherwise; durations are milliseconds (`_ms`)
+or, in configuration, seconds.
+
+The life of a file::
+
+    FAILED reported ------------------------------------------> upload_failed
+    refused by the guard -------------------------------------> blocked
+    pending --(attempt: accepted status)----------------------> available
+    pending --(attempt: final answer, or schedule spent)------> unavailable
+    pending --(attempt: anything else)------------------------> pending, next_attempt_at later
+    any state --(redelivered with another address or status)--> pending again
+
+and of a batch: `pending` until its last file has settled, then `complete` when every file is available, else `incomplete`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class ReportedStatus(StrEnum):
+    """What the platform says of a file (`file_list[].status`)."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+
+
+class FileState(StrEnum):
+    """What is known of a file."""
+
+    PENDING = "pending"
+    AVAILABLE = "available"
+    UNAVAILABLE = "unavailable"
+    BLOCKED = "blocked"
+    UPLOAD_FAILED = "upload_failed"
+
+
+class Verdict(StrEnum):
+    """What is known of a batch."""
+
+    PENDING = "pending"
+    COMPLETE = "complete"
+    INCOMPLETE = "incomplete"
+
+
+class Reason(StrEnum):
+    """Why a file is not (yet) available; answers with a status have `http_<status>` instead, see `http_reason`."""
+
+    TIMEOUT = "timeout"
+    DNS_ERROR = "dns_error"
+    CONNECT_ERROR = "connect_error"
+    TLS_ERROR = "tls_error"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    BAD_REDIRECT = "bad_redirect"
+    PROTOCOL_ERROR = "protocol_error"
+    PRIVATE_ADDRESS = "private_address"
+    PORT_NOT_ALLOWED = "port_not_allowed"
+    HOST_NOT_ALLOWED = "host_not_allowed"
+    INVALID_URL = "invalid_url"
+
+
+def http_reason(status: int) -> str:
+    """The reason code of an answer that was not accepted, e.g. `http_404`."""
+    return f"http_{status}"
+
+
+class FileEntry(msgspec.Struct, frozen=True, gc=False):
+    """One entry of `file_list` (platform document; lengths as in the contract).
+
+    `target_url` is an absolute http(s) address when the status is FINISHED, and may be None when it is FAILED.
+    """
+
+    oss_object_name: str
+    status: ReportedStatus
+    target_url: str | None = None
+
+
+class Notification(msgspec.Struct, frozen=True):
+    """A checked notification: what the platform's document calls 异步批处理文件通知."""
+
+    batch_id: str
+    api_code: str
+    file_list: list[FileEntry]
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """An accepted request on its way to the inbox (`notification`).
+
+    `body` is the request's body as it came; `files` the length of its file_list; `signature` how it was proven:
+    `none`, or the fingerprint of the platform key that verified it; `request_id` the id given in the ack.
+    `nonce` is (key, expires_at) and must be consumed in the same transaction, or None when the request was not signed.
+    """
+
+    batch_id: str
+    api_code: str
+    body: bytes
+    files: int
+    received_at: int
+    remote_addr: str
+    signature: str
+    request_id: str
+    nonce: tuple[str, int] | None = None
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """A body that was refused though its sender was let in; kept so that it can be looked at and replayed."""
+
+    received_at: int
+    remote_addr: str
+    code: str
+    detail: str
+    body: bytes
+
+
+class InboxItem(msgspec.Struct, frozen=True):
+    """A row of the inbox that has not been expanded yet."""
+
+    id: int
+    body: bytes
+    received_at: int
+    remote_addr: str
+    request_id: str
+
+
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """An address as the guard reads it, before anything is looked up.
+
+    `url` is what a prober is handed: the canonical origin, then path and query as they were given. `hostname` is the
+    canonical host (IDNs as punycode, no trailing dot); `host` is how it is counted and paced: `hostname`, or
+    `hostname:port` off the scheme's default port. All three are empty when the address cannot be read.
+    `refusal` is None when the address may be probed.
+    """
+
+    url: str
+    hostname: str
+    host: str
+    refusal: Reason | None = None
+
+
+class DueFile(msgspec.Struct, frozen=True, gc=False):
+    """A claimed file: pending, due, and nobody else's until it is recorded or released."""
+
+    id: int
+    batch: int
+    host: str
+    target_url: str
+    attempts: int
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
+
+    `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards.
+    """
+
+    id: int
+    method: str
+    url: str
+    timeout_ms: int
+    connect_timeout_ms: int
+    fresh: bool = False
+    keep: bool = True
+
+
+class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one HTTP request showed. Strings come from strangers and are sanitised by the prober.
+
+    `failure` is None exactly when a final status line and its headers arrived; otherwise `status` is None.
+    `reused` is true when the answer came on a connection that had carried another answer before.
+    Phases are durations in milliseconds, None when the phase did not take place; `total_ms` is always there.
+    `content_length` is the length of the whole object, also for an answer to a ranged GET.
+    """
+
+    id: int
+    status: int | None
+    failure: Reason | None
+    reused: bool
+    remote_addr: str | None
+    dns_ms: float | None
+    connect_ms: float | None
+    tls_ms: float | None
+    first_byte_ms: float | None
+    total_ms: float
+    content_length: int | None = None
+    content_type: str | None = None
+    etag: str | None = None
+    last_modified: str | None = None
+    retry_after: str | None = None
+    location: str | None = None
+
+
+class AttemptRow(msgspec.Struct, frozen=True, gc=False):
+    """One request made for a file, as it is kept in `attempt`. `url` is None when it was the file's target_url."""
+
+    started_at: int
+    method: str
+    url: str | None
+    http_status: int | None
+    reason: str | None
+    dns_ms: float | None
+    connect_ms: float | None
+    tls_ms: float | None
+    first_byte_ms: float | None
+    total_ms: float
+    remote_addr: str | None
+
+
+class FileResult(msgspec.Struct, frozen=True, gc=False):
+    """The outcome of one attempt on a claimed file, to be recorded with the requests it took.
+
+    `state` is PENDING with `next_attempt_at` set when the file is to be tried again. `attempts` is the new total.
+    """
+
+    file: DueFile
+    state: FileState
+    reason: str | None
+    attempts: int
+    next_attempt_at: int | None
+    http_status: int | None
+    content_length: int | None
+    content_type: str | None
+    etag: str | None
+    last_modified: str | None
+    final_url: str | None
+    remote_addr: str | None
+    elapsed_ms: float | None
+    verified_at: int | None
+    requests: tuple[AttemptRow, ...] = ()
+
+
+class BatchVerdict(msgspec.Struct, frozen=True):
+    """A verdict that has just been reached and committed."""
+
+    batch: int
+    batch_id: str
+    api_code: str
+    verdict: Verdict
+    files: int
+    available: int
+    first_received_at: int
+    completed_at: int
