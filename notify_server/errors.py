@@ -27,7 +27,9 @@ class ContractError(NotifyServerError):
 
 
 class SignatureError(NotifyServerError):
-    """The signed envelope does not prove its sender. `code` is the platform's (401001, 403001); the text is for the log only."""
+    """The signed envelope does not prove its sender. `code` is the platform's (401001, 403001); the text is for the
+    log only.
+    """
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
@@ -39,8 +41,14 @@ class StoreRefusedError(NotifyServerError):
 
 
 class StoreUnavailableError(NotifyServerError):
-    """The store cannot commit now (full, locked, I/O error, gone). Nothing was written; the same call may succeed later."""
+    """The store cannot commit now (full, locked, I/O error, gone). Nothing was written; the same call may succeed
+    later.
+    """
 
 
 class NonceReusedError(NotifyServerError):
     """The nonce of a signed request has been consumed before; nothing was written."""
+
+
+class ListenError(NotifyServerError):
+    """The address cannot be listened on. Fatal at start."""

@@ -12,7 +12,8 @@ The life of a file::
     pending --(attempt: anything else)------------------------> pending, next_attempt_at later
     any state --(redelivered with another address or status)--> pending again
 
-and of a batch: `pending` until its last file has settled, then `complete` when every file is available, else `incomplete`.
+and of a batch: `pending` until its last file has settled, then `complete` when every file is available, else
+`incomplete`.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ class InboxItem(msgspec.Struct, frozen=True):
     received_at: int
     remote_addr: str
     request_id: str
+    files: int
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):

@@ -1,0 +1,272 @@
+"""The composition root: what the daemon is made of, in which order it comes up, and in which order it goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from uuid import uuid4
+
+import certifi
+import structlog
+from aiohttp import web
+
+from notify_server.config import Config, ServerConfig
+from notify_server.errors import ListenError, StoreUnavailableError
+from notify_server.model import BatchVerdict
+from notify_server.observe import Metrics
+from notify_server.store.base import Store
+from notify_server.store.expander import Expander
+from notify_server.store.sqlite import SqliteStore
+from notify_server.verify.frames import ProberConfig
+from notify_server.verify.guard import Guard
+from notify_server.verify.link import ProberLink
+from notify_server.verify.pool import Pool
+from notify_server.web.callback import Callback
+from notify_server.web.errors import error_response
+from notify_server.web.health import Health
+
+log = structlog.get_logger("notify_server")
+
+STORE = web.AppKey("store", Store)
+POOL = web.AppKey("pool", Pool)
+METRICS = web.AppKey("metrics", Metrics)
+CALLBACK = web.AppKey("callback", Callback)
+HEALTH = web.AppKey("health", Health)
+DRAINING = web.AppKey("draining", asyncio.Event)
+
+PRUNE_SECONDS = 600.0
+PRUNE_ROWS = 500
+PRUNE_PAUSE = 0.05
+# Of shutdown_grace, what probes in flight may take; the rest is for recording them and closing the store.
+PROBES_SHARE = 0.5
+
+
+def unix_ms() -> int:
+    """The wall clock, in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Application:
+    """The daemon as an aiohttp application, the same for the server and for tests.
+
+    Starting it up opens the store (StoreRefusedError when that is not safe) and starts the probers.
+    """
+    app = web.Application()
+    app[METRICS] = Metrics()
+    app[DRAINING] = asyncio.Event()
+    guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
+
+    async def store(app: web.Application) -> AsyncIterator[None]:
+        opened = app[STORE] = await SqliteStore.open(config.store.path)
+        app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
+        yield
+        await opened.close()
+
+    async def verify(app: web.Application) -> AsyncIterator[None]:
+        on_verdicts = _verdict_log(app[METRICS])
+        links = [ProberLink(_prober_config(config)) for _ in range(config.verify.processes)]
+        chance = random.SystemRandom().random
+        pool = app[POOL] = Pool(
+            app[STORE], guard, config.verify, links, now=now, chance=chance, on_verdicts=on_verdicts
+        )
+        app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
+        await pool.start()
+        expander = Expander(
+            app[STORE],
+            guard,
+            now=now,
+            on_files=pool.offer,
+            on_verdicts=on_verdicts,
+            on_unknown_fields=app[METRICS].unknown_fields.inc,
+        )
+        tasks = [
+            asyncio.create_task(expander.run(), name="expand"),
+            asyncio.create_task(_housekeeping(config, app[STORE], now), name="housekeeping"),
+        ]
+        for task in tasks:
+            task.add_done_callback(_report_end)
+        yield
+        await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def web_side(app: web.Application) -> AsyncIterator[None]:
+        pool = app[POOL]
+        app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now)
+        app[HEALTH] = Health(app[STORE], app[METRICS], now, lambda: pool.alive, app[DRAINING].is_set)
+        yield
+
+    app.cleanup_ctx.extend([store, verify, web_side])
+    app.router.add_route("*", config.server.callback_path, _callback)
+    app.router.add_get("/healthz", _healthz)
+    app.router.add_get("/readyz", _readyz)
+    app.router.add_get("/metrics", _metrics)
+    app.router.add_route("*", "/{path:.*}", _not_found)
+    return app
+
+
+async def _callback(request: web.Request) -> web.Response:
+    return await request.app[CALLBACK].handle(request)
+
+
+async def _healthz(request: web.Request) -> web.Response:
+    return await request.app[HEALTH].healthz(request)
+
+
+async def _readyz(request: web.Request) -> web.Response:
+    return await request.app[HEALTH].readyz(request)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return await request.app[HEALTH].metrics(request)
+
+
+async def _not_found(request: web.Request) -> web.Response:
+    return error_response(str(uuid4()), 404, "404", "nothing is served at this path")
+
+
+def _verdict_log(metrics: Metrics) -> Callable[[Sequence[BatchVerdict]], None]:
+    def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
+        for verdict in verdicts:
+            metrics.verdicts.labels(verdict.verdict).inc()
+            log.info(
+                "verdict",
+                batch_id=verdict.batch_id,
+                api_code=verdict.api_code,
+                verdict=verdict.verdict,
+                files=verdict.files,
+                available=verdict.available,
+                seconds=(verdict.completed_at - verdict.first_received_at) / 1000,
+            )
+
+    return on_verdicts
+
+
+def _prober_config(config: Config) -> ProberConfig:
+    verify = config.verify
+    return ProberConfig(
+        list(verify.allowed_hosts),
+        [str(network) for network in verify.allowed_networks],
+        list(verify.allowed_ports),
+        verify.user_agent,
+        str(verify.ca_file or _system_certificates()),
+        verify.concurrency,
+    )
+
+
+def _system_certificates() -> str:
+    # libcurl's own idea of where they are is that of the machine it was built on.
+    system = ssl.get_default_verify_paths().cafile
+    candidates = [system, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"]
+    return next((path for path in candidates if path and Path(path).is_file()), certifi.where())
+
+
+async def _housekeeping(config: Config, store: Store, now: Callable[[], int]) -> None:
+    """Delete what is older than [retention] says, in small transactions."""
+    completed_ms = round(config.retention.completed * 1000)
+    rejections_ms = round(config.retention.rejections * 1000)
+    while True:
+        try:
+            while deleted := await store.prune(now() - completed_ms, now() - rejections_ms, PRUNE_ROWS):
+                log.debug("pruned", rows=deleted)
+                await asyncio.sleep(PRUNE_PAUSE)
+        except StoreUnavailableError as error:
+            log.warning("cannot prune, trying again later", error=str(error))
+        await asyncio.sleep(PRUNE_SECONDS)
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a part of the daemon has stopped, restart it", part=task.get_name(), exc_info=error)
+
+
+class _Full(asyncio.Protocol):
+    """What a connection beyond max_connections gets."""
+
+    ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self.ANSWER)
+        transport.close()
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then answer what is in progress and go down within shutdown_grace.
+
+    Raises StoreRefusedError when the store is not safe to open, ListenError when the address cannot be had.
+    """
+    server = config.server
+    grace = server.shutdown_grace
+    app = make_app(config)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        # Bodies are refused compressed, so that a small one cannot become a large one.
+        auto_decompress=False,
+        # Also the deadline for a request's headers: a connection that waits for a request longer than this is closed.
+        keepalive_timeout=server.header_timeout,
+        shutdown_timeout=grace / 4,
+    )
+    await runner.setup()
+    try:
+        handlers = runner.server
+        assert handlers is not None
+
+        def connection() -> asyncio.Protocol:
+            return handlers() if len(handlers.connections) < server.max_connections else _Full()
+
+        try:
+            listener = await asyncio.get_running_loop().create_server(
+                connection, server.host, server.port, ssl=_tls(server), backlog=1024
+            )
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {server.host}:{server.port} ({error.strerror or error}): "
+                "free the port, or set [server] host and port"
+            ) from error
+        _announce(config, listener)
+        await stop.wait()
+        log.info("stopping", grace_seconds=grace)
+        app[DRAINING].set()
+        app[POOL].finish()
+        listener.close()
+    finally:
+        await runner.cleanup()
+    log.info("stopped")
+
+
+def _tls(server: ServerConfig) -> ssl.SSLContext | None:
+    if server.ssl_certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(server.ssl_certificate, server.ssl_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ListenError(
+            f"[server] ssl_certificate and ssl_key: cannot be used ({error}): check that they belong together"
+        ) from error
+    return context
+
+
+def _announce(config: Config, listener: asyncio.Server) -> None:
+    scheme = "https" if config.server.ssl_certificate else "http"
+    hosts = [address.getsockname()[:2] for address in listener.sockets]
+    urls = [
+        f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.server.callback_path}" for host, port in hosts
+    ]
+    log.info("ready for notifications", url=urls[0], store=str(config.store.path))
+    auth = config.auth
+    protected = auth.callback_token or auth.callback_networks or auth.signature == "required"
+    if not protected and not all(ip_address(host).is_loopback for host, _ in hosts):
+        log.warning(
+            "ANYONE WHO REACHES THIS ADDRESS CAN POST NOTIFICATIONS: "
+            'set [auth] callback_token, callback_networks, or signature = "required"'
+        )

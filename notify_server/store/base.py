@@ -1,0 +1,117 @@
+"""What every store does, whatever engine carries it. One conformance suite (tests/store) holds each of them to this.
+
+Every verb is one transaction unless it says otherwise, and is durable when it returns. A verb that cannot commit
+raises StoreUnavailableError, has written nothing, and may be called again. `now` is always passed in, Unix ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from notify_server.model import (
+    BatchVerdict,
+    Delivery,
+    DueFile,
+    FileResult,
+    FileState,
+    InboxItem,
+    Reason,
+    Rejection,
+    ReportedStatus,
+)
+
+
+class NewFile(msgspec.Struct, frozen=True, gc=False):
+    """A file as the notification and the guard leave it: `state` is pending, blocked or upload_failed."""
+
+    oss_object_name: str
+    target_url: str | None
+    host: str
+    reported_status: ReportedStatus
+    state: FileState
+    reason: Reason | None
+
+
+class Expansion(msgspec.Struct, frozen=True):
+    """Some or all files of one inbox item. The last one of an item has `last` set, and may have no files."""
+
+    item: InboxItem
+    batch_id: str
+    api_code: str
+    files: Sequence[NewFile]
+    last: bool
+
+
+class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A host with pending files, and when the first of them is due (it may be claimed already)."""
+
+    host: str
+    next_attempt_at: int
+
+
+class Store(Protocol):
+    """The verbs. Those marked (single caller) are for one task of the daemon at a time."""
+
+    @property
+    def backlog(self) -> int:
+        """Files accepted and not settled: in the inbox, or pending. Kept in memory; exact to within what is in
+        flight.
+        """
+
+    async def close(self) -> None:
+        """Let what is being written finish, and close. Callers still waiting get StoreUnavailableError."""
+
+    async def accept(self, delivery: Delivery) -> int:
+        """Write a delivery to the inbox and return its id.
+
+        Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same
+        transaction; a nonce consumed before raises NonceReusedError for that delivery alone.
+        """
+
+    async def reject(self, rejection: Rejection) -> None:
+        """Keep a refused body. The number and total size kept are bounded; the oldest go first."""
+
+    async def wait_inbox(self) -> None:
+        """Return when the inbox may hold something to expand (at once when it does)."""
+
+    async def inbox(self, limit: int) -> list[InboxItem]:
+        """The oldest deliveries that have not been expanded, at most `limit` (single caller)."""
+
+    async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
+        """Merge files into their batches and return the verdicts that this brings about (single caller).
+
+        New files are added. A file whose address has changed, or that was FAILED and is FINISHED now, starts anew.
+        FINISHED outweighs FAILED in whichever order they come, since deliveries may be repeated in any order and a
+        probe tells the truth of it. Anything else leaves the file as it is. Repeating an expansion changes nothing,
+        so an item that was cut off half-way is expanded from its beginning again. A delivery is counted, and its item
+        leaves the inbox, with its last expansion; a batch has no verdict before that.
+        """
+
+    async def discard(self, item: InboxItem, detail: str, now: int) -> None:
+        """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way."""
+
+    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
+        """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""
+
+    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
+        """Claim due files: for each (host, n) at most n, longest due first. Nobody else gets them before they are
+        recorded or released. A crash releases every claim."""
+
+    def release(self, files: Sequence[DueFile]) -> None:
+        """Give claims back untouched: no attempt is spent."""
+
+    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
+        """Write outcomes with their attempts, end the claims, and return the verdicts that this brings about.
+
+        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before.
+        """
+
+    async def ping(self, now: int) -> None:
+        """Commit a trivial write, to learn whether the store can."""
+
+    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
+        """Delete some of what is older: batches completed, deliveries and rejections received before. Returns the
+        number of rows deleted, at most about `limit`; 0 when nothing is left to delete."""

@@ -1,0 +1,52 @@
+"""Reads the SQL that lies beside this package: numbered migrations, and named blocks of queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
+
+
+class Migration(NamedTuple):
+    """One step of the schema: applying `script` to version `version - 1` gives `version`."""
+
+    version: int
+    name: str
+    script: str
+
+
+@cache
+def load_queries(dialect: str) -> Mapping[str, str]:
+    """The named blocks of `sql/<dialect>/queries.sql`, without their comments and closing semicolon."""
+    text = (files(__package__) / "sql" / dialect / "queries.sql").read_text(encoding="utf-8")
+    parts = _NAME.split(text)[1:]
+    return {
+        name: _COMMENT.sub("", block).strip().removesuffix(";")
+        for name, block in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@cache
+def load_migrations(dialect: str) -> tuple[Migration, ...]:
+    """The numbered scripts of `sql/<dialect>/`, `0001_initial.sql` first, without a gap."""
+    folder = files(__package__) / "sql" / dialect
+    found = sorted(
+        Migration(int(entry.name[:4]), entry.name.removesuffix(".sql"), entry.read_text(encoding="utf-8"))
+        for entry in folder.iterdir()
+        if re.fullmatch(r"\d{4}_\w+\.sql", entry.name)
+    )
+    if [step.version for step in found] != list(range(1, len(found) + 1)):
+        raise ValueError(f"sql/{dialect}: the migrations are not numbered from 0001 without a gap")
+    return tuple(found)
+
+
+@cache
+def with_rows(query: str, columns: int, rows: int) -> str:
+    """The query with `:rows` spelled out as `rows` rows of `columns` parameters."""
+    row = "(" + ",".join("?" * columns) + ")"
+    return query.replace(":rows", ",".join([row] * rows))

@@ -1,0 +1,212 @@
+-- Named blocks, read by notify_server/store/queries.py. `:rows` stands for as many parenthesised rows of parameters as
+-- there are, so that one statement carries a whole group: the sqlite3 module gives up Python's lock at every step of a
+-- statement, and beside a busy event loop getting it back can cost 5 ms. For the same reason reads that return many
+-- rows return them as one JSON value.
+
+-- name: accept
+INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, body)
+SELECT column1, column2, column3, column4, column5, column6, column7, CAST(column8 AS TEXT) FROM (VALUES :rows);
+
+-- name: nonce_purge
+DELETE FROM nonce WHERE expires_at < ?;
+
+-- name: nonce_consume
+INSERT OR IGNORE INTO nonce (key, expires_at) VALUES (?, ?);
+
+-- name: reject
+INSERT INTO rejection (received_at, remote_addr, code, detail, body) VALUES :rows;
+
+-- name: rejection_size
+SELECT count(*), coalesce(sum(length(body)), 0) FROM rejection;
+
+-- name: rejection_oldest
+SELECT id, length(body) FROM rejection ORDER BY id LIMIT ?;
+
+-- name: rejection_delete_through
+DELETE FROM rejection WHERE id <= ?;
+
+-- The inbox is expanded in the order of its ids, so what is left is its tail: found from the end, without an index.
+-- name: inbox_start
+SELECT coalesce((SELECT id FROM notification WHERE expanded_at IS NOT NULL ORDER BY id DESC LIMIT 1), 0);
+
+-- name: inbox_files
+SELECT coalesce(sum(files), 0) FROM notification WHERE id > ?;
+
+-- name: inbox
+SELECT id, body, received_at, remote_addr, request_id, files FROM notification WHERE id > ? ORDER BY id LIMIT ?;
+
+-- name: inbox_done
+UPDATE notification SET expanded_at = ? WHERE id = ?;
+
+-- name: batch_insert
+INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at) VALUES (?, ?, ?, ?);
+
+-- name: batch_find
+SELECT id, files FROM batch WHERE batch_id = ? AND api_code = ?;
+
+-- `pending` may come back: a batch that had its verdict has none again while it has a file to wait for.
+-- name: batch_expanded
+UPDATE batch
+SET files = files + ?,
+    pending = pending + ?,
+    available = available + ?,
+    unavailable = unavailable + ?,
+    blocked = blocked + ?,
+    upload_failed = upload_failed + ?,
+    expanding = ?,
+    deliveries = deliveries + ?,
+    first_received_at = min(first_received_at, ?),
+    last_received_at = max(last_received_at, ?),
+    completed_at = CASE WHEN ? THEN NULL ELSE completed_at END,
+    verdict = CASE WHEN ? THEN 'pending' ELSE verdict END
+WHERE id = ?;
+
+-- name: files_existing
+SELECT json_group_array(json_array(id, oss_object_name, target_url, reported_status, state, host))
+FROM file
+WHERE batch = ? AND oss_object_name IN (SELECT value FROM json_each(?));
+
+-- name: files_insert
+INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at)
+VALUES :rows;
+
+-- name: file_replace
+UPDATE file
+SET target_url = ?,
+    host = ?,
+    reported_status = ?,
+    state = ?,
+    reason = ?,
+    next_attempt_at = ?,
+    verified_at = ?,
+    attempts = 0,
+    http_status = NULL,
+    content_length = NULL,
+    content_type = NULL,
+    etag = NULL,
+    last_modified = NULL,
+    final_url = NULL,
+    remote_addr = NULL,
+    elapsed_ms = NULL
+WHERE id = ?;
+
+-- Every host with pending files after the given one, and when its first is due: a seek of file_due for each host, never
+-- a walk over its files.
+-- name: due_hosts
+WITH RECURSIVE pending_host (host) AS (
+    SELECT (SELECT host FROM file WHERE state = 'pending' AND host > :after ORDER BY host LIMIT 1)
+    UNION ALL
+    SELECT (SELECT host FROM file WHERE state = 'pending' AND host > pending_host.host ORDER BY host LIMIT 1)
+    FROM pending_host
+    WHERE pending_host.host IS NOT NULL
+    LIMIT :limit
+)
+SELECT json_group_array(
+    json_array(
+        host,
+        (SELECT min(next_attempt_at) FROM file WHERE state = 'pending' AND file.host = pending_host.host)
+    )
+)
+FROM pending_host
+WHERE host IS NOT NULL;
+
+-- name: claim
+SELECT json_group_array(json_array(id, batch, host, target_url, attempts))
+FROM (
+    SELECT id, batch, host, target_url, attempts
+    FROM file
+    WHERE state = 'pending' AND host = ? AND next_attempt_at <= ?
+    ORDER BY next_attempt_at
+    LIMIT ?
+);
+
+-- name: record_files
+WITH result (
+    id, state, reason, attempts, next_attempt_at, http_status, content_length, content_type, etag, last_modified,
+    final_url, remote_addr, elapsed_ms, verified_at
+) AS (VALUES :rows)
+UPDATE file
+SET state = result.state,
+    reason = result.reason,
+    attempts = result.attempts,
+    next_attempt_at = result.next_attempt_at,
+    http_status = result.http_status,
+    content_length = result.content_length,
+    content_type = result.content_type,
+    etag = result.etag,
+    last_modified = result.last_modified,
+    final_url = result.final_url,
+    remote_addr = result.remote_addr,
+    elapsed_ms = result.elapsed_ms,
+    verified_at = result.verified_at
+FROM result
+WHERE file.id = result.id;
+
+-- name: record_attempts
+INSERT INTO attempt (
+    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr
+)
+VALUES :rows;
+
+-- name: attempts_trim
+DELETE FROM attempt
+WHERE file = :file AND id < (SELECT id FROM attempt WHERE file = :file ORDER BY id DESC LIMIT 1 OFFSET :kept);
+
+-- name: record_batches
+WITH settled (id, available, unavailable, blocked) AS (VALUES :rows)
+UPDATE batch
+SET pending = batch.pending - settled.available - settled.unavailable - settled.blocked,
+    available = batch.available + settled.available,
+    unavailable = batch.unavailable + settled.unavailable,
+    blocked = batch.blocked + settled.blocked
+FROM settled
+WHERE batch.id = settled.id;
+
+-- name: verdicts
+UPDATE batch
+SET verdict = CASE WHEN available = files THEN 'complete' ELSE 'incomplete' END,
+    completed_at = :now
+WHERE id IN (SELECT value FROM json_each(:batches)) AND verdict = 'pending' AND pending = 0 AND expanding IS NULL
+RETURNING id, batch_id, api_code, verdict, files, available, first_received_at, completed_at;
+
+-- name: backlog
+SELECT coalesce(sum(pending), 0) FROM batch;
+
+-- name: heartbeat
+INSERT INTO heartbeat (id, checked_at) VALUES (1, ?) ON CONFLICT (id) DO UPDATE SET checked_at = excluded.checked_at;
+
+-- name: prune_batches
+SELECT id FROM batch WHERE completed_at < ? ORDER BY completed_at LIMIT ?;
+
+-- name: prune_files
+SELECT id, state FROM file WHERE batch = ? LIMIT ?;
+
+-- name: prune_attempts_of
+DELETE FROM attempt WHERE file IN (SELECT value FROM json_each(?));
+
+-- name: prune_files_of
+DELETE FROM file WHERE id IN (SELECT value FROM json_each(?));
+
+-- name: prune_counted
+UPDATE batch
+SET files = files - ?,
+    available = available - ?,
+    unavailable = unavailable - ?,
+    blocked = blocked - ?,
+    upload_failed = upload_failed - ?
+WHERE id = ?;
+
+-- name: prune_batch
+DELETE FROM batch WHERE id = ?;
+
+-- Oldest first and only from the front, so that it costs what it deletes.
+-- name: prune_notifications
+DELETE FROM notification
+WHERE id IN (
+    SELECT id
+    FROM (SELECT id, received_at, expanded_at FROM notification ORDER BY id LIMIT :limit)
+    WHERE received_at < :before AND expanded_at IS NOT NULL
+);
+
+-- name: prune_rejections
+DELETE FROM rejection WHERE id IN (SELECT id FROM rejection WHERE received_at < ? ORDER BY id LIMIT ?);

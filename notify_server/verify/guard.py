@@ -1,0 +1,375 @@
+"""What may be dialled: the guard against addresses that turn the server against its own network (SSRF).
+
+Nothing here looks anything up. `Guard.examine` reads an address before anybody acts on it; `Guard.check_address` judges
+the socket address that is about to be dialled, which alone settles names: whatever a look-up said before may have
+changed since. `Guard.follow` is `examine` for a redirect.
+
+The reading is that of the WHATWG URL Standard's host parser (section 3.5), the most permissive one in use, so that
+nothing a browser, libcurl or `inet_aton` would take for an IP address passes here as a name. Where the standard repairs
+an address (backslashes, tabs, line ends), it is refused instead: a repaired address is one that two readers may read
+differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import NoReturn
+
+from yarl import URL
+
+from notify_server.model import Reason, Target
+
+# The IANA special-purpose registries (RFC 6890, RFC 8190) where they say "not globally reachable", and what is not
+# unicast at all. 192.0.0.0/24 and 2001::/23 are refused whole although a few addresses in them are reachable: those are
+# anycast services and overlays (PCP, TURN, AS112, ORCHID), where no file is ever stored.
+SPECIAL_PURPOSE: tuple[tuple[str, str], ...] = (
+    ("0.0.0.0/8", "RFC 791 3.2, this network; Linux dials itself"),
+    ("10.0.0.0/8", "RFC 1918, private use"),
+    ("100.64.0.0/10", "RFC 6598, shared address space (carrier-grade NAT)"),
+    ("127.0.0.0/8", "RFC 1122 3.2.1.3, loopback"),
+    ("169.254.0.0/16", "RFC 3927, link-local; clouds' metadata services"),
+    ("172.16.0.0/12", "RFC 1918, private use"),
+    ("192.0.0.0/24", "RFC 6890 2.1, IETF protocol assignments"),
+    ("192.0.2.0/24", "RFC 5737, documentation"),
+    ("192.88.99.0/24", "RFC 7526, deprecated 6to4 relay anycast"),
+    ("192.168.0.0/16", "RFC 1918, private use"),
+    ("198.18.0.0/15", "RFC 2544, benchmarking"),
+    ("198.51.100.0/24", "RFC 5737, documentation"),
+    ("203.0.113.0/24", "RFC 5737, documentation"),
+    ("224.0.0.0/4", "RFC 5771, multicast"),
+    ("240.0.0.0/4", "RFC 1112 4, reserved; RFC 8190, limited broadcast"),
+    ("::/128", "RFC 4291 2.5.2, unspecified; Linux dials itself"),
+    ("::1/128", "RFC 4291 2.5.3, loopback"),
+    ("::/96", "RFC 4291 2.5.5.1, deprecated IPv4-compatible"),
+    ("64:ff9b:1::/48", "RFC 8215, local-use IPv4/IPv6 translation"),
+    ("100::/64", "RFC 6666, discard-only"),
+    ("100:0:0:1::/64", "RFC 9780, dummy prefix"),
+    ("2001::/23", "RFC 2928, IETF protocol assignments; 2001::/32 is Teredo, RFC 4380"),
+    ("2001:db8::/32", "RFC 3849, documentation"),
+    ("2002::/16", "RFC 3056, 6to4"),
+    ("3fff::/20", "RFC 9637, documentation"),
+    ("5f00::/16", "RFC 9602, SRv6 segment identifiers"),
+    ("fc00::/7", "RFC 4193, unique local; fd00:ec2::254 is a metadata service"),
+    ("fe80::/10", "RFC 4291 2.5.6, link-local"),
+    ("fec0::/10", "RFC 3879, deprecated site-local"),
+    ("ff00::/8", "RFC 4291 2.7, multicast"),
+    # The one entry that is no registry's: to the rest of the world a public address, but inside Azure the host's agent.
+    ("168.63.129.16/32", "Azure's WireServer"),
+)
+_REFUSED = tuple(ip_network(prefix) for prefix, _ in SPECIAL_PURPOSE)
+_GLOBAL_UNICAST = IPv6Network("2000::/3")  # RFC 4291 2.4: all that IANA allocates from
+_MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291 2.5.5.2
+_COMPATIBLE = IPv6Network("::/96")  # RFC 4291 2.5.5.1
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 2.1
+_6TO4 = IPv6Network("2002::/16")  # RFC 3056 2
+_LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_CACHED = 4096  # authorities, and socket addresses, that a guard remembers: about a megabyte when full
+_URL_LIMIT = 8192  # RFC 9110 4.1 asks for 8,000; without a limit a Location header could be 300 kB
+_ORIGIN_LIMIT = 1024  # a host of 253 characters written in percent-encoding fits
+
+# RFC 3986 2: unreserved, reserved (without "#", which ends the query) and percent-encoded may stand raw.
+_RAW = r"!$&-;=?-Z\[\]_a-z~"
+_PLAIN = re.compile(rf"([Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9.:\[\]_-]+)(/(?:[{_RAW}]++|%[0-9A-Fa-f]{{2}})*+)").fullmatch
+_SPLIT = re.compile(r"([Hh][Tt][Tt][Pp][Ss]?://[^/?#]*)([^#]*)(?:#.*)?", re.DOTALL).fullmatch
+_ORIGIN = re.compile(r"(https?)://(\[[^\[\]@]+\]|[^\[\]@:\\]+)(?::([0-9]*))?", re.ASCII | re.IGNORECASE).fullmatch
+_ENCODE = re.compile(rf"[^{_RAW}%]+|%(?![0-9A-Fa-f]{{2}})").sub
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})").sub
+_UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
+# RFC 1035 2.3.4, RFC 1123 2.1, and the underscore, which stores' names do have.
+_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*").fullmatch
+_NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*").fullmatch
+_NUMBER = re.compile(r"0x(?P<hex>[0-9a-f]*)|0(?P<oct>[0-7]*)|(?P<dec>[1-9][0-9]*)").fullmatch
+# Wider than RFC 3986 3.1, as yarl's: no relative reference may have a colon in its first segment (4.2) anyway.
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]+:").match
+# What stands before the userinfo, and the userinfo: up to the last "@" of the authority, or, where what looks like a
+# port is none, of the whole text, because then a "/", "?" or "#" in a password has ended the authority too early.
+# Possessive, so that a long text from a stranger costs no more than its length.
+_USERINFO = re.compile(
+    r"((?:[^/\\?#@]*(?::[/\\]++|[/\\]{2,}+)|\s*https?:)?+)"
+    r"(?:[^/?#\[\]@:]*+:(?![0-9]*(?:[/?#]|\Z)).*@|[^/?#]*@)",
+    re.IGNORECASE | re.DOTALL,
+).match
+
+_INVALID = Target("", "", "", Reason.INVALID_URL)
+_BAD_REDIRECT = Target("", "", "", Reason.BAD_REDIRECT)
+
+
+class Guard:
+    """What may be dialled. Immutable, hashable, picklable; compares by its three settings.
+
+    `allowed_hosts`: `example.com`, or `*.example.com` for its subdomains at any depth (not itself); empty means any.
+    `allowed_networks`: networks or addresses to be dialled although they are private; strict, as in `10.0.0.0/8`.
+    `allowed_ports`: empty means any. Raises ValueError, one line naming the entry, when one of them cannot be read.
+
+    A name's answers are judged by `check_address` alone: an allowed host with a private address is still refused.
+    """
+
+    __slots__ = ("_judge_dial", "_judge_origin", "allowed_hosts", "allowed_networks", "allowed_ports")
+    allowed_hosts: tuple[str, ...]
+    allowed_networks: tuple[IPv4Network | IPv6Network, ...]
+    allowed_ports: frozenset[int]
+    _judge_origin: Callable[[str], Target]
+    _judge_dial: Callable[[str, int], Reason | None]
+
+    def __init__(
+        self,
+        allowed_hosts: Iterable[str] = (),
+        allowed_networks: Iterable[str | IPv4Network | IPv6Network] = (),
+        allowed_ports: Iterable[int] = (),
+    ) -> None:
+        set_once = super().__setattr__
+        set_once("allowed_hosts", tuple(_host_pattern(entry) for entry in allowed_hosts))
+        set_once("allowed_networks", tuple(_network(entry) for entry in allowed_networks))
+        set_once("allowed_ports", frozenset(_port(entry) for entry in allowed_ports))
+        # A cache of its own, so that a call need not hash the settings too.
+        set_once("_judge_origin", lru_cache(_CACHED)(self._examine_origin))
+        set_once("_judge_dial", lru_cache(_CACHED)(self._check_dial))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a guard cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a guard cannot be changed: {name}")
+
+    def _settings(self) -> tuple[object, ...]:
+        return self.allowed_hosts, self.allowed_networks, self.allowed_ports
+
+    def __eq__(self, other: object) -> bool:
+        return self._settings() == other._settings() if isinstance(other, Guard) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._settings())
+
+    def __repr__(self) -> str:
+        networks = [str(network) for network in self.allowed_networks]
+        return f"Guard({list(self.allowed_hosts)}, {networks}, {sorted(self.allowed_ports)})"
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[object, ...]]:
+        return Guard, self._settings()
+
+    def examine(self, url: str) -> Target:
+        """Read an address as it was given and judge it, without looking anything up. Never raises.
+
+        The first that applies is the refusal: INVALID_URL (nothing of the address is returned, so that a password in
+        it goes nowhere), PORT_NOT_ALLOWED, HOST_NOT_ALLOWED, PRIVATE_ADDRESS (a literal, in any spelling, that
+        `check_address` refuses, or a name under `localhost`, RFC 6761 6.3).
+
+        INVALID_URL: a scheme other than http and https, userinfo, no host, a backslash, space or control character in
+        the authority, a control character or lone surrogate anywhere, a port that is not 1 to 65535, an IPv6 zone, a
+        name that is not one for the DNS (labels of 1 to 63, 253 characters in all, letters, digits, hyphens and
+        underscores once IDNA is done), a numeric last label in what is no IPv4 address, more than 8,192 characters.
+
+        Path and query keep every byte, dot segments and existing %XX included, because addresses may be signed; only
+        what RFC 3986 2 lets nobody write raw (spaces, non-ASCII as UTF-8, `"<>\\^{|}` and the backquote, a stray %)
+        becomes %XX.
+        """
+        if len(url) > _URL_LIMIT:
+            return _INVALID
+        if plain := _PLAIN(url):
+            origin, rest = plain.groups()
+        elif not _UNREADABLE(url) and (parts := _SPLIT(url)):
+            origin, rest = parts.groups()
+            rest = _ENCODE(_percent_encode, rest)
+            if not rest.startswith("/"):
+                rest = f"/{rest}"
+        else:
+            return _INVALID
+        if len(origin) > _ORIGIN_LIMIT:
+            return _INVALID
+        target = self._judge_origin(origin)
+        if target.refusal is Reason.INVALID_URL:
+            return target
+        address = target.url + rest
+        # Encoding makes longer; what is returned must be an address that would be taken again.
+        return _INVALID if len(address) > _URL_LIMIT else Target(address, target.hostname, target.host, target.refusal)
+
+    def follow(self, url: str, location: str) -> Target:
+        """Resolve a Location header against the address that answered with it, and examine the result. Never raises.
+
+        RFC 9110 10.2.2, RFC 3986 5.2 (strict: `http:g` is absolute, and so without a host). `url` is a `Target.url`;
+        `location` is the field's value decoded as UTF-8. BAD_REDIRECT when it leads to no http or https address at
+        all: another scheme, an unreadable text, one of more than 8,192 characters. All else is `examine`'s to say.
+        """
+        location = location.strip(" \t")  # RFC 9110 5.5: not part of the value
+        base = self.examine(url).url
+        if not base or len(location) > _URL_LIMIT or _UNREADABLE(location):
+            return _BAD_REDIRECT
+        if scheme := _SCHEME(location):
+            return self.examine(location) if scheme[0].lower() in ("http:", "https:") else _BAD_REDIRECT
+        if location.startswith("//"):
+            return self.examine(base.partition("//")[0] + location)
+        if location[:1] not in ("", "?", "#"):
+            # RFC 3986 5.2.3 merges with all up to the last slash. Left to yarl, that step would decode the path's %XX.
+            base = base.partition("?")[0].rpartition("/")[0] + "/"
+        try:
+            joined = str(URL(base, encoded=True).join(URL(location, encoded=True)))
+        except ValueError:
+            return _BAD_REDIRECT
+        return self.examine(joined)
+
+    def check_address(self, address: str, port: int) -> Reason | None:
+        """Judge the socket address that is about to be dialled: IPv4 or IPv6 text, a %zone allowed. None: go ahead.
+
+        PORT_NOT_ALLOWED comes before PRIVATE_ADDRESS, which is also the answer to a text that is no address.
+
+        An address that carries an IPv4 address is judged by it: IPv4-mapped, because that is what is dialled, and
+        NAT64's well-known prefix (RFC 6052), because in a network with IPv6 only every IPv4 site is reached through it
+        and a translator may sit in front of a private network (its section 5.1 forbids that; not all obey). Refused
+        even with a public address inside: IPv4-compatible and 6to4 (deprecated), Teredo, NAT64's local-use prefix.
+        IPv6 outside 2000::/3 is refused, whether a registry names it or not. A hole (`allowed_networks`) opens an
+        address when it holds it as dialled or holds the IPv4 address carried within.
+        """
+        return self._judge_dial(address, port)
+
+    def _check_dial(self, address: str, port: int) -> Reason | None:
+        if self.allowed_ports and port not in self.allowed_ports:
+            return Reason.PORT_NOT_ALLOWED
+        try:
+            parsed = ip_address(address)
+        except ValueError:
+            return Reason.PRIVATE_ADDRESS
+        return None if _is_public(parsed) or self._has_hole(parsed) else Reason.PRIVATE_ADDRESS
+
+    def _has_hole(self, address: IPv4Address | IPv6Address) -> bool:
+        forms = (address, _embedded(address))
+        return any(form in network for network in self.allowed_networks for form in forms if form is not None)
+
+    def _examine_origin(self, origin: str) -> Target:
+        """Judge `scheme://authority`; of the target returned, `url` is the canonical origin."""
+        parts = _ORIGIN(origin)
+        if parts is None:
+            return _INVALID
+        scheme = parts[1].lower()
+        try:
+            port = _port(int(parts[3])) if parts[3] else _DEFAULT_PORTS[scheme]
+            hostname = _canonical_host(parts[2])
+        except ValueError:
+            return _INVALID
+        canonical = URL.build(scheme=scheme, host=hostname, port=port)
+        host = hostname if canonical.is_default_port() else f"{canonical.host_subcomponent}:{port}"
+        return Target(str(canonical), hostname, host, self._refusal(hostname, port))
+
+    def _refusal(self, hostname: str, port: int) -> Reason | None:
+        if self.allowed_ports and port not in self.allowed_ports:
+            return Reason.PORT_NOT_ALLOWED
+        if self.allowed_hosts and not any(_matches(hostname, pattern) for pattern in self.allowed_hosts):
+            return Reason.HOST_NOT_ALLOWED
+        if _is_literal(hostname):
+            return self._check_dial(hostname, port)
+        if f".{hostname}".endswith(".localhost") and not any(self._has_hole(address) for address in _LOOPBACK):
+            return Reason.PRIVATE_ADDRESS
+        return None
+
+
+def harmless(url: str) -> str:
+    """A form of an address from a stranger that can be logged and shown: at most 300 characters, all printable.
+
+    Userinfo is taken out even where the address cannot otherwise be read; what is not printable (control characters,
+    text direction marks, lone surrogates) is percent-encoded.
+    """
+    if found := _USERINFO(url):
+        url = found[1] + url[found.end() :]
+    shown = (ch if ch.isprintable() else _percent(ch.encode("utf-8", "surrogatepass")) for ch in url[:300])
+    return "".join(shown)[:300]
+
+
+def _percent(raw: bytes) -> str:
+    return "".join(f"%{byte:02X}" for byte in raw)
+
+
+def _percent_encode(found: re.Match[str]) -> str:
+    return _percent(found[0].encode())
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address):
+        if address in _MAPPED or address in _NAT64:
+            return _is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
+        if address not in _GLOBAL_UNICAST:
+            return False
+    return not any(address in network for network in _REFUSED)
+
+
+def _embedded(address: IPv4Address | IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 address carries, if it is of a kind that carries one."""
+    if isinstance(address, IPv4Address):
+        return None
+    value = int(address)
+    # RFC 4291 2.5.5.1 excepts :: and ::1: a hole at 0.0.0.0/8 is none for the loopback.
+    if address in _MAPPED or address in _NAT64 or (address in _COMPATIBLE and value > 1):
+        return IPv4Address(value & 0xFFFF_FFFF)
+    return IPv4Address(value >> 80 & 0xFFFF_FFFF) if address in _6TO4 else None
+
+
+def _canonical_host(host: str) -> str:
+    """The host as the WHATWG host parser serialises it, less brackets and trailing dot; ValueError if it is none."""
+    if host.startswith("["):
+        if "%" in host or not host.endswith("]"):
+            raise ValueError("neither a zone nor half a bracket can be dialled")
+        return IPv6Address(host[1:-1]).compressed
+    if "%" in host:
+        host = _ESCAPE(lambda found: bytes.fromhex(found[1].decode()), host.encode()).decode()
+    if len(host) > 254:  # before IDNA, whose cost grows faster than its input
+        raise ValueError("the host is too long")
+    name = (URL.build(scheme="http", host=host).raw_host or "").removesuffix(".")
+    if not _NAME(name):
+        raise ValueError("the host is not a name")
+    return str(_ipv4(name)) if _NUMERIC(name.rpartition(".")[2]) else name
+
+
+def _ipv4(name: str) -> IPv4Address:
+    """The WHATWG IPv4 parser: one to four decimal, octal or hexadecimal numbers, the last one filling the rest."""
+    numbers: list[int] = []
+    for part in name.split("."):
+        found = _NUMBER(part)
+        if found is None:
+            raise ValueError("a numeric host must be an IPv4 address")
+        hexadecimal, octal, decimal = found.group("hex", "oct", "dec")
+        if decimal is not None:
+            numbers.append(int(decimal))
+        else:
+            numbers.append(int(octal or "0", 8) if hexadecimal is None else int(hexadecimal or "0", 16))
+    *leading, last = numbers
+    if len(leading) > 3 or any(number > 255 for number in leading) or last >= 256 ** (4 - len(leading)):
+        raise ValueError("a numeric host must be an IPv4 address")
+    return IPv4Address(last + sum(number << 8 * (3 - place) for place, number in enumerate(leading)))
+
+
+def _is_literal(hostname: str) -> bool:
+    """Whether a canonical host is an address: no name ends in a numeric label, and none has a colon."""
+    return ":" in hostname or _NUMERIC(hostname.rpartition(".")[2]) is not None
+
+
+def _matches(hostname: str, pattern: str) -> bool:
+    return hostname.endswith(pattern[1:]) if pattern.startswith("*.") else hostname == pattern
+
+
+def _host_pattern(entry: str) -> str:
+    wildcard, name = ("*.", entry[2:]) if entry.startswith("*.") else ("", entry)
+    try:
+        canonical = _canonical_host(f"[{name}]" if ":" in name and not name.startswith("[") else name)
+    except ValueError:
+        canonical = ""
+    if not canonical or (wildcard and _is_literal(canonical)):
+        raise ValueError(f"{entry!r} is not a host: write example.com, or *.example.com for its subdomains")
+    return wildcard + canonical
+
+
+def _network(entry: str | IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    if "%" in str(entry):
+        raise ValueError(f"{entry!r} is not a network: a zone means nothing outside one machine")
+    try:
+        return ip_network(entry)
+    except ValueError as error:
+        raise ValueError(f"{entry!r} is not a network: write 10.0.0.0/8, or a single address ({error})") from None
+
+
+def _port(entry: int) -> int:
+    if isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= 65535:
+        raise ValueError(f"{entry!r} is not a port: write a number from 1 to 65535")
+    return entry

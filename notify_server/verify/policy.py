@@ -1,0 +1,156 @@
+"""What an answer means, and what follows from it. Pure: time and chance are passed in.
+
+An attempt on a file is a chain of requests: `first`, then whatever `judge` asks for (a redirect's next hop, GET where
+HEAD is refused, the same again on a fresh connection), until it comes to a conclusion. `conclude` then says what
+becomes of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+
+import msgspec
+
+from notify_server.config import HostSettings
+from notify_server.model import Evidence, FileState, Reason, Target, http_reason
+from notify_server.verify.guard import harmless
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the same file may well be there.
+HEAD_REFUSED = frozenset({400, 403, 405, 501})
+# RFC 9110 15.5.11: gone, and likely to stay so.
+FINAL = frozenset({410})
+REFUSALS = frozenset(
+    {Reason.PRIVATE_ADDRESS, Reason.PORT_NOT_ALLOWED, Reason.HOST_NOT_ALLOWED, Reason.INVALID_URL, Reason.BAD_REDIRECT}
+)
+# Failures that speak of the host rather than of the file. They feed the host's circuit.
+CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR})
+
+
+class Ask(msgspec.Struct, frozen=True, gc=False):
+    """The next request of an attempt. `hops` counts the redirects that led here; `fresh` wants a connection of its
+    own.
+    """
+
+    target: Target
+    method: str
+    hops: int = 0
+    fresh: bool = False
+
+
+class Conclusion(msgspec.Struct, frozen=True, gc=False):
+    """What an attempt showed: `state` available or blocked, or pending when the schedule is to decide; `final` when
+    not.
+
+    `led_to` is the address that a redirect led to and that was refused, in a form that is safe to show.
+    """
+
+    state: FileState
+    reason: str | None = None
+    final: bool = False
+    led_to: str | None = None
+
+
+class Fate(msgspec.Struct, frozen=True, gc=False):
+    """What becomes of the file: settled in `state`, or pending again in `wait_ms`."""
+
+    state: FileState
+    wait_ms: int | None = None
+
+
+AVAILABLE = Conclusion(FileState.AVAILABLE)
+
+
+def first(target: Target, settings: HostSettings) -> Ask:
+    """The request an attempt begins with."""
+    return Ask(target, settings.methods[0])
+
+
+def judge(
+    ask: Ask, evidence: Evidence, settings: HostSettings, follow: Callable[[str, str], Target]
+) -> Ask | Conclusion:
+    """What one request's evidence comes to. `follow` is `Guard.follow`.
+
+    A bad answer counts only when it came on a fresh connection: what a server sends late after a reply would otherwise
+    be taken for the answer to the next request on that connection.
+    """
+    status = evidence.status
+    if status is not None and (settings.accepts(status) or _empty_range(ask, evidence)):
+        return AVAILABLE
+    if evidence.reused and not ask.fresh:
+        return msgspec.structs.replace(ask, fresh=True)
+    if status is None:
+        failure = evidence.failure or Reason.PROTOCOL_ERROR
+        return Conclusion(FileState.BLOCKED if failure in REFUSALS else FileState.PENDING, failure)
+    if status in REDIRECTS:
+        return _redirect(ask, evidence.location, settings, follow)
+    if status in HEAD_REFUSED and (fallback := _next_method(ask.method, settings.methods)):
+        return Ask(ask.target, fallback, ask.hops)
+    return Conclusion(FileState.PENDING, http_reason(status), final=status in FINAL)
+
+
+def _empty_range(ask: Ask, evidence: Evidence) -> bool:
+    # RFC 9110 14.1.2: the first byte of an empty object cannot be had, and `Content-Range: bytes */0` says that it is
+    # empty.
+    return evidence.status == 416 and ask.method == "GET" and evidence.content_length == 0
+
+
+def _redirect(
+    ask: Ask, location: str | None, settings: HostSettings, follow: Callable[[str, str], Target]
+) -> Ask | Conclusion:
+    if location is None:
+        return Conclusion(FileState.PENDING, Reason.BAD_REDIRECT)
+    if ask.hops >= settings.max_redirects:
+        return Conclusion(FileState.PENDING, Reason.TOO_MANY_REDIRECTS)
+    target = follow(ask.target.url, location)
+    if target.refusal is not None:
+        return Conclusion(FileState.BLOCKED, target.refusal, led_to=harmless(location))
+    return Ask(target, ask.method, ask.hops + 1)
+
+
+def _next_method(method: str, methods: Sequence[str]) -> str | None:
+    later = methods[methods.index(method) + 1 :]
+    return later[0] if method == "HEAD" and later else None
+
+
+def conclude(
+    conclusion: Conclusion,
+    attempts: int,
+    schedule: Sequence[float],
+    jitter: float,
+    chance: float,
+    asked_wait_ms: int | None,
+) -> Fate:
+    """What becomes of a file after its attempt number `attempts` (from 1).
+
+    `schedule` has the waits after the first, second, … attempt in seconds. `chance` in [0, 1) spreads the wait by ±
+    `jitter`; `asked_wait_ms` (see `retry_after_ms`) takes its place, kept between 1 and 2 times the scheduled wait.
+    """
+    if conclusion.state is not FileState.PENDING:
+        return Fate(conclusion.state)
+    if conclusion.final or attempts > len(schedule):
+        return Fate(FileState.UNAVAILABLE)
+    scheduled_ms = schedule[attempts - 1] * 1000
+    if asked_wait_ms is not None:
+        wait_ms = min(max(asked_wait_ms, scheduled_ms), 2 * scheduled_ms)
+    else:
+        wait_ms = scheduled_ms * (1 + jitter * (2 * chance - 1))
+    return Fate(FileState.PENDING, round(wait_ms))
+
+
+def retry_after_ms(value: str | None, now: int) -> int | None:
+    """The wait that a Retry-After field asks for (RFC 9110 10.2.3: seconds or a date), None when it is absent or junk.
+
+    A date in the past asks for no wait at all. Not bounded: `conclude` does that.
+    """
+    if value is None:
+        return None
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return int(text[:15]) * 1000
+    try:
+        moment = parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return max(0, round(moment * 1000) - now)

@@ -1,0 +1,522 @@
+"""The verifier: claims due files, sends their requests to the probers, judges the evidence, and has the outcome
+recorded.
+
+    store.claim -> Host.queue -> prober -> policy.judge -> (another request | policy.conclude) -> store.record
+
+Hosts take turns, one file each. What is claimed, in flight and not yet recorded is bounded whatever the backlog, and
+all of it is in memory only: after a crash, or when a prober dies, the files are pending as before and no attempt is
+spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+
+from notify_server.config import VerifyConfig
+from notify_server.errors import StoreUnavailableError
+from notify_server.model import (
+    AttemptRow,
+    BatchVerdict,
+    DueFile,
+    Evidence,
+    FileResult,
+    FileState,
+    Reason,
+    Request,
+    http_reason,
+)
+from notify_server.store.base import Store
+from notify_server.verify import policy
+from notify_server.verify.guard import Guard
+from notify_server.verify.hosts import Host, hostname_of
+from notify_server.verify.link import ProberLink
+
+log = structlog.get_logger("notify_server.verify")
+
+# Results in one transaction: large enough to share its cost, small enough to keep an ack waiting for a few ms only.
+RECORD_ROWS = 256
+# How long results wait for company while more are on their way.
+RECORD_LINGER = 0.005
+# Results that wait for a store which cannot commit: no file is started when there are more.
+UNRECORDED_MOST = 4096
+# Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.
+AHEAD_PER_SLOT = 16
+AHEAD_SHARES = 8
+# Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
+TRIAL_SHARE = 4
+# Hosts looked up at a time, and known at a time.
+LOOK_HOSTS = 1000
+LOOK_SECONDS = 1.0
+HOSTS_MOST = 10_000
+HOSTS_A_CLAIM = 64
+# Timers of the event loop have a resolution of 1 ms, and must not fire before their time.
+TIMER_SLACK = 0.002
+# A file that was in flight when this many probers died may be what kills them: it is charged an attempt.
+DEATHS_BORNE = 5
+
+
+class Flight:
+    """An attempt under way on one file."""
+
+    __slots__ = ("ask", "deadline", "doubted", "file", "host", "link", "on_trial", "requests", "sent_at")
+
+    def __init__(self, file: DueFile, host: Host, ask: policy.Ask, now: float) -> None:
+        self.file = file
+        self.host = host
+        self.ask = ask
+        self.deadline = now + host.settings.timeout
+        self.on_trial = host.on_trial
+        self.link: ProberLink | None = None
+        self.sent_at = 0
+        self.requests: list[AttemptRow] = []
+        # An answer on a reused connection that did not count.
+        self.doubted: Evidence | None = None
+
+
+class Pool:
+    """Runs from `start` to `stop`. `now` gives Unix ms, `chance` a number in [0, 1)."""
+
+    def __init__(
+        self,
+        store: Store,
+        guard: Guard,
+        config: VerifyConfig,
+        links: Sequence[ProberLink],
+        *,
+        now: Callable[[], int],
+        chance: Callable[[], float],
+        on_verdicts: Callable[[Sequence[BatchVerdict]], None],
+    ) -> None:
+        self._store = store
+        self._guard = guard
+        self._config = config
+        self._links = links
+        self._now = now
+        self._chance = chance
+        self._on_verdicts = on_verdicts
+        self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
+
+        self._hosts: dict[str, Host] = {}
+        # Hosts that may start a file now, in the order of their turns; and hosts that may have more to claim.
+        self._turns: deque[Host] = deque()
+        self._hungry: dict[str, Host] = {}
+        self._trial_waiting: deque[Host] = deque()
+        self._trial_flights = 0
+        self._flights: dict[int, Flight] = {}
+        self._last_id = 0
+        self._results: deque[FileResult] = deque()
+        self._recording = 0
+        self._deaths: dict[int, int] = {}
+
+        self._look_after = ""
+        self._look_at = 0.0
+        self._due_at: int | None = None
+        self._work = asyncio.Event()
+        self._recordable = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Lifetime
+
+    async def start(self) -> None:
+        """Start the probers and the work."""
+        await asyncio.gather(*(link.start(self._on_ready, self._on_evidence, self._on_death) for link in self._links))
+        self._tasks = [
+            asyncio.create_task(self._claim_loop(), name="verify-claim"),
+            asyncio.create_task(self._record_loop(), name="verify-record"),
+        ]
+
+    def finish(self) -> None:
+        """Start nothing more."""
+        self._stopping = True
+        self._check_drained()
+
+    async def stop(self, grace: float) -> None:
+        """Start nothing more, let what is in flight finish within `grace` seconds, record it, and stop the probers.
+
+        What does not finish stays pending, and no attempt is spent on it.
+        """
+        self.finish()
+        claim, record = self._tasks
+        claim.cancel()
+        try:
+            async with asyncio.timeout(grace):
+                await self._drained.wait()
+        except TimeoutError:
+            log.info("probes cut off, their files stay pending", files=len(self._flights) + len(self._results))
+        record.cancel()
+        await asyncio.gather(*(link.stop() for link in self._links))
+        await asyncio.gather(claim, record, return_exceptions=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every prober is up, and so is what feeds them."""
+        return all(link.alive for link in self._links) and not any(task.done() for task in self._tasks)
+
+    @property
+    def in_flight(self) -> int:
+        """Files whose attempt is under way."""
+        return len(self._flights)
+
+    def offer(self, hosts: Iterable[str]) -> None:
+        """These hosts have new files."""
+        for name in hosts:
+            self._feed(name)
+        self._work.set()
+
+    # Claiming
+
+    def _feed(self, name: str) -> None:
+        host = self._hosts.get(name)
+        if host is None:
+            if len(self._hosts) >= HOSTS_MOST:
+                return  # A later look finds it.
+            host = self._hosts[name] = Host(name, self._config.for_host(hostname_of(name)))
+        self._hungry[name] = host
+
+    async def _claim_loop(self) -> None:
+        while True:
+            try:
+                if time.monotonic() >= self._look_at:
+                    await self._look()
+                while self._hungry and await self._claim():
+                    pass
+            except StoreUnavailableError as error:
+                log.warning("cannot claim files, trying again", error=str(error))
+                self._look_at = time.monotonic() + LOOK_SECONDS
+                self._work.clear()
+            await self._wait_for_work()
+
+    async def _wait_for_work(self) -> None:
+        timeout = self._look_at - time.monotonic()
+        if self._due_at is not None:
+            timeout = min(timeout, (self._due_at - self._now()) / 1000)
+        try:
+            async with asyncio.timeout(max(0.0, timeout)):
+                await self._work.wait()
+        except TimeoutError:
+            self._look_at = 0.0
+        self._work.clear()
+
+    async def _look(self) -> None:
+        """Learn which hosts have due files, a page of hosts at a time, and when the next file will be due.
+
+        This is the truth about what is due; `offer` and what is recorded only make it known sooner.
+        """
+        page = await self._store.due_hosts(self._look_after, LOOK_HOSTS)
+        now, self._due_at = self._now(), None
+        self._look_after = page[-1].host if len(page) == LOOK_HOSTS else ""
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        for entry in page:
+            if entry.next_attempt_at <= now:
+                self._feed(entry.host)
+            else:
+                self._due_by(entry.next_attempt_at)
+        moment = time.monotonic()
+        for name in [name for name, host in self._hosts.items() if host.idle(moment) and name not in self._hungry]:
+            del self._hosts[name]
+
+    def _due_by(self, moment: int) -> None:
+        if self._due_at is None or moment < self._due_at:
+            self._due_at = moment
+
+    async def _claim(self) -> bool:
+        """Claim for some of the hungry hosts; whether there was anything to do."""
+        now = time.monotonic()
+        most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(AHEAD_SHARES, len(self._hosts)))
+        wanted: list[tuple[str, int]] = []
+        for name in list(self._hungry)[:HOSTS_A_CLAIM]:
+            host = self._hungry.pop(name)
+            if not host.rests(now) and (n := most - len(host.queue)) > 0:
+                wanted.append((name, n))
+        if not wanted or self._stopping:
+            return bool(self._hungry) and not self._stopping
+        try:
+            claimed = await self._store.claim(wanted, self._now())
+        except StoreUnavailableError:
+            self._hungry.update((name, self._hosts[name]) for name, _ in wanted if name in self._hosts)
+            raise
+        got: dict[str, int] = {}
+        for file in claimed:
+            got[file.host] = got.get(file.host, 0) + 1
+            self._hosts[file.host].queue.append(file)
+        for name, n in wanted:
+            host = self._hosts[name]
+            host.exhausted = got.get(name, 0) < n
+            host.low = n // 2
+            self._ready(host)
+        self._pump()
+        return True
+
+    # Starting
+
+    def _ready(self, host: Host) -> None:
+        """Give the host a turn as soon as it may have one."""
+        if host.in_turn or not host.queue:
+            return
+        moment = host.ready_at()
+        if moment is None:
+            return
+        delay = moment - time.monotonic()
+        if delay <= 0:
+            host.in_turn = True
+            self._turns.append(host)
+        elif host.timer is None:
+            host.timer = asyncio.get_running_loop().call_later(delay, self._on_time, host)
+
+    def _on_time(self, host: Host) -> None:
+        host.timer = None
+        if host.queue:
+            self._ready(host)
+            self._pump()
+        elif host.on_trial:
+            # Its circuit was open; what was queued went back to the store.
+            self._hungry[host.name] = host
+            self._work.set()
+
+    def _pump(self) -> None:
+        """Start files, a host a turn, as long as there are slots."""
+        if self._stopping or not self._turns:
+            return
+        now = time.monotonic()
+        links = [link for link in self._links if link.alive]
+        outgoing: dict[ProberLink, list[Request]] = {link: [] for link in links}
+        while self._turns and links and len(self._flights) < self._config.concurrency and self._has_room():
+            host = self._turns.popleft()
+            host.in_turn = False
+            if host.on_trial and self._trial_flights >= self._trial_slots:
+                host.in_turn = True
+                self._trial_waiting.append(host)
+                continue
+            moment = host.ready_at()
+            if not host.queue or moment is None or moment > now:
+                self._ready(host)
+                continue
+            self._start(host, host.queue.popleft(), now, links, outgoing)
+            self._ready(host)
+            if len(host.queue) <= host.low and not host.exhausted and host.name not in self._hungry:
+                self._hungry[host.name] = host
+                self._work.set()
+        for link, requests in outgoing.items():
+            if requests:
+                link.send(requests)
+
+    def _has_room(self) -> bool:
+        return len(self._results) + self._recording < UNRECORDED_MOST
+
+    def _start(
+        self, host: Host, file: DueFile, now: float, links: list[ProberLink], outgoing: dict[ProberLink, list[Request]]
+    ) -> None:
+        target = self._guard.examine(file.target_url)
+        host.start(now)
+        flight = Flight(file, host, policy.first(target, host.settings), now)
+        self._trial_flights += flight.on_trial
+        if target.refusal is not None:
+            # Refused by settings that came after the file was admitted.
+            self._end(flight, policy.Conclusion(FileState.BLOCKED, target.refusal), None)
+            return
+        link = links[0] if len(links) == 1 else min(links, key=lambda link: link.busy + len(outgoing[link]))
+        outgoing[link].append(self._request(flight, link, now))
+
+    def _request(self, flight: Flight, link: ProberLink, now: float) -> Request:
+        self._last_id += 1
+        self._flights[self._last_id] = flight
+        flight.link = link
+        flight.sent_at = self._now()
+        ask, settings = flight.ask, flight.host.settings
+        return Request(
+            self._last_id,
+            ask.method,
+            ask.target.url,
+            round((flight.deadline - now) * 1000),
+            round(settings.connect_timeout * 1000),
+            ask.fresh,
+            flight.host.reuse,
+        )
+
+    # Finishing
+
+    def _on_ready(self, link: ProberLink) -> None:
+        self._pump()
+
+    def _on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
+        again: list[Request] = []
+        for item in evidence:
+            flight = self._flights.pop(item.id, None)
+            if flight is None:
+                continue
+            outcome = policy.judge(flight.ask, item, flight.host.settings, self._guard.follow)
+            self._note(flight, item, outcome)
+            if isinstance(outcome, policy.Conclusion):
+                self._end(flight, outcome, item)
+                continue
+            now = time.monotonic()
+            if now >= flight.deadline:
+                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.TIMEOUT), item)
+                continue
+            flight.ask = outcome
+            again.append(self._request(flight, link, now))
+        if again:
+            link.send(again)
+        self._pump()
+
+    def _note(self, flight: Flight, item: Evidence, outcome: policy.Ask | policy.Conclusion) -> None:
+        """Keep the request as an attempt row, and what it says of the host."""
+        host, ask = flight.host, flight.ask
+        if item.status is not None:
+            host.answered()
+        if isinstance(outcome, policy.Ask) and outcome.fresh and not ask.fresh:
+            flight.doubted = item
+            return
+        doubted, flight.doubted = flight.doubted, None
+        if doubted is not None and doubted.status is not None and doubted.status != item.status:
+            if host.reuse:
+                log.warning("host sends answers that nobody asked for, its connections are used once", host=host.name)
+            host.reuse = False
+        if item.failure is not None:
+            reason: str | None = item.failure
+        elif item.status in policy.REDIRECTS or outcome is policy.AVAILABLE:
+            reason = None
+        else:
+            reason = http_reason(item.status or 0)
+        flight.requests.append(
+            AttemptRow(
+                flight.sent_at,
+                ask.method,
+                ask.target.url if ask.hops else None,
+                item.status,
+                reason,
+                item.dns_ms,
+                item.connect_ms,
+                item.tls_ms,
+                item.first_byte_ms,
+                item.total_ms,
+                item.remote_addr,
+            )
+        )
+
+    def _end(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence | None) -> None:
+        """The attempt is over: what becomes of the file, and who is next."""
+        file, config = flight.file, self._config
+        attempts = file.attempts + 1
+        now = self._now()
+        asked = policy.retry_after_ms(item.retry_after, now) if item is not None and item.retry_after else None
+        fate = policy.conclude(conclusion, attempts, config.retry_schedule, config.jitter, self._chance(), asked)
+        next_attempt_at = None if fate.wait_ms is None else now + fate.wait_ms
+        self._results.append(
+            FileResult(
+                file,
+                fate.state,
+                conclusion.reason,
+                attempts,
+                next_attempt_at,
+                item.status if item is not None else None,
+                item.content_length if item is not None else None,
+                item.content_type if item is not None else None,
+                item.etag if item is not None else None,
+                item.last_modified if item is not None else None,
+                conclusion.led_to or (flight.ask.target.url if flight.ask.hops else None),
+                item.remote_addr if item is not None else None,
+                sum(request.total_ms for request in flight.requests) if item is not None else None,
+                None if fate.state is FileState.PENDING else now,
+                tuple(flight.requests),
+            )
+        )
+        self._recordable.set()
+        self._deaths.pop(file.id, None)
+        if item is not None and item.status is None and conclusion.reason in policy.CONNECTION_FAILURES:
+            self._host_failed(flight.host, item.total_ms / 1000)
+        self._free(flight)
+
+    def _host_failed(self, host: Host, seconds: float) -> None:
+        was_open = host.on_trial
+        if not host.failed(time.monotonic(), seconds):
+            return
+        if not was_open:
+            log.warning("host does not answer, its files wait", host=host.name)
+        # Others may have what is queued here: it is due, and nothing has been spent on it.
+        if host.queue:
+            self._store.release(list(host.queue))
+            host.queue.clear()
+        host.exhausted = True
+        if host.timer is not None:
+            host.timer.cancel()
+        host.timer = asyncio.get_running_loop().call_later(
+            max(0.0, host.open_until - time.monotonic()) + TIMER_SLACK, self._on_time, host
+        )
+
+    def _free(self, flight: Flight) -> None:
+        """The slot is free again."""
+        host = flight.host
+        host.end()
+        if flight.on_trial:
+            self._trial_flights -= 1
+            if self._trial_waiting:
+                waiting = self._trial_waiting.popleft()
+                waiting.in_turn = False
+                self._ready(waiting)
+        self._ready(host)
+        self._check_drained()
+
+    def _on_death(self, link: ProberLink) -> None:
+        """The prober is gone: its files are pending again, and nothing is spent, unless they seem to be what kills."""
+        lost = [id for id, flight in self._flights.items() if flight.link is link]
+        released: list[DueFile] = []
+        for id in lost:
+            flight = self._flights.pop(id)
+            file = flight.file
+            self._deaths[file.id] = self._deaths.get(file.id, 0) + 1
+            if self._deaths[file.id] >= DEATHS_BORNE:
+                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.PROTOCOL_ERROR), None)
+                continue
+            released.append(file)
+            self._free(flight)
+        if released:
+            self._store.release(released)
+            self.offer({file.host for file in released})
+
+    # Recording
+
+    async def _record_loop(self) -> None:
+        delay = RECORD_LINGER
+        while True:
+            await self._recordable.wait()
+            if len(self._results) < RECORD_ROWS and self._flights:
+                await asyncio.sleep(RECORD_LINGER)
+            batch = [self._results.popleft() for _ in range(min(RECORD_ROWS, len(self._results)))]
+            if not self._results:
+                self._recordable.clear()
+            if not batch:
+                continue
+            self._recording = len(batch)
+            try:
+                verdicts = await self._store.record(batch, self._now())
+            except StoreUnavailableError as error:
+                log.warning("cannot record results, trying again", files=len(batch), error=str(error))
+                self._results.extendleft(reversed(batch))
+                self._recordable.set()
+                delay = min(delay * 2, LOOK_SECONDS)
+                await asyncio.sleep(delay)
+                continue
+            finally:
+                self._recording = 0
+            delay = RECORD_LINGER
+            for result in batch:
+                if result.next_attempt_at is not None:
+                    self._due_by(result.next_attempt_at)
+            if self._due_at is not None:
+                self._work.set()
+            if verdicts:
+                self._on_verdicts(verdicts)
+            self._check_drained()
+            self._pump()
+
+    def _check_drained(self) -> None:
+        if self._stopping and not (self._flights or self._results or self._recording):
+            self._drained.set()

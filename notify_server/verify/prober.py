@@ -1,0 +1,343 @@
+"""A child process that makes HTTP requests: requests in on standard input, evidence out on standard output.
+
+It knows no database, no schedule and no files. It ends when its standard input does, so it cannot outlive the daemon.
+The first frame in is a `ProberConfig`, every later one a list of `Request`; every frame out is a list of `Evidence`,
+the first one empty: ready.
+
+libcurl's own multi loop is driven with select(): measured against its socket callbacks and epoll it probes 1.5 times
+as many files a second. select() knows descriptors up to 1,023, which bounds how many requests one prober may have in
+flight.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import pycurl
+
+from notify_server.model import Evidence, Reason, Request
+from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
+from notify_server.verify.guard import Guard
+
+# Longer values are cut: they are kept to be read by people.
+VALUE_LIMIT = 255
+LOCATION_LIMIT = 8192
+
+
+_TLS_ERRORS = frozenset(
+    {
+        pycurl.E_SSL_CONNECT_ERROR,
+        pycurl.E_PEER_FAILED_VERIFICATION,
+        pycurl.E_SSL_CERTPROBLEM,
+        pycurl.E_SSL_CIPHER,
+        pycurl.E_SSL_CACERT_BADFILE,
+        pycurl.E_SSL_ISSUER_ERROR,
+        pycurl.E_SSL_PINNEDPUBKEYNOTMATCH,
+        pycurl.E_SSL_INVALIDCERTSTATUS,
+    }
+)
+_REASONS = {
+    pycurl.E_COULDNT_RESOLVE_HOST: Reason.DNS_ERROR,
+    pycurl.E_COULDNT_CONNECT: Reason.CONNECT_ERROR,
+    pycurl.E_OPERATION_TIMEDOUT: Reason.TIMEOUT,
+    pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
+    pycurl.E_UNSUPPORTED_PROTOCOL: Reason.INVALID_URL,
+} | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
+
+_WANTED = frozenset(
+    {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
+)
+# C0, DEL and C1: nothing that a terminal, a log or a spreadsheet acts on.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_CONTENT_RANGE = re.compile(rb"bytes\s+(?:\d+-\d+|\*)/(\d{1,18})\s*$", re.IGNORECASE)
+
+
+def sanitise(value: bytes, limit: int = VALUE_LIMIT) -> str:
+    """A stranger's header value as text that is safe to keep: UTF-8 or replaced, no control characters, cut at
+    `limit`.
+    """
+    return _CONTROL.sub("\ufffd", value.decode("utf-8", "replace").strip())[:limit]
+
+
+class Answer(NamedTuple):
+    """The fields of a final response that are kept."""
+
+    content_length: int | None
+    content_type: str | None
+    etag: str | None
+    last_modified: str | None
+    retry_after: str | None
+    location: str | None
+
+
+def read_headers(lines: Sequence[bytes]) -> Answer:
+    """What is kept of the header lines that libcurl passed on. Interim (1xx) responses before the last one do not
+    count.
+
+    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). The length of
+    the whole object is taken from Content-Range where there is one.
+    """
+    fields: dict[bytes, bytes] = {}
+    lengths: set[bytes] = set()
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or line.startswith(b"HTTP/"):
+            if line.startswith(b"HTTP/"):
+                fields.clear()
+                lengths.clear()
+            continue
+        name = name.strip().lower()
+        if name in _WANTED:
+            if name == b"content-length":
+                lengths.add(value.strip())
+            fields.setdefault(name, value)
+    text = {
+        name: sanitise(value, LOCATION_LIMIT if name == b"location" else VALUE_LIMIT) for name, value in fields.items()
+    }
+    return Answer(
+        _length(lengths, fields.get(b"content-range")),
+        text.get(b"content-type"),
+        text.get(b"etag"),
+        text.get(b"last-modified"),
+        text.get(b"retry-after"),
+        text.get(b"location"),
+    )
+
+
+def _length(lengths: set[bytes], content_range: bytes | None) -> int | None:
+    if content_range is not None and (whole := _CONTENT_RANGE.match(content_range.strip())):
+        return int(whole[1])
+    if len(lengths) == 1:
+        (length,) = lengths
+        if length.isdigit() and len(length) <= 18:
+            return int(length)
+    return None
+
+
+class Handle:
+    """One libcurl easy handle, used for one request after the other; its connections belong to the multi handle."""
+
+    def __init__(self, config: ProberConfig, guard: Guard) -> None:
+        self._guard = guard
+        self._lines: list[bytes] = []
+        self._body_bytes = 0
+        self._refused: Reason | None = None
+        self._dialled = False
+        self.request: Request | None = None
+        self.curl = curl = pycurl.Curl()
+        curl.handle = self
+        curl.setopt(pycurl.NOSIGNAL, 1)
+        curl.setopt(pycurl.USERAGENT, config.user_agent)
+        curl.setopt(pycurl.CAINFO, config.ca_file)
+        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
+        # The environment's proxies would do the dialling in our place, unguarded.
+        curl.setopt(pycurl.PROXY, "")
+        curl.setopt(pycurl.NOPROXY, "*")
+        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
+        curl.setopt(pycurl.FOLLOWLOCATION, 0)
+        curl.setopt(pycurl.PATH_AS_IS, 1)
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
+        curl.setopt(pycurl.WRITEFUNCTION, self._write)
+
+    def start(self, request: Request) -> None:
+        """Set the handle up for a request."""
+        self.request = request
+        self._lines = []
+        self._body_bytes = 0
+        self._refused = None
+        self._dialled = False
+        curl = self.curl
+        curl.setopt(pycurl.URL, request.url)
+        if request.method == "HEAD":
+            curl.setopt(pycurl.NOBODY, 1)
+            curl.unsetopt(pycurl.RANGE)
+        else:
+            curl.setopt(pycurl.HTTPGET, 1)
+            curl.setopt(pycurl.RANGE, "0-0")
+        curl.setopt(pycurl.TIMEOUT_MS, max(1, request.timeout_ms))
+        curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, request.connect_timeout_ms))
+        curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
+        curl.setopt(pycurl.FORBID_REUSE, not request.keep)
+        curl.setopt(pycurl.HEADERFUNCTION, self._lines.append)
+
+    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
+        # Asked for every address about to be dialled, also each of a name's answers in turn: what is refused here is
+        # passed over, and nothing has been sent to it.
+        family, kind, protocol, peer = address
+        refused = self._guard.check_address(peer[0], peer[1])
+        if refused is not None:
+            self._refused = refused
+            return int(pycurl.SOCKET_BAD)
+        self._dialled = True
+        return socket.socket(family, kind, protocol)
+
+    def _write(self, data: bytes) -> int | None:
+        # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
+        self._body_bytes += len(data)
+        return None if self._body_bytes <= 1 else 0
+
+    def finish(self, error: int | None) -> Evidence:
+        """The evidence of the request, which libcurl has ended with `error` or with an answer (None)."""
+        curl, request = self.curl, self.request
+        assert request is not None
+        status = curl.getinfo(pycurl.RESPONSE_CODE)
+        # Once the headers are complete the question is answered; what happens to the body makes no difference.
+        complete = bool(self._lines) and self._lines[-1] in (b"\r\n", b"\n")
+        answered = (
+            complete and 200 <= status <= 599 and (error is None or (request.method == "GET" and self._body_bytes > 0))
+        )
+        remote_addr = curl.getinfo(pycurl.PRIMARY_IP) or None
+        # On a connection, and nothing was dialled for it: it had carried another answer before.
+        reused = remote_addr is not None and not self._dialled and self._refused is None
+        dns = connect = tls = first_byte = None
+        begin = 0.0
+        if not reused:
+            dns_end = curl.getinfo(pycurl.NAMELOOKUP_TIME)
+            connect_end = curl.getinfo(pycurl.CONNECT_TIME)
+            tls_end = curl.getinfo(pycurl.APPCONNECT_TIME)
+            dns = _ms(dns_end) if dns_end else None
+            connect = _ms(connect_end - dns_end) if connect_end else None
+            tls = _ms(tls_end - connect_end) if tls_end else None
+            begin = tls_end or connect_end
+        if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME)):
+            first_byte = _ms(max(0.0, first_byte_end - begin))
+        answer = read_headers(self._lines) if answered else Answer(*(None,) * 6)
+        return Evidence(
+            request.id,
+            status if answered else None,
+            None if answered else self._failure(error),
+            reused,
+            remote_addr,
+            dns,
+            connect,
+            tls,
+            first_byte,
+            _ms(curl.getinfo(pycurl.TOTAL_TIME)),
+            *answer,
+        )
+
+    def _failure(self, error: int | None) -> Reason:
+        if error is None:
+            return Reason.PROTOCOL_ERROR
+        if self._refused is not None and not self._dialled:
+            return self._refused
+        return _REASONS.get(error, Reason.PROTOCOL_ERROR)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+class Prober:
+    """Reads requests, drives libcurl, writes evidence, until its input ends."""
+
+    def __init__(self, source: int, sink: int) -> None:
+        self._source = source
+        self._sink = sink
+        self._buffer = bytearray()
+        self._multi = pycurl.CurlMulti()
+        self._idle: list[Handle] = []
+        self._busy = 0
+        self._decode = msgspec.msgpack.Decoder(list[Request]).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
+        self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, self._config.concurrency * 2)
+        os.set_blocking(source, False)
+        self._send([])
+
+    def _first_frame(self) -> bytes:
+        while not (frames := self._frames()):
+            self._read()
+        return frames[0]
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._source, 1 << 18)
+        except BlockingIOError:
+            return
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def _frames(self) -> list[bytes]:
+        frames: list[bytes] = []
+        buffer, start = self._buffer, 0
+        while len(buffer) - start >= FRAME_HEADER.size:
+            (length,) = FRAME_HEADER.unpack_from(buffer, start)
+            end = start + FRAME_HEADER.size + length
+            if len(buffer) < end:
+                break
+            frames.append(bytes(buffer[start + FRAME_HEADER.size : end]))
+            start = end
+        del buffer[:start]
+        return frames
+
+    def _send(self, evidence: list[Evidence]) -> None:
+        view = memoryview(frame(self._encode(evidence)))
+        while view:
+            view = view[os.write(self._sink, view) :]
+
+    def run(self) -> None:
+        """Work until standard input ends (EOFError) or standard output is gone (BrokenPipeError)."""
+        multi = self._multi
+        while True:
+            # Without a request in flight there is nothing to wake up for but the next frame.
+            timeout_ms = multi.timeout() if self._busy else -1
+            reads, writes, errors = multi.fdset() if self._busy else ([], [], [])
+            reads.append(self._source)
+            ready, _, _ = select.select(reads, writes, errors, None if timeout_ms < 0 else timeout_ms / 1000)
+            if self._source in ready:
+                self._read()
+                for payload in self._frames():
+                    for request in self._decode(payload):
+                        self._start(request)
+            if self._busy:
+                multi.perform()
+                self._collect()
+
+    def _start(self, request: Request) -> None:
+        handle = self._idle.pop() if self._idle else Handle(self._config, self._guard)
+        handle.start(request)
+        self._multi.add_handle(handle.curl)
+        self._busy += 1
+
+    def _collect(self) -> None:
+        evidence: list[Evidence] = []
+        more = 1
+        while more:
+            more, answered, failed = self._multi.info_read()
+            evidence += [self._finish(curl, None) for curl in answered]
+            evidence += [self._finish(curl, error) for curl, error, _ in failed]
+        if evidence:
+            self._send(evidence)
+
+    def _finish(self, curl: Any, error: int | None) -> Evidence:
+        handle: Handle = curl.handle
+        evidence = handle.finish(error)
+        self._multi.remove_handle(curl)
+        self._idle.append(handle)
+        self._busy -= 1
+        return evidence
+
+
+def main() -> None:
+    """The process: ends quietly when the daemon does."""
+    # A terminal's Ctrl-C reaches the whole group; the daemon decides when its probers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Prober(sys.stdin.fileno(), sys.stdout.fileno()).run()
+    except (EOFError, BrokenPipeError):
+        return
+
+
+if __name__ == "__main__":
+    main()

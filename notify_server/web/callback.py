@@ -1,0 +1,239 @@
+"""The callback endpoint: who asks, what they send, and an answer once it is durable."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from ipaddress import ip_address
+from uuid import uuid4
+
+import structlog
+from aiohttp import web
+
+from notify_server.config import Config, IPNetwork
+from notify_server.contract import signature, wire
+from notify_server.errors import (
+    ContractError,
+    NonceReusedError,
+    SignatureError,
+    StoreUnavailableError,
+)
+from notify_server.model import Delivery, Notification, Rejection
+from notify_server.observe import Metrics
+from notify_server.store.base import Store
+from notify_server.web.errors import RefusedError, error_response
+
+log = structlog.get_logger("notify_server.web")
+
+UNSIGNED = "none"
+RETRY_AFTER_SECONDS = 5
+# The same words for every failed check, so that a caller learns nothing about which one it was.
+SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
+DETAIL_LIMIT = 500
+
+
+def within(address: str, networks: Sequence[IPNetwork]) -> bool:
+    """Whether the text of an address, IPv4-mapped or not, lies in one of the networks."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = parsed.ipv4_mapped if parsed.version == 6 else None
+    return any(parsed in network or (mapped is not None and mapped in network) for network in networks)
+
+
+def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[IPNetwork]) -> str:
+    """Who called: the peer, or the last address in X-Forwarded-For that no trusted proxy stands behind.
+
+    `forwarded_for` has the field's lines in order. A proxy appends the address that called it, so the list is believed
+    from its end, as far as the addresses are trusted proxies; the first other one is the caller, and all before it is
+    what that caller claims.
+    """
+    if not trusted or not within(peer, trusted):
+        return peer
+    address = peer
+    for entry in reversed([part.strip() for line in forwarded_for for part in line.split(",")]):
+        try:
+            address = str(ip_address(entry.strip("[]")))
+        except ValueError:
+            break
+        if not within(address, trusted):
+            break
+    return address
+
+
+@lru_cache(256)
+def _is_json(content_type: str) -> bool:
+    """Whether a Content-Type allows for JSON in UTF-8 (RFC 8259 8.1). A missing one does."""
+    media_type, *parameters = [part.strip().lower() for part in content_type.split(";")]
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
+            return False
+    return media_type in ("", "application/json", "text/json") or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
+
+
+class Callback:
+    """The handler of the callback path. `now` gives Unix ms."""
+
+    def __init__(self, config: Config, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
+        self._server, self._auth = config.server, config.auth
+        self._max_files = config.contract.max_files
+        self._backlog_limit = config.verify.backlog_limit
+        self._store = store
+        self._metrics = metrics
+        self._now = now
+        self._token = config.auth.callback_token.get_secret_value().encode() if config.auth.callback_token else None
+        self._ack_status = config.ack.status
+        self._ack_headers = {"Content-Type": config.ack.content_type}
+        self._ack_body = [part.encode() for part in config.ack.body.split("{request_id}")]
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Answer a request to the callback path, whatever its method."""
+        request_id = str(uuid4())
+        started = asyncio.get_running_loop().time()
+        body = b""
+        remote = request.remote or ""
+        try:
+            remote = self._let_in(request, remote)
+            body = await self._read(request)
+            if not _is_json(content_type := request.headers.get("Content-Type", "")):
+                raise RefusedError(
+                    415, "415", f"Content-Type: must be application/json, not {content_type[:80]}", keep=True
+                )
+            delivery = self._check(body, request_id, remote)
+            await self._store.accept(delivery)
+        except RefusedError as error:
+            return await self._refuse(request_id, remote, body, error)
+        except ContractError as error:
+            return await self._refuse(request_id, remote, body, RefusedError(400, "400", str(error), keep=True))
+        except SignatureError as error:
+            log.warning("signature refused", request_id=request_id, remote=remote, error=str(error))
+            if error.code == signature.TIMESTAMP_EXPIRED:
+                refused = RefusedError(403, "403001", "请求时间非法或已过期 timestamp invalid or expired")
+            else:
+                refused = RefusedError(401, "401001", SIGNATURE_MESSAGE)
+            return await self._refuse(request_id, remote, body, refused)
+        except NonceReusedError as error:
+            log.warning("nonce refused", request_id=request_id, remote=remote, error=str(error))
+            refused = RefusedError(403, "403002", "请勿重复请求 duplicate request")
+            return await self._refuse(request_id, remote, body, refused)
+        except StoreUnavailableError as error:
+            log.error("not accepted, the store cannot commit", request_id=request_id, error=str(error))
+            return await self._refuse(request_id, remote, body, _busy("the store cannot commit, send it again"))
+        self._metrics.accepted.inc()
+        self._metrics.ack_seconds.observe(asyncio.get_running_loop().time() - started)
+        log.debug("accepted", request_id=request_id, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
+        return web.Response(
+            body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
+        )
+
+    def _let_in(self, request: web.Request, peer: str) -> str:
+        """Everything that can be refused before the body is read; the caller's address when nothing is."""
+        server, auth = self._server, self._auth
+        if server.trusted_proxies:
+            peer = client_address(peer, request.headers.getall("X-Forwarded-For", ()), server.trusted_proxies)
+        if request.method != "POST":
+            raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
+        if auth.callback_networks and not within(peer, auth.callback_networks):
+            raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
+        if self._token is not None and not hmac.compare_digest(_token_of(request), self._token):
+            raise RefusedError(401, "401001", SIGNATURE_MESSAGE)
+        if self._store.backlog >= self._backlog_limit:
+            raise _busy("too much is waiting to be verified, send it again later")
+        length = request.content_length
+        if length is not None and length > server.body_limit_bytes:
+            raise self._too_large()
+        return peer
+
+    async def _read(self, request: web.Request) -> bytes:
+        if "Content-Encoding" in request.headers:
+            raise RefusedError(415, "415", "Content-Encoding: send the body as it is, not compressed")
+        if request.content.is_eof():
+            body = await self._read_bounded(request)
+        else:
+            try:
+                async with asyncio.timeout(self._server.body_timeout):
+                    body = await self._read_bounded(request)
+            except TimeoutError:
+                raise RefusedError(
+                    408, "408", "the body did not arrive in time", headers={"Connection": "close"}
+                ) from None
+        return body
+
+    async def _read_bounded(self, request: web.Request) -> bytes:
+        limit = self._server.body_limit_bytes
+        parts: list[bytes] = []
+        size = 0
+        while part := await request.content.readany():
+            size += len(part)
+            if size > limit:
+                raise self._too_large()
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            413,
+            "413",
+            f"body: larger than {self._server.body_limit_bytes} bytes",
+            headers={"Connection": "close"},
+            keep=True,
+        )
+
+    def _check(self, body: bytes, request_id: str, remote: str) -> Delivery:
+        """The body as a delivery. Raises ContractError, SignatureError."""
+        now = self._now()
+        nonce = None
+        proven_by = UNSIGNED
+        envelope = signature.open_envelope(body)
+        if self._auth.signature != "off" and (envelope is not None or self._auth.signature == "required"):
+            if envelope is None:
+                raise SignatureError(signature.SIGNATURE_WRONG, "the body is not signed")
+            window_ms = round(self._auth.timestamp_window * 1000)
+            key = signature.verify(envelope, self._auth.platform_keys, now_ms=now, window_ms=window_ms)
+            proven_by = key.fingerprint
+            nonce = (signature.nonce_key(envelope), now + math.ceil(self._auth.nonce_ttl * 1000))
+        notification = self._parse(body if envelope is None else envelope.notification)
+        return Delivery(
+            notification.batch_id,
+            notification.api_code,
+            body,
+            len(notification.file_list),
+            now,
+            remote,
+            proven_by,
+            request_id,
+            nonce,
+        )
+
+    def _parse(self, body: bytes) -> Notification:
+        return wire.parse_notification(body, max_files=self._max_files)
+
+    async def _refuse(self, request_id: str, remote: str, body: bytes, refused: RefusedError) -> web.Response:
+        if refused.keep:
+            detail = refused.message[:DETAIL_LIMIT]
+            try:
+                await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body))
+            except StoreUnavailableError as error:
+                # Not kept, so not to be given up by the sender either.
+                log.error("not kept, the store cannot commit", request_id=request_id, error=str(error))
+                refused = _busy("the store cannot commit, send it again")
+        self._metrics.callbacks(refused.code).inc()
+        log.info("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
+        return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
+
+
+def _busy(message: str) -> RefusedError:
+    return RefusedError(503, "503", message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def _token_of(request: web.Request) -> bytes:
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    presented = credentials.strip() if scheme.lower() == "bearer" else request.query.get("token", "")
+    return presented.encode("utf-8", "surrogatepass")
