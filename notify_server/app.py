@@ -70,9 +70,8 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
     async def verify(app: web.Application) -> AsyncIterator[None]:
         on_verdicts = _verdict_log(app[METRICS])
         links = [ProberLink(_prober_config(config)) for _ in range(config.verify.processes)]
-        chance = random.SystemRandom().random
         pool = app[POOL] = Pool(
-            app[STORE], guard, config.verify, links, now=now, chance=chance, on_verdicts=on_verdicts
+            app[STORE], guard, config.verify, links, now=now, chance=random.random, on_verdicts=on_verdicts
         )
         app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
         await pool.start()

@@ -10,7 +10,7 @@ import structlog
 from notify_server.contract.signature import open_envelope
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
-from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, Notification, ReportedStatus
+from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, ReportedStatus
 from notify_server.store.base import Expansion, NewFile, Store
 from notify_server.verify.guard import Guard, harmless
 
@@ -20,12 +20,6 @@ log = structlog.get_logger("notify_server.store")
 CHUNK_FILES = 500
 INBOX_ITEMS = 64
 RETRY_SECONDS = 1.0
-
-
-def read_body(body: bytes, max_files: int) -> Notification:
-    """The notification in an accepted body, bare or in its envelope. Raises ContractError."""
-    envelope = open_envelope(body)
-    return parse_notification(body if envelope is None else envelope.notification, max_files=max_files)
 
 
 class _UnreadableError(Exception):
@@ -81,10 +75,12 @@ class Expander:
         for item in items:
             # It was within the limit when it was acked; a limit lowered since must not lose it.
             try:
-                notification = read_body(item.body, max_files=2**31)
+                envelope = open_envelope(item.body)
+                bare = item.body if envelope is None else envelope.notification
+                notification = parse_notification(bare, max_files=2**31)
             except ContractError as error:
                 raise _UnreadableError(item, error) from error
-            if unknown := unknown_fields(item.body):
+            if unknown := unknown_fields(bare):
                 self._on_unknown_fields(unknown)
             files = notification.file_list
             for start in range(0, max(1, len(files)), CHUNK_FILES):

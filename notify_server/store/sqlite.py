@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -39,6 +40,8 @@ REJECTIONS_KEPT = 10_000
 REJECTION_BYTES_KEPT = 256 * 1024 * 1024
 # Requests kept of one file, the latest.
 ATTEMPTS_KEPT = 50
+# Bodies kept in memory between their commit and their expansion.
+RECENT_BYTES = 8 * 1024 * 1024
 
 # Statements carry at most this many rows; SQLite takes 32,766 parameters in one.
 _ROWS = 256
@@ -49,6 +52,7 @@ SQL = load_queries("sqlite")
 
 _decode_due = msgspec.json.Decoder(list[tuple[int, int, str, str, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
+_decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
 _decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, ReportedStatus, FileState, str]]).decode
 
 
@@ -63,6 +67,10 @@ class SqliteStore:
         self._backlog: int = in_inbox + pending
         self._inbox_news = asyncio.Event()
         self._inbox_news.set()
+        # What has just been accepted is expanded from memory, as far as that is bounded; the rest is read from disk.
+        self._recent: deque[InboxItem] = deque()
+        self._recent_bytes = 0
+        (self._on_disk_through,) = connection.execute(SQL["inbox_end"]).fetchone()
 
         # Ids claimed, by host; and those among them that have started anew since they were claimed.
         self._held: dict[str, set[int]] = {}
@@ -70,7 +78,7 @@ class SqliteStore:
         self._rejections, self._rejection_bytes = connection.execute(SQL["rejection_size"]).fetchone()
 
         self._writer = Writer(path, connection)
-        self._accept = self._writer.group(_write_deliveries)
+        self._accept = self._writer.group(_write_deliveries, self._accepted)
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod
@@ -103,10 +111,26 @@ class SqliteStore:
     # The inbox
 
     async def accept(self, delivery: Delivery) -> int:
-        notification = await self._accept(delivery)
+        return await self._accept(delivery)
+
+    def _accepted(self, delivery: Delivery, notification: int) -> None:
+        size = len(delivery.body)
+        if self._recent_bytes + size > RECENT_BYTES:
+            self._on_disk_through = notification
+        else:
+            self._recent_bytes += size
+            self._recent.append(
+                InboxItem(
+                    notification,
+                    delivery.body,
+                    delivery.received_at,
+                    delivery.remote_addr,
+                    delivery.request_id,
+                    delivery.files,
+                )
+            )
         self._backlog += delivery.files
         self._inbox_news.set()
-        return notification
 
     async def reject(self, rejection: Rejection) -> None:
         await self._reject(rejection)
@@ -133,22 +157,33 @@ class SqliteStore:
 
     async def inbox(self, limit: int) -> list[InboxItem]:
         self._inbox_news.clear()
-        rows = await self._writer.read(
-            lambda connection: connection.execute(SQL["inbox"], (self._expanded_through, limit)).fetchall()
-        )
-        if len(rows) == limit:
+        recent = self._recent
+        while recent and recent[0].id <= self._expanded_through:
+            self._recent_bytes -= len(recent.popleft().body)
+        if self._expanded_through >= self._on_disk_through:
+            items = list(islice(recent, limit))
+        else:
+            bounds = (self._expanded_through, self._on_disk_through, limit)
+            rows = await self._writer.read(lambda connection: connection.execute(SQL["inbox"], bounds).fetchall())
+            items = [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
+            if not items:
+                # What was there has been deleted by hand.
+                self._expanded_through = self._on_disk_through
+        if items or recent:
             self._inbox_news.set()
-        return [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
+        return items
 
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
         def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
-            merges = [_merge(connection, expansion, now) for expansion in expansions]
-            for merge in merges:
-                for id, host in merge.restarted:
-                    if id in self._held.get(host, ()):
-                        self._restarted.add(id)
-            verdicts = _write_verdicts(connection, {merge.batch for merge in merges}, now)
-            return sum(merge.pending for merge in merges), verdicts
+            pending = 0
+            verdicts: list[BatchVerdict] = []
+            for part in _distinct_batches(expansions):
+                merges = _merge(connection, part, now)
+                for merge in merges:
+                    pending += merge.pending
+                    self._restarted.update(id for id, host in merge.restarted if id in self._held.get(host, ()))
+                verdicts += _write_verdicts(connection, [merge.batch for merge in merges], now)
+            return pending, verdicts
 
         pending, verdicts = await self._writer.transaction(write)
         self._backlog += pending - sum(len(expansion.files) for expansion in expansions)
@@ -160,7 +195,7 @@ class SqliteStore:
 
         def write(connection: sqlite3.Connection) -> None:
             self._write_rejections(connection, [rejection])
-            connection.execute(SQL["inbox_done"], (now, item.id))
+            connection.execute(SQL["inbox_done"], (now, f"[{item.id}]"))
 
         await self._writer.transaction(write)
         self._backlog -= item.files
@@ -266,71 +301,86 @@ def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Deliver
     }
 
 
-class _Merge(NamedTuple):
-    """What an expansion did: `pending` more files to wait for, and (id, host) of pending files that start anew."""
+def _distinct_batches(expansions: Sequence[Expansion]) -> Iterator[list[Expansion]]:
+    """The expansions in their order, cut wherever a batch comes up again: each merges with what the last one left."""
+    part: dict[tuple[str, str], Expansion] = {}
+    for expansion in expansions:
+        key = (expansion.batch_id, expansion.api_code)
+        if key in part or len(part) == _ROWS:
+            yield list(part.values())
+            part = {}
+        part[key] = expansion
+    if part:
+        yield list(part.values())
 
-    batch: int
-    pending: int
-    restarted: list[tuple[int, str]]
+
+class _Merge:
+    """What an expansion does to its batch: files by state, and (id, host) of pending files that start anew."""
+
+    def __init__(self, batch: int, expansion: Expansion) -> None:
+        self.batch = batch
+        self.expansion = expansion
+        self.added: list[NewFile] = []
+        self.delta: Counter[FileState] = Counter()
+        self.restarted: list[tuple[int, str]] = []
+
+    @property
+    def pending(self) -> int:
+        return self.delta[FileState.PENDING]
+
+    @property
+    def reopens(self) -> bool:
+        # Files in other states bring about a verdict too: one that was complete may be incomplete with them.
+        return any(self.delta.values())
+
+    def batch_row(self) -> tuple[object, ...]:
+        item, last = self.expansion.item, self.expansion.last
+        counts = (self.delta[state] for state in FileState)
+        return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens
 
 
-def _merge(connection: sqlite3.Connection, expansion: Expansion, now: int) -> _Merge:
-    item = expansion.item
-    key = (expansion.batch_id, expansion.api_code)
-    connection.execute(SQL["batch_insert"], (*key, item.received_at, item.received_at))
-    batch, size = connection.execute(SQL["batch_find"], key).fetchone()
+def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now: int) -> list[_Merge]:
+    """Merge expansions of different batches, at most _ROWS, in a few statements."""
+    keys = [(expansion.batch_id, expansion.api_code) for expansion in expansions]
+    times = [expansion.item.received_at for expansion in expansions]
+    _insert(connection, "batch_insert", [(*key, time, time) for key, time in zip(keys, times, strict=True)])
+    (answer,) = _insert(connection, "batch_find", keys).fetchone()
+    found = {(batch_id, api_code): (id, size) for id, size, batch_id, api_code in _decode_batches(answer)}
 
-    # A key that is listed twice: its last entry counts, as if it had been delivered later.
-    files = {file.oss_object_name: file for file in expansion.files}
-    existing: dict[str, tuple[int, str, str | None, ReportedStatus, FileState, str]] = {}
-    if size:
-        keys = msgspec.json.encode(list(files)).decode()
-        (answer,) = connection.execute(SQL["files_existing"], (batch, keys)).fetchone()
-        existing = {row[1]: row for row in _decode_existing(answer)}
+    merges = []
+    for key, expansion in zip(keys, expansions, strict=True):
+        id, size = found[key]
+        merge = _Merge(id, expansion)
+        # A key that is listed twice: its last entry counts, as if it had been delivered later.
+        files = {file.oss_object_name: file for file in expansion.files}
+        if size:
+            _merge_existing(connection, merge, files, now)
+        merge.added = list(files.values())
+        merge.delta.update(file.state for file in merge.added)
+        merges.append(merge)
 
-    delta: Counter[str] = Counter()
-    restarted: list[tuple[int, str]] = []
-    added: list[NewFile] = []
-    for name, file in files.items():
-        known = existing.get(name)
-        if known is None:
-            added.append(file)
-            delta["files"] += 1
-            delta[file.state] += 1
-            continue
-        id, _, target_url, reported_status, state, host = known
+    added = [(merge.batch, file.oss_object_name, *_columns(file, now)) for merge in merges for file in merge.added]
+    for chunk in _chunks(added):
+        _insert(connection, "files_insert", chunk)
+    _insert(connection, "batch_expanded", [merge.batch_row() for merge in merges])
+    done = [expansion.item.id for expansion in expansions if expansion.last]
+    connection.execute(SQL["inbox_done"], (now, msgspec.json.encode(done).decode()))
+    return merges
+
+
+def _merge_existing(connection: sqlite3.Connection, merge: _Merge, files: dict[str, NewFile], now: int) -> None:
+    """Take what the batch has already out of `files`, and start anew what has changed."""
+    names = msgspec.json.encode(list(files)).decode()
+    (answer,) = connection.execute(SQL["files_existing"], (merge.batch, names)).fetchone()
+    for id, name, target_url, reported_status, state, host in _decode_existing(answer):
+        file = files.pop(name)
         if not _starts_anew(target_url, reported_status, file):
             continue
         connection.execute(SQL["file_replace"], (*_columns(file, now), id))
-        delta[state] -= 1
-        delta[file.state] += 1
+        merge.delta[state] -= 1
+        merge.delta[file.state] += 1
         if state is FileState.PENDING:
-            restarted.append((id, host))
-    for chunk in _chunks(added):
-        _insert(connection, "files_insert", [(batch, file.oss_object_name, *_columns(file, now)) for file in chunk])
-
-    reopened = any(delta.values())
-    connection.execute(
-        SQL["batch_expanded"],
-        (
-            delta["files"],
-            delta[FileState.PENDING],
-            delta[FileState.AVAILABLE],
-            delta[FileState.UNAVAILABLE],
-            delta[FileState.BLOCKED],
-            delta[FileState.UPLOAD_FAILED],
-            None if expansion.last else item.id,
-            expansion.last,
-            item.received_at,
-            item.received_at,
-            reopened,
-            reopened,
-            batch,
-        ),
-    )
-    if expansion.last:
-        connection.execute(SQL["inbox_done"], (now, item.id))
-    return _Merge(batch, delta[FileState.PENDING], restarted)
+            merge.restarted.append((id, host))
 
 
 def _starts_anew(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:

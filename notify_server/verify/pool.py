@@ -41,7 +41,7 @@ log = structlog.get_logger("notify_server.verify")
 # Results in one transaction: large enough to share its cost, small enough to keep an ack waiting for a few ms only.
 RECORD_ROWS = 256
 # How long results wait for company while more are on their way.
-RECORD_LINGER = 0.005
+RECORD_LINGER = 0.02
 # Results that wait for a store which cannot commit: no file is started when there are more.
 UNRECORDED_MOST = 4096
 # Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.

@@ -49,7 +49,6 @@ _REASONS = {
     pycurl.E_COULDNT_CONNECT: Reason.CONNECT_ERROR,
     pycurl.E_OPERATION_TIMEDOUT: Reason.TIMEOUT,
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
-    pycurl.E_UNSUPPORTED_PROTOCOL: Reason.INVALID_URL,
 } | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
 
 _WANTED = frozenset(
@@ -64,7 +63,8 @@ def sanitise(value: bytes, limit: int = VALUE_LIMIT) -> str:
     """A stranger's header value as text that is safe to keep: UTF-8 or replaced, no control characters, cut at
     `limit`.
     """
-    return _CONTROL.sub("\ufffd", value.decode("utf-8", "replace").strip())[:limit]
+    text = value.decode("utf-8", "replace").strip()[:limit]
+    return text if text.isascii() and text.isprintable() else _CONTROL.sub("\ufffd", text)
 
 
 class Answer(NamedTuple):
@@ -78,6 +78,9 @@ class Answer(NamedTuple):
     location: str | None
 
 
+_NO_ANSWER = Answer(None, None, None, None, None, None)
+
+
 def read_headers(lines: Sequence[bytes]) -> Answer:
     """What is kept of the header lines that libcurl passed on. Interim (1xx) responses before the last one do not
     count.
@@ -89,13 +92,10 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
     lengths: set[bytes] = set()
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or line.startswith(b"HTTP/"):
-            if line.startswith(b"HTTP/"):
-                fields.clear()
-                lengths.clear()
-            continue
-        name = name.strip().lower()
-        if name in _WANTED:
+        if line.startswith(b"HTTP/"):
+            fields.clear()
+            lengths.clear()
+        elif colon and (name := name.strip().lower()) in _WANTED:
             if name == b"content-length":
                 lengths.add(value.strip())
             fields.setdefault(name, value)
@@ -131,6 +131,7 @@ class Handle:
         self._body_bytes = 0
         self._refused: Reason | None = None
         self._dialled = False
+        self._behind = False
         self.request: Request | None = None
         self.curl = curl = pycurl.Curl()
         curl.handle = self
@@ -146,6 +147,7 @@ class Handle:
         curl.setopt(pycurl.PATH_AS_IS, 1)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         curl.setopt(pycurl.WRITEFUNCTION, self._write)
+        curl.setopt(pycurl.HEADERFUNCTION, self._header)
 
     def start(self, request: Request) -> None:
         """Set the handle up for a request."""
@@ -154,6 +156,7 @@ class Handle:
         self._body_bytes = 0
         self._refused = None
         self._dialled = False
+        self._behind = False
         curl = self.curl
         curl.setopt(pycurl.URL, request.url)
         if request.method == "HEAD":
@@ -166,7 +169,6 @@ class Handle:
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, request.connect_timeout_ms))
         curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
         curl.setopt(pycurl.FORBID_REUSE, not request.keep)
-        curl.setopt(pycurl.HEADERFUNCTION, self._lines.append)
 
     def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
         # Asked for every address about to be dialled, also each of a name's answers in turn: what is refused here is
@@ -178,6 +180,15 @@ class Handle:
             return int(pycurl.SOCKET_BAD)
         self._dialled = True
         return socket.socket(family, kind, protocol)
+
+    def _header(self, line: bytes) -> int | None:
+        self._lines.append(line)
+        if line.startswith(b"HTTP/"):
+            # A bad answer on a connection that was used before does not count, and it may be what the server sent late
+            # after the answer before. This request's own answer is then still to come, so the connection is given up:
+            # it would be one answer behind for ever.
+            self._behind = not self._dialled and line[9:10] not in b"12"
+        return -1 if self._behind and line in (b"\r\n", b"\n") else None
 
     def _write(self, data: bytes) -> int | None:
         # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
@@ -192,24 +203,26 @@ class Handle:
         # Once the headers are complete the question is answered; what happens to the body makes no difference.
         complete = bool(self._lines) and self._lines[-1] in (b"\r\n", b"\n")
         answered = (
-            complete and 200 <= status <= 599 and (error is None or (request.method == "GET" and self._body_bytes > 0))
+            complete
+            and 200 <= status <= 599
+            and (error is None or self._behind or (request.method == "GET" and self._body_bytes > 0))
         )
         remote_addr = curl.getinfo(pycurl.PRIMARY_IP) or None
         # On a connection, and nothing was dialled for it: it had carried another answer before.
         reused = remote_addr is not None and not self._dialled and self._refused is None
         dns = connect = tls = first_byte = None
-        begin = 0.0
+        begin = 0
         if not reused:
-            dns_end = curl.getinfo(pycurl.NAMELOOKUP_TIME)
-            connect_end = curl.getinfo(pycurl.CONNECT_TIME)
-            tls_end = curl.getinfo(pycurl.APPCONNECT_TIME)
-            dns = _ms(dns_end) if dns_end else None
-            connect = _ms(connect_end - dns_end) if connect_end else None
-            tls = _ms(tls_end - connect_end) if tls_end else None
+            dns_end = curl.getinfo(pycurl.NAMELOOKUP_TIME_T)
+            connect_end = curl.getinfo(pycurl.CONNECT_TIME_T)
+            tls_end = curl.getinfo(pycurl.APPCONNECT_TIME_T)
+            dns = dns_end / 1000 if dns_end else None
+            connect = (connect_end - dns_end) / 1000 if connect_end else None
+            tls = (tls_end - connect_end) / 1000 if tls_end else None
             begin = tls_end or connect_end
-        if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME)):
-            first_byte = _ms(max(0.0, first_byte_end - begin))
-        answer = read_headers(self._lines) if answered else Answer(*(None,) * 6)
+        if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME_T)):
+            first_byte = max(0, first_byte_end - begin) / 1000
+        answer = read_headers(self._lines) if answered else _NO_ANSWER
         return Evidence(
             request.id,
             status if answered else None,
@@ -220,7 +233,7 @@ class Handle:
             connect,
             tls,
             first_byte,
-            _ms(curl.getinfo(pycurl.TOTAL_TIME)),
+            curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
             *answer,
         )
 
@@ -230,10 +243,6 @@ class Handle:
         if self._refused is not None and not self._dialled:
             return self._refused
         return _REASONS.get(error, Reason.PROTOCOL_ERROR)
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
 
 
 class Prober:

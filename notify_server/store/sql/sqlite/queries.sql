@@ -32,34 +32,47 @@ SELECT coalesce((SELECT id FROM notification WHERE expanded_at IS NOT NULL ORDER
 -- name: inbox_files
 SELECT coalesce(sum(files), 0) FROM notification WHERE id > ?;
 
+-- name: inbox_end
+SELECT coalesce(max(id), 0) FROM notification;
+
 -- name: inbox
-SELECT id, body, received_at, remote_addr, request_id, files FROM notification WHERE id > ? ORDER BY id LIMIT ?;
+SELECT id, body, received_at, remote_addr, request_id, files
+FROM notification
+WHERE id > ? AND id <= ?
+ORDER BY id
+LIMIT ?;
 
 -- name: inbox_done
-UPDATE notification SET expanded_at = ? WHERE id = ?;
+UPDATE notification SET expanded_at = ? WHERE id IN (SELECT value FROM json_each(?));
 
 -- name: batch_insert
-INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at) VALUES (?, ?, ?, ?);
+INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at) VALUES :rows;
 
 -- name: batch_find
-SELECT id, files FROM batch WHERE batch_id = ? AND api_code = ?;
+WITH wanted (batch_id, api_code) AS (VALUES :rows)
+SELECT json_group_array(json_array(batch.id, batch.files, batch.batch_id, batch.api_code))
+FROM wanted
+CROSS JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code;
 
--- `pending` may come back: a batch that had its verdict has none again while it has a file to wait for.
+-- A batch that had its verdict has none again while its files have changed.
 -- name: batch_expanded
+WITH merged (id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens)
+    AS (VALUES :rows)
 UPDATE batch
-SET files = files + ?,
-    pending = pending + ?,
-    available = available + ?,
-    unavailable = unavailable + ?,
-    blocked = blocked + ?,
-    upload_failed = upload_failed + ?,
-    expanding = ?,
-    deliveries = deliveries + ?,
-    first_received_at = min(first_received_at, ?),
-    last_received_at = max(last_received_at, ?),
-    completed_at = CASE WHEN ? THEN NULL ELSE completed_at END,
-    verdict = CASE WHEN ? THEN 'pending' ELSE verdict END
-WHERE id = ?;
+SET files = files + merged.pending + merged.available + merged.unavailable + merged.blocked + merged.upload_failed,
+    pending = batch.pending + merged.pending,
+    available = batch.available + merged.available,
+    unavailable = batch.unavailable + merged.unavailable,
+    blocked = batch.blocked + merged.blocked,
+    upload_failed = batch.upload_failed + merged.upload_failed,
+    expanding = merged.expanding,
+    deliveries = deliveries + merged.last,
+    first_received_at = min(first_received_at, merged.received_at),
+    last_received_at = max(last_received_at, merged.received_at),
+    completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,
+    verdict = CASE WHEN merged.reopens THEN 'pending' ELSE verdict END
+FROM merged
+WHERE batch.id = merged.id;
 
 -- name: files_existing
 SELECT json_group_array(json_array(id, oss_object_name, target_url, reported_status, state, host))

@@ -1,0 +1,49 @@
+# Needs nothing but Python 3.11 or newer and make. Everything else goes into .venv, or comes from Debian when it may.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STAMP_DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format demo bench clean
+
+help: ## Show what there is to make
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: $(STAMP) ## Set everything up and serve on http://127.0.0.1:8080/notify
+	@exec $(BIN)/python -m notify_server
+
+demo: $(STAMP) ## Play the platform against a daemon of its own, and show what it found
+	@exec $(BIN)/python -m notify_server simulate --own-daemon
+
+test: $(STAMP_DEV) lint ## Set everything up and run the tests
+	@$(PYTHON) tests/debian.py strace sqlite3
+	@$(BIN)/pytest
+
+lint: $(STAMP_DEV) ## Check format, style and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(STAMP_DEV) ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP_DEV) ## Measure acks and probes beside what could be had at best; PARTS="acks probes backlog"
+	@$(PYTHON) tests/debian.py nginx wrk
+	@$(BIN)/python -m tests.bench $(PARTS)
+
+clean: ## Remove what was installed and built; the record in data/ stays
+	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python cannot make virtual environments here: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(STAMP_DEV): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
