@@ -6,9 +6,10 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import certifi
@@ -18,7 +19,7 @@ from aiohttp import web
 from notify_server.config import Config, ServerConfig
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict
-from notify_server.observe import Metrics
+from notify_server.observe import Metrics, report_end
 from notify_server.store.base import Store
 from notify_server.store.expander import Expander
 from notify_server.store.sqlite import SqliteStore
@@ -56,7 +57,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
 
     Starting it up opens the store (StoreRefusedError when that is not safe) and starts the probers.
     """
-    app = web.Application()
+    app = web.Application(middlewares=[_in_shape])
     app[METRICS] = Metrics()
     app[DRAINING] = asyncio.Event()
     guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
@@ -88,7 +89,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
             asyncio.create_task(_housekeeping(config, app[STORE], now), name="housekeeping"),
         ]
         for task in tasks:
-            task.add_done_callback(_report_end)
+            task.add_done_callback(report_end)
         yield
         await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
         for task in tasks:
@@ -102,7 +103,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
         yield
 
     app.cleanup_ctx.extend([store, verify, web_side])
-    app.router.add_route("*", config.server.callback_path, _callback)
+    app.router.add_route("*", config.server.callback_path, _callback, expect_handler=_expect)
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/metrics", _metrics)
@@ -111,7 +112,31 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
 
 
 async def _callback(request: web.Request) -> web.Response:
-    return await request.app[CALLBACK].handle(request)
+    response = await request.app[CALLBACK].handle(request)
+    if request.app[DRAINING].is_set():
+        response.force_close()
+    return response
+
+
+async def _expect(request: web.Request) -> web.Response | None:
+    """Give leave to send the body (RFC 9110 10.1.1)."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return error_response(str(uuid4()), 417, "417", "Expect: only 100-continue can be met")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    # What has been written so far is no part of the response.
+    request.writer.output_size = 0
+    return None
+
+
+@web.middleware
+async def _in_shape(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """What aiohttp itself refuses, in the shape of every other refusal."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return error_response(str(uuid4()), error.status, str(error.status), error.reason)
 
 
 async def _healthz(request: web.Request) -> web.Response:
@@ -155,7 +180,7 @@ def _prober_config(config: Config) -> ProberConfig:
         list(verify.allowed_ports),
         verify.user_agent,
         str(verify.ca_file or _system_certificates()),
-        verify.concurrency,
+        -(-verify.concurrency // verify.processes),
     )
 
 
@@ -180,20 +205,16 @@ async def _housekeeping(config: Config, store: Store, now: Callable[[], int]) ->
         await asyncio.sleep(PRUNE_SECONDS)
 
 
-def _report_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("a part of the daemon has stopped, restart it", part=task.get_name(), exc_info=error)
-
-
 class _Full(asyncio.Protocol):
     """What a connection beyond max_connections gets."""
 
     ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self.ANSWER)
-        transport.close()
+        # uvloop's transports are no subclasses of asyncio's.
+        full = cast(asyncio.WriteTransport, transport)
+        full.write(self.ANSWER)
+        full.close()
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
@@ -211,7 +232,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         auto_decompress=False,
         # Also the deadline for a request's headers: a connection that waits for a request longer than this is closed.
         keepalive_timeout=server.header_timeout,
-        shutdown_timeout=grace / 4,
+        # Twice at most: for handlers to end, and for those that were cancelled.
+        shutdown_timeout=grace / 8,
+        # What is left of a body that was refused is read for so long, so that the sender gets to read the answer.
+        lingering_time=1.0,
     )
     await runner.setup()
     try:
@@ -236,6 +260,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         app[DRAINING].set()
         app[POOL].finish()
         listener.close()
+        await app[CALLBACK].drain(grace / 4)
     finally:
         await runner.cleanup()
     log.info("stopped")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import logging
+import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, TextIO, cast
 
-import msgspec
 import structlog
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -20,11 +24,24 @@ from notify_server.config import LogConfig
 ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
+class _StandardError:
+    """Standard error, whose reader may go away: that must not stop what wanted to say something."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 def set_up_logging(config: LogConfig) -> None:
     """Log to standard error, one line an event, in colour on a terminal or as JSON.
 
     Values from outside are escaped (JSON strings, or repr on the console), so that no event can forge another line.
     """
+    stream = cast("TextIO", _StandardError())
     level = logging.getLevelNamesMapping()[config.level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -37,26 +54,56 @@ def set_up_logging(config: LogConfig) -> None:
         ]
     else:
         renderer = [
+            _inert,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
-            )
+            ),
         ]
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     # What libraries log, asyncio's "exception was never retrieved" above all, goes the same way.
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processor=renderer[-1], foreign_pre_chain=shared)
-    )  # fmt: skip
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            foreign_pre_chain=shared,
+        )
+    )
+    handler.addFilter(_is_news)
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
 
 
+# Valid JSON, but obeyed by terminals, taken for line ends, or not encodable.
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 def _to_json(event: Any, **_: object) -> str:
-    return msgspec.json.encode(event, enc_hook=str).decode()
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(event, ensure_ascii=False, default=str))
+
+
+def _inert(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape the text that is not printable."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = value.encode("unicode_escape").decode()
+    return event
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a request was malformed: aiohttp tells with a traceback, and quotes headers that may hold a token."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def report_end(task: asyncio.Task[None]) -> None:
+    """A task's done callback, for tasks that should run as long as the daemon does: none of them dies in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        structlog.get_logger("notify_server").critical(
+            "a part of the daemon has stopped, restart it", part=task.get_name(), exc_info=error
+        )
 
 
 class Durations:

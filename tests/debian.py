@@ -1,4 +1,5 @@
-"""Installs the Debian packages that tests or benchmarks need and that are missing: `python tests/debian.py strace nginx`.
+"""Installs the Debian packages that tests or benchmarks need and that are missing: `python tests/debian.py strace
+nginx`.
 
 Each package is taken to bring a program of its own name. Exits 1 with one line when something is missing and cannot be
 installed.
@@ -24,10 +25,9 @@ def main(names: list[str]) -> int:
         return 0
     if os.geteuid() == 0 and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        quiet = {"env": environment, "stdout": subprocess.DEVNULL}
         print(f"installing from Debian: {' '.join(wanted)}", flush=True)
-        subprocess.run(["apt-get", "update", "-q"], check=False, **quiet)
-        subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", *wanted], check=False, **quiet)
+        for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *wanted]):
+            subprocess.run(["apt-get", *command], check=False, env=environment, stdout=subprocess.DEVNULL)
     if still := missing(names):
         print(f"missing: {' '.join(still)}: run `apt-get install {' '.join(still)}` as root", file=sys.stderr)
         return 1

@@ -108,9 +108,8 @@ def run(plan: Plan, options: Options) -> None:
     stopped_by: list[int] = []
     config = None if options.own_daemon else read_config(options.config)
     try:
-        daemon = None if config is None else _configured(config, options)
-        console.print(f"seed {plan.seed}")
-        code = uvloop.run(_until_signal(_play(plan, options, daemon, console), stopped_by))
+        daemon = None if config is None else configured(config, options)
+        code = uvloop.run(_until_signal(play(plan, options, daemon, console), stopped_by))
     except NotifyServerError as error:
         print(f"notify_server: {error}", file=sys.stderr)
         code = EXIT_FAILED
@@ -132,8 +131,9 @@ async def _until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> 
     return await task
 
 
-async def _play(plan: Plan, options: Options, daemon: Daemon | None, console: Console) -> int:
-    """Play against this daemon, or against one of its own; the exit code."""
+async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Console) -> int:
+    """Play against this daemon, or against one of its own; the exit code. Raises NotifyServerError."""
+    console.print(f"seed {plan.seed}")
     if daemon is not None:
         return show(await _watched(plan, options, daemon), plan, console)
     directory = options.keep or Path(tempfile.mkdtemp(prefix="notify-server-"))
@@ -146,7 +146,7 @@ async def _play(plan: Plan, options: Options, daemon: Daemon | None, console: Co
     return code
 
 
-def _configured(config: Config, options: Options) -> Daemon:
+def configured(config: Config, options: Options) -> Daemon:
     """The daemon of a configuration, as far as the options do not say otherwise."""
     server, token = config.server, config.auth.callback_token
     url = options.url
@@ -158,11 +158,11 @@ def _configured(config: Config, options: Options) -> Daemon:
         scheme = "https" if server.ssl_certificate else "http"
         url = str(URL.build(scheme=scheme, host=host, port=server.port, path=server.callback_path))
         if server.ssl_certificate:
-            tls = _trust(server.ssl_certificate)
+            tls = trust_only(server.ssl_certificate)
     return Daemon(url, options.store or config.store.path, token.get_secret_value() if token else None, tls)
 
 
-def _trust(certificate: Path) -> ssl.SSLContext:
+def trust_only(certificate: Path) -> ssl.SSLContext:
     """Trust exactly this certificate, whoever issued it and whatever it is called: it is the daemon's own."""
     try:
         context = ssl.create_default_context(cafile=str(certificate))
@@ -335,11 +335,11 @@ def show(report: Report, plan: Plan, console: Console) -> int:
     if report.timed_out:
         console.print(Text("Not every verdict was there in time: a longer --timeout may help.", "yellow"))
     if comparison.different:
-        console.print(
-            Text(
-                f"{comparison.different_files:,} files and {comparison.batches.different:,} batches differ.", "bold red"
-            )
+        files, batches = f"{plan.batches * plan.files:,} files", f"{plan.batches:,} batches"
+        different = (
+            f"{comparison.different_files:,} of {files} and {comparison.batches.different:,} of {batches} differ."
         )
+        console.print(Text(different, "bold red"))
         return EXIT_FAILED
     console.print(Text("Everything is as planted.", "bold green"))
     return 0

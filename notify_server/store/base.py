@@ -90,8 +90,11 @@ class Store(Protocol):
         leaves the inbox, with its last expansion; a batch has no verdict before that.
         """
 
-    async def discard(self, item: InboxItem, detail: str, now: int) -> None:
-        """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way."""
+    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
+        """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way.
+
+        What of it was expanded before stays; returns the verdict that this brings about for its batch.
+        """
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""

@@ -10,7 +10,7 @@ import structlog
 from notify_server.contract.signature import open_envelope
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
-from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, ReportedStatus
+from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, Notification, ReportedStatus
 from notify_server.store.base import Expansion, NewFile, Store
 from notify_server.verify.guard import Guard, harmless
 
@@ -20,12 +20,6 @@ log = structlog.get_logger("notify_server.store")
 CHUNK_FILES = 500
 INBOX_ITEMS = 64
 RETRY_SECONDS = 1.0
-
-
-class _UnreadableError(Exception):
-    def __init__(self, item: InboxItem, error: ContractError) -> None:
-        super().__init__(str(error))
-        self.item = item
 
 
 class Expander:
@@ -53,45 +47,61 @@ class Expander:
         while True:
             await self._store.wait_inbox()
             try:
-                items = await self._store.inbox(INBOX_ITEMS)
-                for chunk in _group(self._expansions(items)):
-                    await self._expand(chunk)
-            except _UnreadableError as error:
-                log.error("an acked notification cannot be expanded, it is kept in rejection", error=str(error))
-                await self._store.discard(error.item, str(error), self._now())
+                await self._take(await self._store.inbox(INBOX_ITEMS))
             except StoreUnavailableError as error:
                 log.warning("cannot expand the inbox, trying again", error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _expand(self, chunk: Sequence[Expansion]) -> None:
-        verdicts = await self._store.expand(chunk, self._now())
-        hosts = {file.host for expansion in chunk for file in expansion.files if file.state is FileState.PENDING}
+    async def _take(self, items: Sequence[InboxItem]) -> None:
+        """Expand items in their order: small ones share a transaction, a large one takes several."""
+        group: list[Expansion] = []
+        size = 0
+        for item in items:
+            try:
+                notification = self._read(item)
+            except ContractError as error:
+                await self._expand(group)
+                group, size = [], 0
+                log.error("an acked notification cannot be expanded, it is kept in rejection", error=str(error))
+                self._on_verdicts(await self._store.discard(item, str(error), self._now()))
+                continue
+            for expansion in self._expansions(item, notification):
+                if group and size + len(expansion.files) > CHUNK_FILES:
+                    await self._expand(group)
+                    group, size = [], 0
+                group.append(expansion)
+                size += len(expansion.files)
+        await self._expand(group)
+
+    async def _expand(self, group: Sequence[Expansion]) -> None:
+        if not group:
+            return
+        verdicts = await self._store.expand(group, self._now())
+        hosts = {file.host for expansion in group for file in expansion.files if file.state is FileState.PENDING}
         if hosts:
             self._on_files(hosts)
         if verdicts:
             self._on_verdicts(verdicts)
 
-    def _expansions(self, items: Sequence[InboxItem]) -> Iterator[Expansion]:
-        for item in items:
-            # It was within the limit when it was acked; a limit lowered since must not lose it.
-            try:
-                envelope = open_envelope(item.body)
-                bare = item.body if envelope is None else envelope.notification
-                notification = parse_notification(bare, max_files=2**31)
-            except ContractError as error:
-                raise _UnreadableError(item, error) from error
-            if unknown := unknown_fields(bare):
-                self._on_unknown_fields(unknown)
-            files = notification.file_list
-            for start in range(0, max(1, len(files)), CHUNK_FILES):
-                part = files[start : start + CHUNK_FILES]
-                yield Expansion(
-                    item,
-                    notification.batch_id,
-                    notification.api_code,
-                    [self._admit(entry) for entry in part],
-                    start + CHUNK_FILES >= len(files),
-                )
+    def _read(self, item: InboxItem) -> Notification:
+        envelope = open_envelope(item.body)
+        bare = item.body if envelope is None else envelope.notification
+        # It was within the limit when it was acked; a limit lowered since must not lose it.
+        notification = parse_notification(bare, max_files=2**31)
+        if unknown := unknown_fields(bare):
+            self._on_unknown_fields(unknown)
+        return notification
+
+    def _expansions(self, item: InboxItem, notification: Notification) -> Iterator[Expansion]:
+        files = _last_words(notification.file_list)
+        for start in range(0, max(1, len(files)), CHUNK_FILES):
+            yield Expansion(
+                item,
+                notification.batch_id,
+                notification.api_code,
+                [self._admit(entry) for entry in files[start : start + CHUNK_FILES]],
+                start + CHUNK_FILES >= len(files),
+            )
 
     def _admit(self, entry: FileEntry) -> NewFile:
         if entry.status is ReportedStatus.FAILED:
@@ -107,15 +117,11 @@ class Expander:
         return NewFile(entry.oss_object_name, shown, target.host, entry.status, FileState.BLOCKED, target.refusal)
 
 
-def _group(expansions: Iterator[Expansion]) -> Iterator[list[Expansion]]:
-    """Whole transactions' worth: small notifications together, a large one in parts."""
-    group: list[Expansion] = []
-    size = 0
-    for expansion in expansions:
-        if group and size + len(expansion.files) > CHUNK_FILES:
-            yield group
-            group, size = [], 0
-        group.append(expansion)
-        size += len(expansion.files)
-    if group:
-        yield group
+def _last_words(entries: Sequence[FileEntry]) -> Sequence[FileEntry]:
+    """One entry for each key. Of a key that is listed twice the last counts, as if it had been delivered later."""
+    files: dict[str, FileEntry] = {}
+    for entry in entries:
+        known = files.get(entry.oss_object_name)
+        if known is None or entry.status is ReportedStatus.FINISHED or known.status is ReportedStatus.FAILED:
+            files[entry.oss_object_name] = entry
+    return entries if len(files) == len(entries) else list(files.values())

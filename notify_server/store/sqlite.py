@@ -31,7 +31,7 @@ from notify_server.model import (
 )
 from notify_server.store.base import Expansion, HostDue, NewFile
 from notify_server.store.queries import load_queries, with_rows
-from notify_server.store.sqlite_writer import FileLock, Writer, connect
+from notify_server.store.sqlite_writer import FileLock, Writer, connect, refusal
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ SQL = load_queries("sqlite")
 _decode_due = msgspec.json.Decoder(list[tuple[int, int, str, str, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
 _decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
-_decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, ReportedStatus, FileState, str]]).decode
+_decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, ReportedStatus, FileState]]).decode
 
 
 class SqliteStore:
@@ -72,10 +72,13 @@ class SqliteStore:
         self._recent_bytes = 0
         (self._on_disk_through,) = connection.execute(SQL["inbox_end"]).fetchone()
 
-        # Ids claimed, by host; and those among them that have started anew since they were claimed.
-        self._held: dict[str, set[int]] = {}
+        # Files claimed, with the host they were claimed of; and those among them that have started anew since then,
+        # maybe at another host.
+        self._held: dict[int, str] = {}
+        self._held_of: Counter[str] = Counter()
         self._restarted: set[int] = set()
-        self._rejections, self._rejection_bytes = connection.execute(SQL["rejection_size"]).fetchone()
+        # The newest rejection, how many there are, and of how many bytes.
+        self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
         self._writer = Writer(path, connection)
         self._accept = self._writer.group(_write_deliveries, self._accepted)
@@ -96,6 +99,9 @@ class SqliteStore:
         lock = FileLock(path)
         try:
             return cls(lock, path, connect(path))
+        except sqlite3.DatabaseError as error:
+            lock.close()
+            raise refusal(path, error) from error
         except BaseException:
             lock.close()
             raise
@@ -136,20 +142,24 @@ class SqliteStore:
         await self._reject(rejection)
 
     def _write_rejections(self, connection: sqlite3.Connection, rejections: Sequence[Rejection]) -> list[None]:
+        # What is remembered holds only if it was committed, and nobody has deleted since.
+        (newest,) = connection.execute(SQL["rejection_newest"]).fetchone()
+        if newest != self._rejections[0]:
+            self._rejections = (newest, *connection.execute(SQL["rejection_size"]).fetchone())
+        _, count, size = self._rejections
         for chunk in _chunks(rejections):
-            _insert(connection, "reject", [(r.received_at, r.remote_addr, r.code, r.detail, r.body) for r in chunk])
-        count = self._rejections + len(rejections)
-        size = self._rejection_bytes + sum(len(rejection.body) for rejection in rejections)
+            rows = [(r.received_at, r.remote_addr, r.code, r.detail, r.body) for r in chunk]
+            newest = _insert(connection, "reject", rows).lastrowid
+        count += len(rejections)
+        size += sum(len(rejection.body) for rejection in rejections)
         while count > REJECTIONS_KEPT or size > REJECTION_BYTES_KEPT:
-            oldest = connection.execute(SQL["rejection_oldest"], (_ROWS,)).fetchall()
             last = None
-            for last, length in oldest:  # noqa: B007
+            for last, length in connection.execute(SQL["rejection_oldest"], (_ROWS,)).fetchall():  # noqa: B007
                 count, size = count - 1, size - length
                 if count <= REJECTIONS_KEPT and size <= REJECTION_BYTES_KEPT:
                     break
             connection.execute(SQL["rejection_delete_through"], (last,))
-        # Wrong by a group when the commit then fails; the next prune counts anew.
-        self._rejections, self._rejection_bytes = count, size
+        self._rejections = newest, count, size
         return [None] * len(rejections)
 
     async def wait_inbox(self) -> None:
@@ -164,7 +174,10 @@ class SqliteStore:
             items = list(islice(recent, limit))
         else:
             bounds = (self._expanded_through, self._on_disk_through, limit)
+            # Set before what may fail: then it is tried again.
+            self._inbox_news.set()
             rows = await self._writer.read(lambda connection: connection.execute(SQL["inbox"], bounds).fetchall())
+            self._inbox_news.clear()
             items = [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
             if not items:
                 # What was there has been deleted by hand.
@@ -174,32 +187,41 @@ class SqliteStore:
         return items
 
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
-        def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
-            pending = 0
-            verdicts: list[BatchVerdict] = []
-            for part in _distinct_batches(expansions):
-                merges = _merge(connection, part, now)
-                for merge in merges:
-                    pending += merge.pending
-                    self._restarted.update(id for id, host in merge.restarted if id in self._held.get(host, ()))
-                verdicts += _write_verdicts(connection, [merge.batch for merge in merges], now)
-            return pending, verdicts
+        # What has been expanded to its end is not expanded again, whatever its caller remembers.
+        expansions = [expansion for expansion in expansions if expansion.item.id > self._expanded_through]
 
-        pending, verdicts = await self._writer.transaction(write)
-        self._backlog += pending - sum(len(expansion.files) for expansion in expansions)
-        self._expanded_through = max((e.item.id for e in expansions if e.last), default=self._expanded_through)
+        def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
+            merges = [merge for part in _distinct_batches(expansions) for merge in _merge(connection, part, now)]
+            restarted.update(id for merge in merges for id in merge.restarted)
+            batches = {merge.batch for merge in merges}
+            return sum(merge.pending for merge in merges), _write_verdicts(connection, batches, now)
+
+        restarted: set[int] = set()
+        pending, verdicts = await self._writer.transaction(
+            write, committed=lambda: self._restarted.update(self._held.keys() & restarted)
+        )
+        self._backlog += pending
+        for item in [expansion.item for expansion in expansions if expansion.last]:
+            self._expanded_through = item.id
+            self._backlog -= item.files
         return verdicts
 
-    async def discard(self, item: InboxItem, detail: str, now: int) -> None:
+    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
         rejection = Rejection(item.received_at, item.remote_addr, "500", detail, item.body)
 
-        def write(connection: sqlite3.Connection) -> None:
+        def write(connection: sqlite3.Connection) -> list[BatchVerdict]:
             self._write_rejections(connection, [rejection])
-            connection.execute(SQL["inbox_done"], (now, f"[{item.id}]"))
+            _insert(connection, "inbox_done", [(item.id,)], now)
+            # Its beginning may have been expanded: the batch no longer waits for the rest.
+            batches = [batch for (batch,) in connection.execute(SQL["batch_of_discarded"], (item.id,)).fetchall()]
+            for batch in batches:
+                connection.execute(SQL["batch_not_expanding"], (batch,))
+            return _write_verdicts(connection, batches, now)
 
-        await self._writer.transaction(write)
+        verdicts = await self._writer.transaction(write)
         self._backlog -= item.files
         self._expanded_through = item.id
+        return verdicts
 
     # Due files
 
@@ -216,27 +238,29 @@ class SqliteStore:
     def _read_claims(
         self, connection: sqlite3.Connection, wanted: Sequence[tuple[str, int]], now: int
     ) -> list[DueFile]:
-        claimed: list[DueFile] = []
+        claimed: dict[int, DueFile] = {}
         for host, n in wanted:
-            held = self._held.get(host, set())
             # What is held is still pending on disk: as many more are read, and left out.
-            (answer,) = connection.execute(SQL["claim"], (host, now, n + len(held))).fetchone()
-            free = [DueFile(*row) for row in _decode_due(answer) if row[0] not in held][:n]
-            if free:
-                self._held.setdefault(host, held).update(file.id for file in free)
-                claimed += free
-        return claimed
+            most = n + self._held_of[host] + len(self._restarted) + len(claimed)
+            (answer,) = connection.execute(SQL["claim"], (host, now, most)).fetchone()
+            rows = [row for row in _decode_due(answer) if row[0] not in self._held and row[0] not in claimed]
+            claimed.update((row[0], DueFile(*row)) for row in rows[:n])
+        # Held only now: a read that fails half-way must not keep what nobody got.
+        for file in claimed.values():
+            self._held[file.id] = file.host
+            self._held_of[file.host] += 1
+        return list(claimed.values())
 
     def release(self, files: Sequence[DueFile]) -> None:
-        self._writer.call(lambda connection: self._forget(files))
+        self._writer.call(lambda: self._forget(files))
 
     def _forget(self, files: Iterable[DueFile]) -> None:
         for file in files:
-            held = self._held.get(file.host)
-            if held is not None:
-                held.discard(file.id)
-                if not held:
-                    del self._held[file.host]
+            host = self._held.pop(file.id, None)
+            if host is not None:
+                self._held_of[host] -= 1
+                if not self._held_of[host]:
+                    del self._held_of[host]
             self._restarted.discard(file.id)
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
@@ -257,9 +281,8 @@ class SqliteStore:
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         def write(connection: sqlite3.Connection) -> int:
-            deleted = _prune(connection, completed_before, rejected_before, limit)
-            self._rejections, self._rejection_bytes = connection.execute(SQL["rejection_size"]).fetchone()
-            return deleted
+            self._rejections = (0, 0, 0)
+            return _prune(connection, completed_before, rejected_before, limit)
 
         return await self._writer.transaction(write)
 
@@ -269,17 +292,20 @@ def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
         yield items[start : start + _ROWS]
 
 
-def _insert(connection: sqlite3.Connection, query: str, rows: Sequence[tuple[object, ...]]) -> sqlite3.Cursor:
-    """Run a `:rows` query with at most _ROWS rows, in one step."""
-    return connection.execute(with_rows(SQL[query], len(rows[0]), len(rows)), [value for row in rows for value in row])
+def _insert(
+    connection: sqlite3.Connection, query: str, rows: Sequence[tuple[object, ...]], *more: object
+) -> sqlite3.Cursor:
+    """Run a `:rows` query with at most _ROWS rows, and `more` parameters behind them, in one step."""
+    parameters = [value for row in rows for value in row]
+    return connection.execute(with_rows(SQL[query], len(rows[0]), len(rows)), [*parameters, *more])
 
 
 def _write_deliveries(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> list[int | NonceReusedError]:
     reused = _consume_nonces(connection, deliveries)
     rows = [
         (d.batch_id, d.api_code, d.received_at, d.remote_addr, d.signature, d.request_id, d.files, d.body)
-        for d in deliveries
-        if id(d) not in reused
+        for place, d in enumerate(deliveries)
+        if place not in reused
     ]
     ids: list[int] = []
     for chunk in _chunks(rows):
@@ -287,17 +313,18 @@ def _write_deliveries(connection: sqlite3.Connection, deliveries: Sequence[Deliv
         assert last is not None
         ids.extend(range(last - len(chunk) + 1, last + 1))
     fresh = iter(ids)
-    return [reused.get(id(delivery)) or next(fresh) for delivery in deliveries]
+    return [reused.get(place) or next(fresh) for place in range(len(deliveries))]
 
 
 def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> dict[int, NonceReusedError]:
-    signed = [delivery for delivery in deliveries if delivery.nonce is not None]
+    """Consume the nonces; the places of the deliveries whose nonce had been consumed before."""
+    signed = [(place, d.nonce, d) for place, d in enumerate(deliveries) if d.nonce is not None]
     if signed:
-        connection.execute(SQL["nonce_purge"], (min(delivery.received_at for delivery in signed),))
+        connection.execute(SQL["nonce_purge"], (min(d.received_at for _, _, d in signed),))
     return {
-        id(delivery): NonceReusedError(f"the nonce of batch {delivery.batch_id!r} has been consumed before")
-        for delivery in signed
-        if not connection.execute(SQL["nonce_consume"], delivery.nonce or ()).rowcount
+        place: NonceReusedError(f"the nonce of batch {d.batch_id!r} has been consumed before")
+        for place, nonce, d in signed
+        if not connection.execute(SQL["nonce_consume"], nonce).rowcount
     }
 
 
@@ -315,14 +342,14 @@ def _distinct_batches(expansions: Sequence[Expansion]) -> Iterator[list[Expansio
 
 
 class _Merge:
-    """What an expansion does to its batch: files by state, and (id, host) of pending files that start anew."""
+    """What an expansion does to its batch: files by state, and the ids of pending files that start anew."""
 
     def __init__(self, batch: int, expansion: Expansion) -> None:
         self.batch = batch
         self.expansion = expansion
         self.added: list[NewFile] = []
         self.delta: Counter[FileState] = Counter()
-        self.restarted: list[tuple[int, str]] = []
+        self.restarted: list[int] = []
 
     @property
     def pending(self) -> int:
@@ -351,8 +378,12 @@ def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now:
     for key, expansion in zip(keys, expansions, strict=True):
         id, size = found[key]
         merge = _Merge(id, expansion)
-        # A key that is listed twice: its last entry counts, as if it had been delivered later.
-        files = {file.oss_object_name: file for file in expansion.files}
+        # A key that is listed twice: as if its later entry had been delivered later.
+        files: dict[str, NewFile] = {}
+        for file in expansion.files:
+            known = files.get(file.oss_object_name)
+            if known is None or _starts_anew(known.target_url, known.reported_status, file):
+                files[file.oss_object_name] = file
         if size:
             _merge_existing(connection, merge, files, now)
         merge.added = list(files.values())
@@ -363,8 +394,8 @@ def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now:
     for chunk in _chunks(added):
         _insert(connection, "files_insert", chunk)
     _insert(connection, "batch_expanded", [merge.batch_row() for merge in merges])
-    done = [expansion.item.id for expansion in expansions if expansion.last]
-    connection.execute(SQL["inbox_done"], (now, msgspec.json.encode(done).decode()))
+    if done := [(expansion.item.id,) for expansion in expansions if expansion.last]:
+        _insert(connection, "inbox_done", done, now)
     return merges
 
 
@@ -372,7 +403,7 @@ def _merge_existing(connection: sqlite3.Connection, merge: _Merge, files: dict[s
     """Take what the batch has already out of `files`, and start anew what has changed."""
     names = msgspec.json.encode(list(files)).decode()
     (answer,) = connection.execute(SQL["files_existing"], (merge.batch, names)).fetchone()
-    for id, name, target_url, reported_status, state, host in _decode_existing(answer):
+    for id, name, target_url, reported_status, state in _decode_existing(answer):
         file = files.pop(name)
         if not _starts_anew(target_url, reported_status, file):
             continue
@@ -380,7 +411,7 @@ def _merge_existing(connection: sqlite3.Connection, merge: _Merge, files: dict[s
         merge.delta[state] -= 1
         merge.delta[file.state] += 1
         if state is FileState.PENDING:
-            merge.restarted.append((id, host))
+            merge.restarted.append(id)
 
 
 def _starts_anew(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:
@@ -427,10 +458,8 @@ def _write_results(
     ]  # fmt: skip
     for rows in _chunks(attempts):
         _insert(connection, "record_attempts", rows)
-    for result in results:
-        # Few files come near the bound: most have one request an attempt, and few attempts.
-        if result.attempts * max(1, len(result.requests)) > ATTEMPTS_KEPT // 4:
-            connection.execute(SQL["attempts_trim"], {"file": result.file.id, "kept": ATTEMPTS_KEPT - 1})
+    files = msgspec.json.encode([result.file.id for result in results]).decode()
+    connection.execute(SQL["attempts_trim"], {"files": files, "others": ATTEMPTS_KEPT - 1})
 
     settled: dict[int, Counter[FileState]] = {}
     for result in results:
@@ -447,30 +476,35 @@ def _write_results(
 
 
 def _write_verdicts(connection: sqlite3.Connection, batches: Iterable[int], now: int) -> list[BatchVerdict]:
-    changed = list(batches)
-    if not changed:
-        return []
-    parameters = {"now": now, "batches": msgspec.json.encode(changed).decode()}
-    rows = connection.execute(SQL["verdicts"], parameters).fetchall()
-    return [BatchVerdict(id, batch_id, api_code, Verdict(v), *rest) for id, batch_id, api_code, v, *rest in rows]
+    verdicts: list[BatchVerdict] = []
+    for chunk in _chunks([(batch,) for batch in batches]):
+        rows = _insert(connection, "verdicts", chunk, now).fetchall()
+        verdicts += [BatchVerdict(id, batch, api_code, Verdict(v), *rest) for id, batch, api_code, v, *rest in rows]
+    return verdicts
 
 
 def _prune(connection: sqlite3.Connection, completed_before: int, rejected_before: int, limit: int) -> int:
     deleted = 0
     for (batch,) in connection.execute(SQL["prune_batches"], (completed_before, limit)).fetchall():
-        files = connection.execute(SQL["prune_files"], (batch, limit)).fetchall()
+        # A file goes with its attempts, so the first goes however many it has.
+        files: list[tuple[int, str]] = []
+        rows = 0
+        for id, state, attempts in connection.execute(SQL["prune_files"], (batch, limit)).fetchall():
+            if files and deleted + rows + 1 + attempts > limit:
+                break
+            files.append((id, state))
+            rows += 1 + attempts
         ids = msgspec.json.encode([id for id, _ in files]).decode()
-        deleted += connection.execute(SQL["prune_attempts_of"], (ids,)).rowcount
-        deleted += connection.execute(SQL["prune_files_of"], (ids,)).rowcount
-        if len(files) == limit:
-            # More may be left. The batch stays, and tells the truth of what is left, until a later round.
-            gone = Counter(state for _, state in files)
-            connection.execute(SQL["prune_counted"], (len(files), *(gone[state] for state in _SETTLED), batch))
-        else:
-            deleted += connection.execute(SQL["prune_batch"], (batch,)).rowcount
+        connection.execute(SQL["prune_attempts_of"], (ids,))
+        connection.execute(SQL["prune_files_of"], (ids,))
+        # While some are left the batch stays, and tells the truth of them, until a later round.
+        gone = Counter(state for _, state in files)
+        connection.execute(SQL["prune_counted"], (len(files), *(gone[state] for state in _SETTLED), batch))
+        deleted += rows + connection.execute(SQL["prune_batch"], (batch,)).rowcount
         if deleted >= limit:
             break
     parameters = {"before": completed_before, "limit": limit}
     deleted += connection.execute(SQL["prune_notifications"], parameters).rowcount
-    deleted += connection.execute(SQL["prune_rejections"], (rejected_before, limit)).rowcount
+    parameters = {"before": rejected_before, "limit": limit}
+    deleted += connection.execute(SQL["prune_rejections"], parameters).rowcount
     return deleted

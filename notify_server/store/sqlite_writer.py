@@ -37,6 +37,7 @@ JOB_SHARE = 0.25
 OLDEST_SQLITE = (3, 35, 0)
 
 # The connection is as good as before after these; after any other error of the engine it is opened anew.
+READ_ONLY = "{}: is read-only: make the file and its directory writable for this user"
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_INTERRUPT}
 
 
@@ -46,7 +47,9 @@ class FileLock:
     """
 
     def __init__(self, database: Path) -> None:
-        self._path = database.with_name(database.name + ".lock")
+        # Of the file itself, by whichever link it was named.
+        actual = database.resolve()
+        self._path = actual.with_name(actual.name + ".lock")
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -80,12 +83,11 @@ def connect(path: Path) -> sqlite3.Connection:
         raise StoreRefusedError(
             f"SQLite {sqlite3.sqlite_version} is too old: a Python with SQLite {needed} or newer is needed"
         )
+    _check_writable(path)
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
-    except sqlite3.Error as error:
-        raise StoreRefusedError(
-            f"{path}: cannot be opened ({error}): check that the directory exists and is writable"
-        ) from error
+    except sqlite3.DatabaseError as error:
+        raise refusal(path, error) from error
     try:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         _check_identity(connection, path)
@@ -99,14 +101,27 @@ def connect(path: Path) -> sqlite3.Connection:
         migrate(connection, path)
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
     except StoreRefusedError:
         connection.close()
         raise
     return connection
 
 
-def _refusal(path: Path, error: sqlite3.DatabaseError) -> StoreRefusedError:
+def _check_writable(path: Path) -> None:
+    # SQLite opens a file that it may only read without a word. Before there is a connection: closing any descriptor of
+    # the file would drop the locks that SQLite holds on it.
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as error:
+        if os.access(path, os.R_OK, effective_ids=True):
+            raise StoreRefusedError(READ_ONLY.format(path)) from error
+    except OSError:
+        return  # Not there yet, or SQLite says better what is wrong with it.
+
+
+def refusal(path: Path, error: sqlite3.DatabaseError) -> StoreRefusedError:
+    """What to tell of a database that cannot be opened: what is wrong, and what to do."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreRefusedError(
@@ -118,7 +133,7 @@ def _refusal(path: Path, error: sqlite3.DatabaseError) -> StoreRefusedError:
             f"{path}: is locked by another program: close what has it open for writing, and start again"
         )
     if code == sqlite3.SQLITE_READONLY:
-        return StoreRefusedError(f"{path}: is read-only: make the file and its directory writable for this user")
+        return StoreRefusedError(READ_ONLY.format(path))
     return StoreRefusedError(
         f"{path}: cannot be opened ({error}): check the disk and the permissions of file and directory"
     )
@@ -184,6 +199,8 @@ class GroupCommit(Generic[Item, Answer]):
 
     def __call__(self, item: Item) -> asyncio.Future[Answer]:
         future: asyncio.Future[Answer] = self._writer.future()
+        if future.done():
+            return future
         self._group.items.append(item)
         self._group.waiting.append(future)
         self._writer.wake()
@@ -201,7 +218,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "sqlite-writer")
         self._loop = asyncio.get_running_loop()
         self._groups: list[_Group[object, object]] = []
-        self._jobs: deque[tuple[Callable[[sqlite3.Connection], object], asyncio.Future[object]]] = deque()
+        self._jobs: deque[tuple[Callable[[], object], asyncio.Future[object]]] = deque()
         # Seconds that jobs may take from callers who wait for an ack; below zero it is owed to them.
         self._credit = 0.0
         self._waiter: asyncio.Future[None] | None = None
@@ -244,8 +261,10 @@ class Writer:
         """Run a short read on the writer's connection, which sees exactly what has been committed so far."""
         return await self._submit(job)
 
-    def call(self, job: Callable[[sqlite3.Connection], object]) -> None:
-        """Run the job in its turn, without waiting for it. Nothing is run once the store is closing."""
+    def call(self, job: Callable[[], object]) -> None:
+        """Run the job in its turn in the writer's thread, without waiting for it, and whether or not there is a
+        database to be had. Nothing is run once the store is closing.
+        """
         if not self._closing:
             self._jobs.append((job, self._loop.create_future()))
             self.wake()
@@ -253,7 +272,7 @@ class Writer:
     async def _submit(self, job: Callable[[sqlite3.Connection], T]) -> T:
         future: asyncio.Future[T] = self.future()
         if not future.done():
-            self._jobs.append((job, future))  # type: ignore[arg-type]
+            self._jobs.append((lambda: self._call(job), future))  # type: ignore[arg-type]
             self.wake()
         return await future
 
@@ -283,7 +302,7 @@ class Writer:
     async def _commit_group(self, group: _Group[Item, Answer]) -> None:
         items, waiting = group.take(self.GROUP_LIMIT)
         try:
-            answers = await self._in_thread(lambda connection: _transact(connection, lambda c: group.write(c, items)))
+            answers = await self._in_thread(lambda: self._call(lambda c: _transact(c, lambda c: group.write(c, items))))
         except Exception as error:
             for future in waiting:
                 if not future.done():
@@ -299,7 +318,7 @@ class Writer:
             if not future.done():
                 future.set_result(answer)
 
-    async def _do_job(self, job: Callable[[sqlite3.Connection], object], future: asyncio.Future[object]) -> None:
+    async def _do_job(self, job: Callable[[], object], future: asyncio.Future[object]) -> None:
         if future.cancelled():
             return
         started = self._loop.time()
@@ -314,8 +333,8 @@ class Writer:
         if not future.done():
             future.set_result(answer)
 
-    async def _in_thread(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        return await self._loop.run_in_executor(self._thread, self._call, job)
+    async def _in_thread(self, job: Callable[[], T]) -> T:
+        return await self._loop.run_in_executor(self._thread, job)
 
     def _call(self, job: Callable[[sqlite3.Connection], T]) -> T:
         if self._connection is None:
@@ -345,16 +364,15 @@ class Writer:
 
 
 def _transact(connection: sqlite3.Connection, job: Callable[[sqlite3.Connection], T]) -> T:
-    # IMMEDIATE: a read that turns into a write fails at once and ignores the busy timeout.
-    connection.execute("BEGIN IMMEDIATE")
     try:
+        # IMMEDIATE: a read that turns into a write fails at once and ignores the busy timeout.
+        connection.execute("BEGIN IMMEDIATE")
         result = job(connection)
         connection.execute("COMMIT")
     except BaseException:
         # A full disk has already rolled back by itself.
         if connection.in_transaction:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
+            connection.execute("ROLLBACK")
         raise
     return result
 

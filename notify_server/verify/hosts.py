@@ -94,4 +94,5 @@ class Host:
 
     def idle(self, now: float) -> bool:
         """Whether nothing is known of the host that would be missed."""
-        return not (self.queue or self.in_flight or self.timer or now < self.open_until + REST_LONGEST)
+        remembered = max(self._next_start, self.open_until + REST_LONGEST if self._failures else 0.0)
+        return not (self.queue or self.in_flight or self.timer or now < remembered)

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from notify_server.model import Evidence, Request
+from notify_server.observe import report_end
 from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
 
 log = structlog.get_logger("notify_server.verify")
@@ -58,14 +59,17 @@ class ProberLink:
         `on_death` is called when a process that was ready has ended; what it was sent and has not answered is lost.
         """
         self._task = asyncio.create_task(self._keep_running(on_ready, on_evidence, on_death), name="prober")
+        self._task.add_done_callback(report_end)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ready.wait(), START_SECONDS)
 
     def send(self, requests: Sequence[Request]) -> None:
         """Hand requests to the prober. When it is gone they are lost, as `on_death` tells."""
         self.busy += len(requests)
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(frame(_encode(requests)))
+        pipe = self._process.stdin if self._process is not None else None
+        # uvloop raises on a pipe whose other end it knows to be gone, which may be before `on_death` is called.
+        if pipe is not None and not pipe.is_closing():
+            pipe.write(frame(_encode(requests)))
 
     async def stop(self) -> None:
         """End the process: it leaves by itself when its input closes, and is killed when it does not."""

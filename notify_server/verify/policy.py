@@ -8,6 +8,7 @@ becomes of the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 import msgspec
@@ -90,6 +91,16 @@ def judge(
     return Conclusion(FileState.PENDING, http_reason(status), final=status in FINAL)
 
 
+def was_anothers(doubted: Evidence, confirmed: Evidence) -> bool:
+    """Whether an answer on a reused connection was not the answer to its request, as the same request on a fresh one
+    shows.
+
+    A passing trouble of the server (5xx, 408, 429) is no proof: it may have been true when it was said.
+    """
+    passing = doubted.status is None or doubted.status in (408, 429) or doubted.status >= 500
+    return not passing and doubted.status != confirmed.status
+
+
 def _empty_range(ask: Ask, evidence: Evidence) -> bool:
     # RFC 9110 14.1.2: the first byte of an empty object cannot be had, and `Content-Range: bytes */0` says that it is
     # empty.
@@ -150,7 +161,10 @@ def retry_after_ms(value: str | None, now: int) -> int | None:
     if text.isascii() and text.isdigit():
         return int(text[:15]) * 1000
     try:
-        moment = parsedate_to_datetime(text).timestamp()
+        moment = parsedate_to_datetime(text)
+        if moment.tzinfo is None:
+            # RFC 9110 5.6.7: the asctime format has no zone and means UTC.
+            moment = moment.replace(tzinfo=UTC)
+        return max(0, round(moment.timestamp() * 1000) - now)
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
-    return max(0, round(moment * 1000) - now)

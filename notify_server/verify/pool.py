@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
 
 import structlog
 
@@ -30,6 +31,7 @@ from notify_server.model import (
     Request,
     http_reason,
 )
+from notify_server.observe import report_end
 from notify_server.store.base import Store
 from notify_server.verify import policy
 from notify_server.verify.guard import Guard
@@ -53,6 +55,9 @@ TRIAL_SHARE = 4
 LOOK_HOSTS = 1000
 LOOK_SECONDS = 1.0
 HOSTS_MOST = 10_000
+# Moments at which files are due are remembered in steps of this, as far ahead as that.
+DUE_STEP_MS = 50
+DUE_SOON_MS = 60_000
 HOSTS_A_CLAIM = 64
 # Timers of the event loop have a resolution of 1 ms, and must not fire before their time.
 TIMER_SLACK = 0.002
@@ -99,6 +104,8 @@ class Pool:
         self._now = now
         self._chance = chance
         self._on_verdicts = on_verdicts
+        # What one prober may have in flight: the living do not take over what the dead had.
+        self._a_prober = -(-config.concurrency // max(1, len(links)))
         self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
 
         self._hosts: dict[str, Host] = {}
@@ -115,7 +122,9 @@ class Pool:
 
         self._look_after = ""
         self._look_at = 0.0
-        self._due_at: int | None = None
+        # When files will be due, as far as it is known and soon: the look is the truth, this wakes it in time.
+        self._due: list[int] = []
+        self._due_known: set[int] = set()
         self._work = asyncio.Event()
         self._recordable = asyncio.Event()
         self._drained = asyncio.Event()
@@ -131,6 +140,8 @@ class Pool:
             asyncio.create_task(self._claim_loop(), name="verify-claim"),
             asyncio.create_task(self._record_loop(), name="verify-record"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(report_end)
 
     def finish(self) -> None:
         """Start nothing more."""
@@ -195,8 +206,8 @@ class Pool:
 
     async def _wait_for_work(self) -> None:
         timeout = self._look_at - time.monotonic()
-        if self._due_at is not None:
-            timeout = min(timeout, (self._due_at - self._now()) / 1000)
+        if self._due:
+            timeout = min(timeout, (self._due[0] - self._now()) / 1000)
         try:
             async with asyncio.timeout(max(0.0, timeout)):
                 await self._work.wait()
@@ -210,7 +221,9 @@ class Pool:
         This is the truth about what is due; `offer` and what is recorded only make it known sooner.
         """
         page = await self._store.due_hosts(self._look_after, LOOK_HOSTS)
-        now, self._due_at = self._now(), None
+        now = self._now()
+        while self._due and self._due[0] <= now:
+            self._due_known.discard(heappop(self._due))
         self._look_after = page[-1].host if len(page) == LOOK_HOSTS else ""
         self._look_at = time.monotonic() + LOOK_SECONDS
         for entry in page:
@@ -223,8 +236,12 @@ class Pool:
             del self._hosts[name]
 
     def _due_by(self, moment: int) -> None:
-        if self._due_at is None or moment < self._due_at:
-            self._due_at = moment
+        moment += -moment % DUE_STEP_MS
+        if moment not in self._due_known and moment - self._now() < DUE_SOON_MS:
+            self._due_known.add(moment)
+            heappush(self._due, moment)
+            if moment == self._due[0]:
+                self._work.set()
 
     async def _claim(self) -> bool:
         """Claim for some of the hungry hosts; whether there was anything to do."""
@@ -285,7 +302,7 @@ class Pool:
         if self._stopping or not self._turns:
             return
         now = time.monotonic()
-        links = [link for link in self._links if link.alive]
+        links = [link for link in self._links if link.alive and link.busy < self._a_prober]
         outgoing: dict[ProberLink, list[Request]] = {link: [] for link in links}
         while self._turns and links and len(self._flights) < self._config.concurrency and self._has_room():
             host = self._turns.popleft()
@@ -336,7 +353,8 @@ class Pool:
             ask.target.url,
             round((flight.deadline - now) * 1000),
             round(settings.connect_timeout * 1000),
-            ask.fresh,
+            # A host that is not trusted with it gets no connection that was used before, nor keeps this one.
+            ask.fresh or not flight.host.reuse,
             flight.host.reuse,
         )
 
@@ -375,7 +393,7 @@ class Pool:
             flight.doubted = item
             return
         doubted, flight.doubted = flight.doubted, None
-        if doubted is not None and doubted.status is not None and doubted.status != item.status:
+        if doubted is not None and policy.was_anothers(doubted, item):
             if host.reuse:
                 log.warning("host sends answers that nobody asked for, its connections are used once", host=host.name)
             host.reuse = False
@@ -510,8 +528,6 @@ class Pool:
             for result in batch:
                 if result.next_attempt_at is not None:
                     self._due_by(result.next_attempt_at)
-            if self._due_at is not None:
-                self._work.set()
             if verdicts:
                 self._on_verdicts(verdicts)
             self._check_drained()

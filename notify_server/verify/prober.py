@@ -29,7 +29,10 @@ from notify_server.verify.guard import Guard
 
 # Longer values are cut: they are kept to be read by people.
 VALUE_LIMIT = 255
-LOCATION_LIMIT = 8192
+# One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
+LOCATION_LIMIT = 8193
+# Connections kept: select() knows descriptors up to 1,023, and requests in flight need some too.
+KEPT_MOST = 800
 
 
 _TLS_ERRORS = frozenset(
@@ -85,16 +88,20 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
     """What is kept of the header lines that libcurl passed on. Interim (1xx) responses before the last one do not
     count.
 
-    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). The length of
-    the whole object is taken from Content-Range where there is one.
+    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
+    answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
     """
     fields: dict[bytes, bytes] = {}
     lengths: set[bytes] = set()
+    partial = False
     for line in lines:
         name, colon, value = line.partition(b":")
         if line.startswith(b"HTTP/"):
             fields.clear()
             lengths.clear()
+            partial = _status(line) in (b"206", b"416")
+        elif line.startswith((b" ", b"\t")):
+            continue  # RFC 9112 2.2: to be ignored; libcurl has joined what continues a field.
         elif colon and (name := name.strip().lower()) in _WANTED:
             if name == b"content-length":
                 lengths.add(value.strip())
@@ -103,7 +110,7 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
         name: sanitise(value, LOCATION_LIMIT if name == b"location" else VALUE_LIMIT) for name, value in fields.items()
     }
     return Answer(
-        _length(lengths, fields.get(b"content-range")),
+        _length(lengths, fields.get(b"content-range", b"" if partial else None)),
         text.get(b"content-type"),
         text.get(b"etag"),
         text.get(b"last-modified"),
@@ -112,9 +119,14 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
     )
 
 
+def _status(line: bytes) -> bytes:
+    return (*line.split(None, 2), b"")[1]
+
+
 def _length(lengths: set[bytes], content_range: bytes | None) -> int | None:
-    if content_range is not None and (whole := _CONTENT_RANGE.match(content_range.strip())):
-        return int(whole[1])
+    if content_range is not None:
+        whole = _CONTENT_RANGE.match(content_range.strip())
+        return int(whole[1]) if whole else None
     if len(lengths) == 1:
         (length,) = lengths
         if length.isdigit() and len(length) <= 18:
@@ -132,6 +144,8 @@ class Handle:
         self._refused: Reason | None = None
         self._dialled = False
         self._behind = False
+        self._interim = False
+        self._complete = False
         self.request: Request | None = None
         self.curl = curl = pycurl.Curl()
         curl.handle = self
@@ -157,6 +171,8 @@ class Handle:
         self._refused = None
         self._dialled = False
         self._behind = False
+        self._interim = False
+        self._complete = False
         curl = self.curl
         curl.setopt(pycurl.URL, request.url)
         if request.method == "HEAD":
@@ -182,13 +198,18 @@ class Handle:
         return socket.socket(family, kind, protocol)
 
     def _header(self, line: bytes) -> int | None:
+        if self._complete:
+            return None  # Trailers, after the body.
         self._lines.append(line)
         if line.startswith(b"HTTP/"):
+            self._interim = _status(line).startswith(b"1")
             # A bad answer on a connection that was used before does not count, and it may be what the server sent late
             # after the answer before. This request's own answer is then still to come, so the connection is given up:
             # it would be one answer behind for ever.
             self._behind = not self._dialled and line[9:10] not in b"12"
-        return -1 if self._behind and line in (b"\r\n", b"\n") else None
+        elif line in (b"\r\n", b"\n"):
+            self._complete = not self._interim
+        return -1 if self._behind and self._complete else None
 
     def _write(self, data: bytes) -> int | None:
         # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
@@ -201,12 +222,7 @@ class Handle:
         assert request is not None
         status = curl.getinfo(pycurl.RESPONSE_CODE)
         # Once the headers are complete the question is answered; what happens to the body makes no difference.
-        complete = bool(self._lines) and self._lines[-1] in (b"\r\n", b"\n")
-        answered = (
-            complete
-            and 200 <= status <= 599
-            and (error is None or self._behind or (request.method == "GET" and self._body_bytes > 0))
-        )
+        answered = self._complete and 200 <= status <= 599
         remote_addr = curl.getinfo(pycurl.PRIMARY_IP) or None
         # On a connection, and nothing was dialled for it: it had carried another answer before.
         reused = remote_addr is not None and not self._dialled and self._refused is None
@@ -259,7 +275,7 @@ class Prober:
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
-        self._multi.setopt(pycurl.M_MAXCONNECTS, self._config.concurrency * 2)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, min(self._config.concurrency * 2, KEPT_MOST))
         os.set_blocking(source, False)
         self._send([])
 
@@ -315,7 +331,13 @@ class Prober:
 
     def _start(self, request: Request) -> None:
         handle = self._idle.pop() if self._idle else Handle(self._config, self._guard)
-        handle.start(request)
+        try:
+            handle.start(request)
+        except (ValueError, pycurl.error):
+            # No address that the guard has read: libcurl cannot even be told of it.
+            self._idle.append(handle)
+            self._send([Evidence(request.id, None, Reason.INVALID_URL, False, None, None, None, None, None, 0.0)])
+            return
         self._multi.add_handle(handle.curl)
         self._busy += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import math
 from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[IP
     address = peer
     for entry in reversed([part.strip() for line in forwarded_for for part in line.split(",")]):
         try:
-            address = str(ip_address(entry.strip("[]")))
+            # A zone says nothing away from its own machine, and may hold anything.
+            address = str(ip_address(entry.strip("[]").partition("%")[0]))
         except ValueError:
             break
         if not within(address, trusted):
@@ -94,6 +96,9 @@ class Callback:
         self._store = store
         self._metrics = metrics
         self._now = now
+        # Bodies that were not there with their headers, and are being waited for.
+        self._arriving = 0
+        self._arrived = asyncio.Event()
         # Bound once: a request pays for its line of debug only when it is written.
         self._debug = log.bind().debug
         self._token = config.auth.callback_token.get_secret_value().encode() if config.auth.callback_token else None
@@ -116,9 +121,14 @@ class Callback:
                 )
             delivery = self._check(body, request_id, remote)
             await self._store.accept(delivery)
+        except ConnectionError:
+            # The caller has hung up half-way through its body; nobody reads this.
+            self._debug("hung up", request_id=request_id, remote=remote)
+            return error_response(request_id, 400, "400", "the body is not complete")
         except RefusedError as error:
             return await self._refuse(request_id, remote, body, error)
         except ContractError as error:
+            # An envelope that cannot be opened.
             return await self._refuse(request_id, remote, body, RefusedError(400, "400", str(error), keep=True))
         except SignatureError as error:
             log.warning("signature refused", request_id=request_id, remote=remote, error=str(error))
@@ -134,11 +144,22 @@ class Callback:
         except StoreUnavailableError as error:
             log.error("not accepted, the store cannot commit", request_id=request_id, error=str(error))
             return await self._refuse(request_id, remote, body, _busy("the store cannot commit, send it again"))
+        except Exception as error:
+            return await self._refuse(request_id, remote, body, _failed(request_id, error))
         self._metrics.ack_seconds.observe(asyncio.get_running_loop().time() - started)
         self._debug("accepted", request_id=request_id, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
         return web.Response(
             body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
         )
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
+        more, and the request could not be answered."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._arriving:
+                    self._arrived.clear()
+                    await self._arrived.wait()
 
     def _let_in(self, request: web.Request, peer: str) -> str:
         """Everything that can be refused before the body is read; the caller's address when nothing is."""
@@ -164,6 +185,7 @@ class Callback:
         if request.content.is_eof():
             body = await self._read_bounded(request)
         else:
+            self._arriving += 1
             try:
                 async with asyncio.timeout(self._server.body_timeout):
                     body = await self._read_bounded(request)
@@ -171,6 +193,9 @@ class Callback:
                 raise RefusedError(
                     408, "408", "the body did not arrive in time", headers={"Connection": "close"}
                 ) from None
+            finally:
+                self._arriving -= 1
+                self._arrived.set()
         return body
 
     async def _read_bounded(self, request: web.Request) -> bytes:
@@ -205,8 +230,13 @@ class Callback:
             window_ms = round(self._auth.timestamp_window * 1000)
             key = signature.verify(envelope, self._auth.platform_keys, now_ms=now, window_ms=window_ms)
             proven_by = key.fingerprint
-            nonce = (signature.nonce_key(envelope), now + math.ceil(self._auth.nonce_ttl * 1000))
-        notification = self._parse(body if envelope is None else envelope.notification)
+            # Never forgotten while its timestamp is good.
+            expires_at = max(now + math.ceil(self._auth.nonce_ttl * 1000), envelope.timestamp + window_ms)
+            nonce = (signature.nonce_key(envelope), expires_at)
+        try:
+            notification = self._parse(body if envelope is None else envelope.notification)
+        except ContractError as error:
+            raise RefusedError(400, "400", str(error), keep=True, proven=proven_by != UNSIGNED) from error
         return Delivery(
             notification.batch_id,
             notification.api_code,
@@ -223,7 +253,8 @@ class Callback:
         return wire.parse_notification(body, max_files=self._max_files)
 
     async def _refuse(self, request_id: str, remote: str, body: bytes, refused: RefusedError) -> web.Response:
-        if refused.keep:
+        # Where a signature is required, whatever comes before its proof may be anybody's.
+        if refused.keep and (refused.proven or self._auth.signature != "required"):
             detail = refused.message[:DETAIL_LIMIT]
             try:
                 await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body))
@@ -231,6 +262,8 @@ class Callback:
                 # Not kept, so not to be given up by the sender either.
                 log.error("not kept, the store cannot commit", request_id=request_id, error=str(error))
                 refused = _busy("the store cannot commit, send it again")
+            except Exception as error:
+                refused = _failed(request_id, error)
         self._metrics.refused.labels(refused.code).inc()
         log.info("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
         return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
@@ -238,6 +271,11 @@ class Callback:
 
 def _busy(message: str) -> RefusedError:
     return RefusedError(503, "503", message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def _failed(request_id: str, error: Exception) -> RefusedError:
+    log.error("a request failed, please report this", request_id=request_id, exc_info=error)
+    return RefusedError(500, "500", "系统异常 system error, try again")
 
 
 def _token_of(request: web.Request) -> bytes:

@@ -9,17 +9,28 @@ _encode = msgspec.json.Encoder().encode
 
 
 class RefusedError(Exception):
-    """A callback that is not accepted. `keep` tells whether its body is worth keeping in `rejection`."""
+    """A callback that is not accepted. `keep` tells whether its body is worth keeping in `rejection`, and `proven`
+    whether a signature has shown who sent it.
+    """
 
     def __init__(
-        self, status: int, code: str, message: str, *, headers: dict[str, str] | None = None, keep: bool = False
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        headers: dict[str, str] | None = None,
+        keep: bool = False,
+        proven: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
-        self.message = message
+        # Headers are decoded so that what is not UTF-8 comes as surrogates, which neither JSON nor a store can hold.
+        self.message = message.encode(errors="backslashreplace").decode()
         self.headers = headers or {}
         self.keep = keep
+        self.proven = proven
 
 
 def error_response(

@@ -8,6 +8,7 @@ import resource
 import select
 import sys
 import time
+from pathlib import Path
 
 import pycurl
 
@@ -48,7 +49,7 @@ def main(files: int, url: str, concurrency: int) -> None:
             select.select(reads, writes, errors, 0.1 if timeout_ms < 0 else timeout_ms / 1000)
     seconds = time.perf_counter() - started
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     result = {
         "rate": files / seconds,
         "cpu_us": (usage.ru_utime + usage.ru_stime) / files * 1e6,

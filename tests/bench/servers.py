@@ -1,4 +1,6 @@
-"""What the benchmarks run: the daemon, its peers and an origin, each a real process on loopback that is always stopped."""
+"""What the benchmarks run: the daemon, its peers and an origin, each a real process on loopback that is always
+stopped.
+"""
 
 from __future__ import annotations
 

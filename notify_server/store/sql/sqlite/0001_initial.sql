@@ -1,7 +1,9 @@
 -- Times are Unix milliseconds, UTC. Columns follow the platform's document where it has a name for them.
 
 CREATE TABLE notification (
-    id          INTEGER PRIMARY KEY,
+    -- AUTOINCREMENT: an id is never given twice, also when retention has deleted everything. What has been expanded is
+    -- told from what has not by the order of ids.
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
     batch_id    TEXT    NOT NULL,
     api_code    TEXT    NOT NULL,
     received_at INTEGER NOT NULL,

@@ -19,6 +19,9 @@ INSERT INTO rejection (received_at, remote_addr, code, detail, body) VALUES :row
 -- name: rejection_size
 SELECT count(*), coalesce(sum(length(body)), 0) FROM rejection;
 
+-- name: rejection_newest
+SELECT max(id) FROM rejection;
+
 -- name: rejection_oldest
 SELECT id, length(body) FROM rejection ORDER BY id LIMIT ?;
 
@@ -43,7 +46,17 @@ ORDER BY id
 LIMIT ?;
 
 -- name: inbox_done
-UPDATE notification SET expanded_at = ? WHERE id IN (SELECT value FROM json_each(?));
+WITH done (id) AS (VALUES :rows)
+UPDATE notification SET expanded_at = ? FROM done WHERE notification.id = done.id;
+
+-- name: batch_of_discarded
+SELECT batch.id
+FROM notification
+JOIN batch ON batch.batch_id = notification.batch_id AND batch.api_code = notification.api_code
+WHERE notification.id = ? AND batch.expanding = notification.id;
+
+-- name: batch_not_expanding
+UPDATE batch SET expanding = NULL WHERE id = ?;
 
 -- name: batch_insert
 INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at) VALUES :rows;
@@ -75,7 +88,7 @@ FROM merged
 WHERE batch.id = merged.id;
 
 -- name: files_existing
-SELECT json_group_array(json_array(id, oss_object_name, target_url, reported_status, state, host))
+SELECT json_group_array(json_array(id, oss_object_name, target_url, reported_status, state))
 FROM file
 WHERE batch = ? AND oss_object_name IN (SELECT value FROM json_each(?));
 
@@ -162,8 +175,14 @@ INSERT INTO attempt (
 VALUES :rows;
 
 -- name: attempts_trim
+WITH bound (file, oldest) AS (
+    SELECT value, (SELECT id FROM attempt WHERE attempt.file = value ORDER BY id DESC LIMIT 1 OFFSET :others)
+    FROM json_each(:files)
+)
 DELETE FROM attempt
-WHERE file = :file AND id < (SELECT id FROM attempt WHERE file = :file ORDER BY id DESC LIMIT 1 OFFSET :kept);
+WHERE id IN (
+    SELECT attempt.id FROM bound CROSS JOIN attempt ON attempt.file = bound.file AND attempt.id < bound.oldest
+);
 
 -- name: record_batches
 WITH settled (id, available, unavailable, blocked) AS (VALUES :rows)
@@ -176,11 +195,13 @@ FROM settled
 WHERE batch.id = settled.id;
 
 -- name: verdicts
+WITH changed (id) AS (VALUES :rows)
 UPDATE batch
 SET verdict = CASE WHEN available = files THEN 'complete' ELSE 'incomplete' END,
-    completed_at = :now
-WHERE id IN (SELECT value FROM json_each(:batches)) AND verdict = 'pending' AND pending = 0 AND expanding IS NULL
-RETURNING id, batch_id, api_code, verdict, files, available, first_received_at, completed_at;
+    completed_at = ?
+FROM changed
+WHERE batch.id = changed.id AND verdict = 'pending' AND pending = 0 AND expanding IS NULL
+RETURNING batch.id, batch_id, api_code, verdict, files, available, first_received_at, completed_at;
 
 -- name: backlog
 SELECT coalesce(sum(pending), 0) FROM batch;
@@ -189,10 +210,10 @@ SELECT coalesce(sum(pending), 0) FROM batch;
 INSERT INTO heartbeat (id, checked_at) VALUES (1, ?) ON CONFLICT (id) DO UPDATE SET checked_at = excluded.checked_at;
 
 -- name: prune_batches
-SELECT id FROM batch WHERE completed_at < ? ORDER BY completed_at LIMIT ?;
+SELECT id FROM batch WHERE completed_at < ? AND expanding IS NULL ORDER BY completed_at LIMIT ?;
 
 -- name: prune_files
-SELECT id, state FROM file WHERE batch = ? LIMIT ?;
+SELECT id, state, (SELECT count(*) FROM attempt WHERE attempt.file = file.id) FROM file WHERE batch = ? LIMIT ?;
 
 -- name: prune_attempts_of
 DELETE FROM attempt WHERE file IN (SELECT value FROM json_each(?));
@@ -210,16 +231,15 @@ SET files = files - ?,
 WHERE id = ?;
 
 -- name: prune_batch
-DELETE FROM batch WHERE id = ?;
+DELETE FROM batch WHERE id = ? AND files = 0;
 
 -- Oldest first and only from the front, so that it costs what it deletes.
 -- name: prune_notifications
 DELETE FROM notification
-WHERE id IN (
-    SELECT id
-    FROM (SELECT id, received_at, expanded_at FROM notification ORDER BY id LIMIT :limit)
-    WHERE received_at < :before AND expanded_at IS NOT NULL
-);
+WHERE id <= (SELECT max(id) FROM (SELECT id FROM notification ORDER BY id LIMIT :limit))
+    AND received_at < :before
+    AND expanded_at IS NOT NULL;
 
 -- name: prune_rejections
-DELETE FROM rejection WHERE id IN (SELECT id FROM rejection WHERE received_at < ? ORDER BY id LIMIT ?);
+DELETE FROM rejection
+WHERE id <= (SELECT max(id) FROM (SELECT id FROM rejection ORDER BY id LIMIT :limit)) AND received_at < :before;

@@ -1,0 +1,109 @@
+"""The backends that the conformance suite runs against.
+
+A case sees what a store has written through `Backend.rows`, a SELECT on the fixed tables and views. Another backend is
+one more subclass of `Backend` and one more entry of `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notify_server.store import sqlite
+from notify_server.store.base import Store
+
+Row = tuple[Any, ...]
+
+
+class Backend(ABC):
+    """One database, and at most one store open on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._store: Store | None = None
+
+    async def open(self) -> Store:
+        assert self._store is None
+        self._store = await self._open()
+        return self._store
+
+    async def close(self) -> None:
+        if self._store is not None:
+            store, self._store = self._store, None
+            await store.close()
+
+    async def reopen(self) -> Store:
+        """Close the store and open it again, as a restart of the daemon does."""
+        await self.close()
+        return await self.open()
+
+    @abstractmethod
+    async def _open(self) -> Store: ...
+
+    @abstractmethod
+    async def rows(self, query: str) -> list[Row]:
+        """What a SELECT gives while the store is open."""
+
+    @abstractmethod
+    async def columns(self, table: str) -> list[str]:
+        """The columns of a table or view, in their order."""
+
+    @abstractmethod
+    def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
+        """Keep no more than this of what is refused."""
+
+
+class SqliteBackend(Backend):
+    _reader: sqlite3.Connection | None = None
+
+    async def _open(self) -> Store:
+        store = await sqlite.SqliteStore.open(self.directory / "notify.db")
+        self._reader = sqlite3.connect(self.directory / "notify.db", isolation_level=None)
+        self._reader.execute("PRAGMA query_only = 1")
+        return store
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        await super().close()
+
+    async def rows(self, query: str) -> list[Row]:
+        assert self._reader is not None
+        return self._reader.execute(query).fetchall()
+
+    async def columns(self, table: str) -> list[str]:
+        return [name for _, name, *_ in await self.rows(f"PRAGMA table_info({table})")]
+
+    def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
+        patch.setattr(sqlite, "REJECTIONS_KEPT", rejections)
+        patch.setattr(sqlite, "REJECTION_BYTES_KEPT", rejection_bytes)
+
+
+BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend}
+
+
+# What cases look at.
+EVIDENCE = (
+    "http_status, content_length, content_type, etag, last_modified, final_url, remote_addr, elapsed_ms, verified_at"
+)
+FILES = (
+    "SELECT oss_object_name, target_url, host, reported_status, state, reason, attempts, next_attempt_at,"
+    f" {EVIDENCE} FROM file ORDER BY oss_object_name"
+)
+# Of a file that has not been probed: all of the evidence but `verified_at`.
+NO_EVIDENCE = (None,) * 8
+
+
+async def states(backend: Backend) -> list[Row]:
+    return await backend.rows("SELECT oss_object_name, target_url, state FROM file ORDER BY oss_object_name")
+
+
+async def summary(backend: Backend) -> list[Row]:
+    return await backend.rows(
+        "SELECT batch_id, verdict, files, pending, available, unavailable, blocked, upload_failed"
+        " FROM batch_summary ORDER BY batch_id"
+    )
