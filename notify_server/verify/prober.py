@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ from notify_server.verify.guard import Guard
 VALUE_LIMIT = 255
 # One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
 LOCATION_LIMIT = 8193
+# Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
+# wake-up, whatever is in it.
+TOGETHER_MOST = 16
+TOGETHER_SECONDS = 0.001
 # Connections kept: select() knows descriptors up to 1,023, and requests in flight need some too.
 KEPT_MOST = 800
 
@@ -54,9 +59,10 @@ _REASONS = {
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
 } | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
 
-_WANTED = frozenset(
-    {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
-)
+_FIELDS = re.compile(
+    rb"^(content-length|content-type|etag|last-modified|retry-after|location|content-range)[ \t]*:(.*)$",
+    re.IGNORECASE | re.MULTILINE,
+).findall
 # C0, DEL and C1: nothing that a terminal, a log or a spreadsheet acts on.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _CONTENT_RANGE = re.compile(rb"bytes\s+(?:\d+-\d+|\*)/(\d{1,18})\s*$", re.IGNORECASE)
@@ -91,21 +97,16 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
     A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
     answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
     """
+    last = max((place for place, line in enumerate(lines) if line.startswith(b"HTTP/")), default=-1)
+    partial = last >= 0 and _status(lines[last]) in (b"206", b"416")
     fields: dict[bytes, bytes] = {}
     lengths: set[bytes] = set()
-    partial = False
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if line.startswith(b"HTTP/"):
-            fields.clear()
-            lengths.clear()
-            partial = _status(line) in (b"206", b"416")
-        elif line.startswith((b" ", b"\t")):
-            continue  # RFC 9112 2.2: to be ignored; libcurl has joined what continues a field.
-        elif colon and (name := name.strip().lower()) in _WANTED:
-            if name == b"content-length":
-                lengths.add(value.strip())
-            fields.setdefault(name, value)
+    # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined what continues a field.
+    for name, value in _FIELDS(b"".join(lines[last + 1 :])):
+        name = name.lower()
+        if name == b"content-length":
+            lengths.add(value.strip())
+        fields.setdefault(name, value)
     text = {
         name: sanitise(value, LOCATION_LIMIT if name == b"location" else VALUE_LIMIT) for name, value in fields.items()
     }
@@ -146,6 +147,7 @@ class Handle:
         self._behind = False
         self._interim = False
         self._complete = False
+        self._manner: tuple[object, ...] = ()
         self.request: Request | None = None
         self.curl = curl = pycurl.Curl()
         curl.handle = self
@@ -175,6 +177,11 @@ class Handle:
         self._complete = False
         curl = self.curl
         curl.setopt(pycurl.URL, request.url)
+        # Most requests are like the last one but for their address.
+        manner = (request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep)
+        if manner == self._manner:
+            return
+        self._manner = manner
         if request.method == "HEAD":
             curl.setopt(pycurl.NOBODY, 1)
             curl.unsetopt(pycurl.RANGE)
@@ -271,6 +278,8 @@ class Prober:
         self._multi = pycurl.CurlMulti()
         self._idle: list[Handle] = []
         self._busy = 0
+        self._evidence: list[Evidence] = []
+        self._flush_at = 0.0
         self._decode = msgspec.msgpack.Decoder(list[Request]).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
@@ -316,10 +325,9 @@ class Prober:
         multi = self._multi
         while True:
             # Without a request in flight there is nothing to wake up for but the next frame.
-            timeout_ms = multi.timeout() if self._busy else -1
             reads, writes, errors = multi.fdset() if self._busy else ([], [], [])
             reads.append(self._source)
-            ready, _, _ = select.select(reads, writes, errors, None if timeout_ms < 0 else timeout_ms / 1000)
+            ready, _, _ = select.select(reads, writes, errors, self._patience())
             if self._source in ready:
                 self._read()
                 for payload in self._frames():
@@ -328,6 +336,18 @@ class Prober:
             if self._busy:
                 multi.perform()
                 self._collect()
+            if self._evidence and (len(self._evidence) >= TOGETHER_MOST or time.monotonic() >= self._flush_at):
+                self._send(self._evidence)
+                self._evidence = []
+
+    def _patience(self) -> float | None:
+        """How long to wait for something to happen, in seconds; None is for ever."""
+        timeout_ms = self._multi.timeout() if self._busy else -1
+        patience = None if timeout_ms < 0 else timeout_ms / 1000
+        if self._evidence:
+            flush = max(0.0, self._flush_at - time.monotonic())
+            return flush if patience is None else min(flush, patience)
+        return patience
 
     def _start(self, request: Request) -> None:
         handle = self._idle.pop() if self._idle else Handle(self._config, self._guard)
@@ -342,14 +362,15 @@ class Prober:
         self._busy += 1
 
     def _collect(self) -> None:
-        evidence: list[Evidence] = []
+        before = len(self._evidence)
         more = 1
         while more:
             more, answered, failed = self._multi.info_read()
-            evidence += [self._finish(curl, None) for curl in answered]
-            evidence += [self._finish(curl, error) for curl, error, _ in failed]
-        if evidence:
-            self._send(evidence)
+            self._evidence += [self._finish(curl, None) for curl in answered]
+            self._evidence += [self._finish(curl, error) for curl, error, _ in failed]
+        if not before and self._evidence:
+            # With nothing else to wait for there is nothing to gain from waiting.
+            self._flush_at = time.monotonic() + (TOGETHER_SECONDS if self._busy else 0.0)
 
     def _finish(self, curl: Any, error: int | None) -> Evidence:
         handle: Handle = curl.handle

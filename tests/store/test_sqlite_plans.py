@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from notify_server.store.queries import load_queries, with_rows
+from notify_server.store.sqlite import SqliteStore
 from notify_server.store.sqlite_writer import connect
-from tests.store.builders import NOW
+from tests.store.builders import NOW, finished, take_in
+from tests.store.sqlite_faults import connection_of, opened
 
 SQL = load_queries("sqlite")
 Parameters = Sequence[Any] | dict[str, Any]
@@ -216,3 +218,26 @@ def test_looking_for_the_start_of_the_inbox_costs_what_is_in_the_inbox(tmp_path:
         assert steps(connection, "inbox_start") > before
         connection.execute("UPDATE notification SET expanded_at = 1")
         assert steps(connection, "inbox_start") <= before
+
+
+async def test_claiming_from_many_hosts_at_once_costs_what_it_costs_one_by_one(path: Path) -> None:
+    hosts = [f"h{n}.example" for n in range(40)]
+
+    async def steps_of(store: SqliteStore, *wanted: tuple[str, int]) -> int:
+        taken = 0
+
+        def step() -> None:
+            nonlocal taken
+            taken += 1
+
+        connection_of(store).set_progress_handler(step, 1)
+        files = await store.claim(wanted, NOW)
+        connection_of(store).set_progress_handler(None, 1)
+        assert len(files) == sum(n for _, n in wanted)
+        store.release(files)
+        return taken
+
+    async with opened(path) as store:
+        await take_in(store, *(finished(f"{n} {host}", host=host) for host in hosts for n in range(300)))
+        one_by_one = [await steps_of(store, (host, 8)) for host in hosts]
+        assert await steps_of(store, *((host, 8) for host in hosts)) <= 1.2 * sum(one_by_one)
