@@ -6,7 +6,7 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
@@ -57,7 +57,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
 
     Starting it up opens the store (StoreRefusedError when that is not safe) and starts the probers.
     """
-    app = web.Application(middlewares=[_in_shape])
+    app = web.Application()
     app[METRICS] = Metrics()
     app[DRAINING] = asyncio.Event()
     guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
@@ -126,17 +126,6 @@ async def _expect(request: web.Request) -> web.Response | None:
     # What has been written so far is no part of the response.
     request.writer.output_size = 0
     return None
-
-
-@web.middleware
-async def _in_shape(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """What aiohttp itself refuses, in the shape of every other refusal."""
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        return error_response(str(uuid4()), error.status, str(error.status), error.reason)
 
 
 async def _healthz(request: web.Request) -> web.Response:

@@ -33,7 +33,7 @@ log = structlog.get_logger("notify_server.store")
 APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
 # While callers wait for acks, jobs get so much of the thread's time for each second of theirs.
-JOB_SHARE = 0.25
+JOB_SHARE = 0.1
 OLDEST_SQLITE = (3, 35, 0)
 
 # The connection is as good as before after these; after any other error of the engine it is opened anew.

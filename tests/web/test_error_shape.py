@@ -104,11 +104,6 @@ async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served:
     answer.refusal(417, "417")
 
 
-async def test_a_request_for_no_path_at_all_is_refused_in_the_shape(served: Daemon) -> None:
-    answer = await ask(served, b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n")
-    answer.refusal(404, "404")
-
-
 @pytest.mark.parametrize("verb", ["accept", "reject"])
 async def test_an_error_that_nobody_foresaw_is_answered_in_the_shape_and_logged(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, verb: str
