@@ -24,16 +24,19 @@ from notify_server.config import LogConfig
 ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
-class _StandardError:
-    """Standard error, whose reader may go away: that must not stop what wanted to say something."""
+class _Patient:
+    """A stream whose reader may go away: that must not stop what wanted to say something."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            sys.stderr.write(text)
+            self._stream.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            sys.stderr.flush()
+            self._stream.flush()
 
 
 def set_up_logging(config: LogConfig) -> None:
@@ -41,7 +44,7 @@ def set_up_logging(config: LogConfig) -> None:
 
     Values from outside are escaped (JSON strings, or repr on the console), so that no event can forge another line.
     """
-    stream = cast("TextIO", _StandardError())
+    stream = cast("TextIO", _Patient(sys.stderr))
     level = logging.getLevelNamesMapping()[config.level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,

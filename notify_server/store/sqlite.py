@@ -239,11 +239,15 @@ class SqliteStore:
         self, connection: sqlite3.Connection, wanted: Sequence[tuple[str, int]], now: int
     ) -> list[DueFile]:
         claimed: dict[int, DueFile] = {}
+        # A host may be named twice, and asks for the sum.
+        sums: Counter[str] = Counter()
         for host, n in wanted:
+            sums[host] += n
+        for host, n in sums.items():
             # What is held is still pending on disk: as many more are read, and left out.
-            most = n + self._held_of[host] + len(self._restarted) + len(claimed)
+            most = n + self._held_of[host] + len(self._restarted)
             (answer,) = connection.execute(SQL["claim"], (host, now, most)).fetchone()
-            rows = [row for row in _decode_due(answer) if row[0] not in self._held and row[0] not in claimed]
+            rows = [row for row in _decode_due(answer) if row[0] not in self._held]
             claimed.update((row[0], DueFile(*row)) for row in rows[:n])
         # Held only now: a read that fails half-way must not keep what nobody got.
         for file in claimed.values():

@@ -347,7 +347,7 @@ async def test_retry_after_is_kept_between_one_and_two_times_the_scheduled_wait(
             (attempt,) = daemon.attempts(file)
             assert file["state"] == "pending"
             wait = (file["next_attempt_at"] - attempt["started_at"]) / 1000
-            # The date was rounded to a second, and what is recorded is counted from the answer.
+            # The dates were made before the daemon was started, and rounded to a second.
             assert seconds - 2 <= wait <= seconds + 2, value
 
 

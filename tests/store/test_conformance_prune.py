@@ -85,6 +85,9 @@ async def test_a_delivery_that_has_not_been_expanded_is_never_deleted_however_ol
     await prune_all(store, before=LATER)
     assert await store.inbox(10) == [item]
     assert store.backlog == 1
+    store = await backend.reopen()
+    assert await store.inbox(10) == [item]
+    assert store.backlog == 1
 
 
 async def test_a_batch_is_not_deleted_while_one_of_its_deliveries_is_half_expanded(

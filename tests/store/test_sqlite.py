@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store import sqlite_writer
+from notify_server.store import sqlite, sqlite_writer
 from notify_server.store.sqlite import SqliteStore
 from tests.store.builders import (
     NOW,
     again,
+    chunk,
     claim,
     delivery,
     finished,
@@ -299,3 +300,28 @@ async def test_deliveries_that_arrive_together_share_transactions(store: SqliteS
     connection_of(store).set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
     await asyncio.gather(*(store.accept(delivery()) for _ in range(500)))
     assert 1 <= len(commits) <= 5
+
+
+@pytest.mark.parametrize("room", [0, 25, 55])
+async def test_bodies_that_find_no_room_in_memory_are_read_from_the_file_in_their_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr(sqlite, "RECENT_BYTES", room)
+    async with opened(path) as store:
+        read: list[str] = []
+        connection_of(store).set_trace_callback(lambda sql: read.append(sql) if "body" in sql[:20] else None)
+        expected: list[tuple[int, bytes]] = []
+        for n in range(40):
+            body = f"body {n:05}".encode()
+            expected.append((await store.accept(delivery(body=body)), body))
+            if n % 3 == 2:
+                taken = (await store.inbox(10))[:2]
+                assert [(item.id, item.body) for item in taken] == expected[: len(taken)]
+                await store.expand([chunk(item) for item in taken], NOW)
+                expected = expected[len(taken) :]
+        assert read
+        while items := await store.inbox(10):
+            assert [(item.id, item.body) for item in items] == expected[: len(items)]
+            await store.expand([chunk(item) for item in items], NOW)
+            expected = expected[len(items) :]
+        assert expected == []
