@@ -98,10 +98,12 @@ class SqliteStore:
             ) from error
         lock = FileLock(path)
         try:
-            return cls(lock, path, connect(path))
-        except sqlite3.DatabaseError as error:
-            lock.close()
-            raise refusal(path, error) from error
+            connection = connect(path)
+            try:
+                return cls(lock, path, connection)
+            except sqlite3.DatabaseError as error:
+                connection.close()
+                raise refusal(path, error) from error
         except BaseException:
             lock.close()
             raise

@@ -69,8 +69,8 @@ def wrk(server: Server, connections: int, seconds: int, files: int, salt: str) -
 def bench_acks(console: Console, work: Path, seconds: int) -> dict[str, object]:
     """Acks a second: the daemon, all of it working, beside an aiohttp handler that keeps nothing."""
     peers: dict[str, Callable[[int], Server]] = {
-        "bare aiohttp, keeps nothing": lambda turn: bare_aiohttp(),
-        "notify_server, durable": lambda turn: daemon(work / f"ack-{turn}.db"),
+        "bare aiohttp handler": lambda turn: bare_aiohttp(),
+        "notify_server": lambda turn: daemon(work / f"ack-{turn}.db"),
     }
     runs: dict[str, list[AckRun]] = {name: [] for name in peers}
     for turn in range(ROUNDS):
@@ -79,7 +79,7 @@ def bench_acks(console: Console, work: Path, seconds: int) -> dict[str, object]:
     table = Table(title=f"Acks, 7 files each, 64 connections, median of {ROUNDS} x {seconds} s")
     for column in ("", "acks/s", "p50 ms", "p99 ms", "CPU µs/ack", "errors", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    limit = statistics.median(run.rate for run in runs["bare aiohttp, keeps nothing"])
+    limit = statistics.median(run.rate for run in runs["bare aiohttp handler"])
     rows = {}
     for name, measured in runs.items():
         rate = statistics.median(run.rate for run in measured)
@@ -159,18 +159,18 @@ def libcurl(files: int, url: str, concurrency: int) -> ProbeRun:
 
 def bench_probes(console: Console, work: Path, files: int) -> dict[str, object]:
     """HEADs recorded a second, beside as many HEADs by libcurl alone that are not even looked at."""
-    runs: dict[str, list[ProbeRun]] = {"libcurl alone, records nothing": [], "notify_server, recorded": []}
+    runs: dict[str, list[ProbeRun]] = {"libcurl alone": [], "notify_server": []}
     with nginx(work) as port:
         url = f"http://127.0.0.1:{port}"
         for turn in range(ROUNDS):
             store = work / f"probe-{turn}.db"
             asyncio.run(fill(store, files, url))
-            runs["libcurl alone, records nothing"].append(libcurl(files, url, 64))
-            runs["notify_server, recorded"].append(drain(store, files, 64))
+            runs["libcurl alone"].append(libcurl(files, url, 64))
+            runs["notify_server"].append(drain(store, files, 64))
     table = Table(title=f"HEADs of {files:,} files, nginx on loopback, 64 at a time, median of {ROUNDS}")
     for column in ("", "files/s", "CPU µs/file", "memory MiB", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    limit = statistics.median(run.rate for run in runs["libcurl alone, records nothing"])
+    limit = statistics.median(run.rate for run in runs["libcurl alone"])
     rows = {}
     for name, measured in runs.items():
         rate = statistics.median(run.rate for run in measured)
