@@ -129,18 +129,22 @@ async def _expect(request: web.Request) -> web.Response | None:
 
 
 async def _healthz(request: web.Request) -> web.Response:
+    log.debug("asked", path=request.path, remote=request.remote)
     return await request.app[HEALTH].healthz(request)
 
 
 async def _readyz(request: web.Request) -> web.Response:
+    log.debug("asked", path=request.path, remote=request.remote)
     return await request.app[HEALTH].readyz(request)
 
 
 async def _metrics(request: web.Request) -> web.Response:
+    log.debug("asked", path=request.path, remote=request.remote)
     return await request.app[HEALTH].metrics(request)
 
 
 async def _not_found(request: web.Request) -> web.Response:
+    log.debug("nothing there", method=request.method, path=request.path, remote=request.remote)
     return error_response(str(uuid4()), 404, "404", "nothing is served at this path")
 
 
