@@ -63,7 +63,7 @@ class Bell:
 class Answer:
     """What an origin does with a request.
 
-    What is bad and comes on a connection that has been used before is asked again on a fresh one (threats.md, facts):
+    What is bad and comes on a connection that has been used before is asked again on a fresh one:
     where requests are counted, `close`.
 
     `raw` is sent as it is, instead of a response made of `status`, `headers` and (to a GET) `body`; then each of

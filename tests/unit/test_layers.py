@@ -1,4 +1,4 @@
-"""Imports point down only (design.md, "Layers"), and what a process does not need it does not load."""
+"""Imports point down only, and what a process does not need it does not load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer means and what follows from it. The rules are those of design.md, "Retry and pacing"."""
+"""What an answer means and what follows from it: what is retried, when, and what is final."""
 
 from __future__ import annotations
 
