@@ -239,8 +239,15 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             return handlers() if len(handlers.connections) < server.max_connections else _Full()
 
         try:
+            tls = _tls(server)
             listener = await asyncio.get_running_loop().create_server(
-                connection, server.host, server.port, ssl=_tls(server), backlog=1024
+                connection,
+                server.host,
+                server.port,
+                ssl=tls,
+                # A handshake is no more patient than the headers are.
+                ssl_handshake_timeout=server.header_timeout if tls is not None else None,
+                backlog=1024,
             )
         except OSError as error:
             raise ListenError(
