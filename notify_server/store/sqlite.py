@@ -155,8 +155,12 @@ class SqliteStore:
         count += len(rejections)
         size += sum(len(rejection.body) for rejection in rejections)
         while count > REJECTIONS_KEPT or size > REJECTION_BYTES_KEPT:
-            last = None
-            for last, length in connection.execute(SQL["rejection_oldest"], (_ROWS,)).fetchall():  # noqa: B007
+            oldest = connection.execute(SQL["rejection_oldest"], (_ROWS,)).fetchall()
+            if not oldest:
+                # Fewer than remembered: some have been deleted by hand.
+                count = size = 0
+                break
+            for last, length in oldest:  # noqa: B007 (the last one is where the deleting ends)
                 count, size = count - 1, size - length
                 if count <= REJECTIONS_KEPT and size <= REJECTION_BYTES_KEPT:
                     break

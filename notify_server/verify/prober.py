@@ -209,11 +209,12 @@ class Handle:
             return None  # Trailers, after the body.
         self._lines.append(line)
         if line.startswith(b"HTTP/"):
-            self._interim = _status(line).startswith(b"1")
+            status = _status(line)
+            self._interim = status.startswith(b"1")
             # A bad answer on a connection that was used before does not count, and it may be what the server sent late
             # after the answer before. This request's own answer is then still to come, so the connection is given up:
             # it would be one answer behind for ever.
-            self._behind = not self._dialled and line[9:10] not in b"12"
+            self._behind = not self._dialled and not status.startswith((b"1", b"2"))
         elif line in (b"\r\n", b"\n"):
             self._complete = not self._interim
         return -1 if self._behind and self._complete else None

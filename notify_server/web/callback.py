@@ -22,7 +22,7 @@ from notify_server.errors import (
     SignatureError,
     StoreUnavailableError,
 )
-from notify_server.model import Delivery, Notification, Rejection
+from notify_server.model import Delivery, Rejection
 from notify_server.observe import Metrics
 from notify_server.store.base import Store
 from notify_server.web.errors import RefusedError, error_response
@@ -234,7 +234,8 @@ class Callback:
             expires_at = max(now + math.ceil(self._auth.nonce_ttl * 1000), envelope.timestamp + window_ms)
             nonce = (signature.nonce_key(envelope), expires_at)
         try:
-            notification = self._parse(body if envelope is None else envelope.notification)
+            bare = body if envelope is None else envelope.notification
+            notification = wire.parse_notification(bare, max_files=self._max_files)
         except ContractError as error:
             raise RefusedError(400, "400", str(error), keep=True, proven=proven_by != UNSIGNED) from error
         return Delivery(
@@ -248,9 +249,6 @@ class Callback:
             request_id,
             nonce,
         )
-
-    def _parse(self, body: bytes) -> Notification:
-        return wire.parse_notification(body, max_files=self._max_files)
 
     async def _refuse(self, request_id: str, remote: str, body: bytes, refused: RefusedError) -> web.Response:
         # Where a signature is required, whatever comes before its proof may be anybody's.
