@@ -63,18 +63,28 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
     guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
 
     async def store(app: web.Application) -> AsyncIterator[None]:
-        opened = app[STORE] = await SqliteStore.open(config.store.path)
+        (commits,) = app[METRICS].commit_seconds.series.values()
+        on_commit = commits.observe
+        opened = app[STORE] = await SqliteStore.open(config.store.path, on_commit=on_commit)
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
         yield
         await opened.close()
 
     async def verify(app: web.Application) -> AsyncIterator[None]:
         on_verdicts = _verdict_log(app[METRICS])
-        links = [ProberLink(_prober_config(config)) for _ in range(config.verify.processes)]
+        links = [ProberLink(prober_config(config)) for _ in range(config.verify.processes)]
         pool = app[POOL] = Pool(
-            app[STORE], guard, config.verify, links, now=now, chance=random.random, on_verdicts=on_verdicts
+            app[STORE],
+            guard,
+            config.verify,
+            links,
+            now=now,
+            chance=random.random,
+            on_verdicts=on_verdicts,
+            on_recorded=app[METRICS].recorded,
         )
         app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
+        app[METRICS].gauges("notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits)
         await pool.start()
         expander = Expander(
             app[STORE],
@@ -86,7 +96,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
         )
         tasks = [
             asyncio.create_task(expander.run(), name="expand"),
-            asyncio.create_task(_housekeeping(config, app[STORE], now), name="housekeeping"),
+            asyncio.create_task(_housekeeping(config, app[STORE], app[METRICS], now), name="housekeeping"),
         ]
         for task in tasks:
             task.add_done_callback(report_end)
@@ -151,7 +161,7 @@ async def _not_found(request: web.Request) -> web.Response:
 def _verdict_log(metrics: Metrics) -> Callable[[Sequence[BatchVerdict]], None]:
     def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
         for verdict in verdicts:
-            metrics.verdicts.labels(verdict.verdict).inc()
+            metrics.verdicts.add(verdict.verdict)
             log.info(
                 "verdict",
                 batch_id=verdict.batch_id,
@@ -165,32 +175,35 @@ def _verdict_log(metrics: Metrics) -> Callable[[Sequence[BatchVerdict]], None]:
     return on_verdicts
 
 
-def _prober_config(config: Config) -> ProberConfig:
+def prober_config(config: Config) -> ProberConfig:
+    """What one prober of several is told."""
     verify = config.verify
     return ProberConfig(
         list(verify.allowed_hosts),
         [str(network) for network in verify.allowed_networks],
         list(verify.allowed_ports),
         verify.user_agent,
-        str(verify.ca_file or _system_certificates()),
+        str(verify.ca_file or system_certificates()),
         -(-verify.concurrency // verify.processes),
     )
 
 
-def _system_certificates() -> str:
+def system_certificates() -> str:
+    """The file of certificate authorities that are trusted unless [verify] ca_file names another."""
     # libcurl's own idea of where they are is that of the machine it was built on.
     system = ssl.get_default_verify_paths().cafile
     candidates = [system, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"]
     return next((path for path in candidates if path and Path(path).is_file()), certifi.where())
 
 
-async def _housekeeping(config: Config, store: Store, now: Callable[[], int]) -> None:
+async def _housekeeping(config: Config, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
     """Delete what is older than [retention] says, in small transactions."""
     completed_ms = round(config.retention.completed * 1000)
     rejections_ms = round(config.retention.rejections * 1000)
     while True:
         try:
             while deleted := await store.prune(now() - completed_ms, now() - rejections_ms, PRUNE_ROWS):
+                metrics.pruned_rows.inc(deleted)
                 log.debug("pruned", rows=deleted)
                 await asyncio.sleep(PRUNE_PAUSE)
         except StoreUnavailableError as error:
@@ -239,7 +252,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             return handlers() if len(handlers.connections) < server.max_connections else _Full()
 
         try:
-            tls = _tls(server)
+            tls = tls_context(server)
             listener = await asyncio.get_running_loop().create_server(
                 connection,
                 server.host,
@@ -266,7 +279,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     log.info("stopped")
 
 
-def _tls(server: ServerConfig) -> ssl.SSLContext | None:
+def tls_context(server: ServerConfig) -> ssl.SSLContext | None:
+    """What to serve https with, None for http. Raises ListenError when the pair cannot be used."""
     if server.ssl_certificate is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -254,6 +254,7 @@ class ServerConfig(_Section):
     header_timeout: PositiveDuration = 10.0
     body_timeout: PositiveDuration = 30.0
     max_connections: Count = 1000
+    rate_limit: Annotated[int, PlainValidator(whole(0))] = 0
 
     @field_validator("ssl_key")
     @classmethod
@@ -328,6 +329,8 @@ class HostSettings(_Section):
     methods: tuple[Method, ...] = ("HEAD", "GET")
     accept_status: tuple[Annotated[StatusRange, PlainValidator(status_range)], ...] = (StatusRange(200, 299),)
     max_redirects: Annotated[int, PlainValidator(whole(0, 50))] = 5
+    circuit_failures: Count = 5
+    circuit_rest: PositiveDuration = 60.0
 
     @field_validator("methods", "accept_status")
     @classmethod

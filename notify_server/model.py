@@ -48,6 +48,14 @@ class Verdict(StrEnum):
     INCOMPLETE = "incomplete"
 
 
+class CircuitState(StrEnum):
+    """Whether a host is asked: as ever, not at all for a while, or on trial after that."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
 class Reason(StrEnum):
     """Why a file is not (yet) available; answers with a status have `http_<status>` instead, see `http_reason`."""
 

@@ -9,19 +9,24 @@ import logging
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TextIO, cast
 
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from notify_server.config import LogConfig
+from notify_server.model import FileResult, FileState, Verdict
 
-ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# How a callback that was accepted is counted: the code of the platform's convention.
+ACCEPTED = "000"
+SETTLED_VERDICTS = (Verdict.COMPLETE, Verdict.INCOMPLETE)
+SETTLED_STATES = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED)
 
 
 class _Patient:
@@ -109,25 +114,77 @@ def report_end(task: asyncio.Task[None]) -> None:
         )
 
 
-class Durations:
-    """A histogram of seconds that costs the hot path one bisection; it is made into Prometheus's when it is scraped."""
+class Series:
+    """The observations of one histogram under one label. Counting costs the hot path one bisection."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
-        self._text = text
-        self._counts = [0] * (len(ACK_BUCKETS) + 1)
-        self._sum = 0.0
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
         """Count one duration."""
-        self._counts[bisect_left(ACK_BUCKETS, seconds)] += 1
-        self._sum += seconds
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+
+class Durations:
+    """Histograms of seconds, one for each value of a label; without a label there is one, under "".
+
+    They are made into Prometheus's when they are scraped.
+    """
+
+    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
+        self._name, self._text, self._labels = name, text, [label] if label else []
+        self.series = {value: Series() for value in values}
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """For prometheus_client."""
-        bounds = [*(str(bound) for bound in ACK_BUCKETS), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
+        for value, series in self.series.items():
+            buckets = list(zip(bounds, accumulate(series.counts), strict=True))
+            family.add_metric([value] if value else [], buckets, series.sum)
+        yield family
+
+
+class Counts:
+    """Counters under one label, counted on the event loop alone and therefore without a lock."""
+
+    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
+        self._family = name, text, None, [label]
+        self.by = dict.fromkeys(values, 0)
+
+    def add(self, value: str, number: int = 1) -> None:
+        """Count `number` more."""
+        self.by[value] = self.by.get(value, 0) + number
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For prometheus_client."""
+        family = CounterMetricFamily(*self._family)
+        for value, number in self.by.items():
+            family.add_metric([value], number)
+        yield family
+
+
+class _Gauges:
+    """Gauges under one label, read when they are scraped."""
+
+    def __init__(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        self._family = name, text, None, [label]
+        self._read = read
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """For prometheus_client, which otherwise reads them to learn their names."""
+        yield GaugeMetricFamily(*self._family)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For prometheus_client."""
+        family = GaugeMetricFamily(*self._family)
+        for value, number in self._read().items():
+            family.add_metric([value], number)
+        yield family
 
 
 class Metrics:
@@ -135,25 +192,71 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.refused = Counter(
-            "notify_server_callbacks_refused", "Callbacks refused, by the code of the answer.", ["code"],
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.callbacks = self._counts(
+            "notify_server_callbacks", "Callbacks answered, by the code of the answer; 000 is an ack.", "code", ACCEPTED
+        )
+        self.ack_seconds = self._durations(
+            "notify_server_ack_seconds", "From a callback's headers to its durable acknowledgement."
+        )
+        self.commit_seconds = self._durations(
+            "notify_server_commit_seconds", "Transactions that callbacks waited for, from their beginning to the disk."
+        )
+        self.unknown_fields = Counter(
+            "notify_server_unknown_fields", "Fields in notifications that the contract does not know.",
             registry=self.registry,
         )  # fmt: skip
-        self.ack_seconds = Durations(
-            "notify_server_ack_seconds",
-            "From a callback's headers to its durable acknowledgement; its count is the acks.",
+        self.verdicts = self._counts("notify_server_verdicts", "Verdicts reached.", "verdict", *SETTLED_VERDICTS)
+        self.files = self._counts(
+            "notify_server_files_settled", "Files that were asked for and have settled.", "state", *SETTLED_STATES
         )
-        self.registry.register(self.ack_seconds)
-        self.unknown_fields = Counter(
-            "notify_server_unknown_fields",
-            "Fields in notifications that the contract does not know.",
-            registry=self.registry,
+        self.probes = self._counts(
+            "notify_server_probes", 'Requests made to hosts, by the reason they failed for, or "ok".', "reason", "ok"
         )
-        self.verdicts = Counter("notify_server_verdicts", "Verdicts reached.", ["verdict"], registry=self.registry)
+        self.probe_seconds = self._durations(
+            "notify_server_probe_seconds", "The phases of requests to hosts, where they took place.", "phase",
+            "dns", "connect", "tls", "first_byte", "total",
+        )  # fmt: skip
+        self.pruned_rows = Counter(
+            "notify_server_pruned_rows", "Rows that retention has deleted.", registry=self.registry
+        )
+
+    def _counts(self, name: str, text: str, label: str, *values: str) -> Counts:
+        counts = Counts(name, text, label, values)
+        self.registry.register(counts)
+        return counts
+
+    def _durations(self, name: str, text: str, label: str = "", *values: str) -> Durations:
+        durations = Durations(name, text, label, values or ("",))
+        self.registry.register(durations)
+        return durations
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is scraped."""
         Gauge(name, text, registry=self.registry).set_function(read)
+
+    def gauges(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """Gauges, one for each value of a label, that are read when they are scraped."""
+        self.registry.register(_Gauges(name, text, label, read))
+
+    def recorded(self, results: Sequence[FileResult]) -> None:
+        """Count results that have been recorded, and the requests they took."""
+        dns, connect, tls, first_byte, total = self.probe_seconds.series.values()
+        for result in results:
+            if result.state is not FileState.PENDING:
+                self.files.add(result.state)
+            for request in result.requests:
+                self.probes.add(request.reason or "ok")
+                total.observe(request.total_ms / 1000)
+                for series, duration_ms in (
+                    (dns, request.dns_ms),
+                    (connect, request.connect_ms),
+                    (tls, request.tls_ms),
+                    (first_byte, request.first_byte_ms),
+                ):
+                    if duration_ms is not None:
+                        series.observe(duration_ms / 1000)
 
     def render(self) -> tuple[bytes, str]:
         """The exposition, and its content type."""

@@ -52,7 +52,27 @@ class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     next_attempt_at: int
 
 
-class Store(Protocol):
+class FileQueue(Protocol):
+    """Where the verifier's work comes from, and goes to."""
+
+    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
+        """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""
+
+    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
+        """Claim due files: for each (host, n) at most n, longest due first. Nobody else gets them before they are
+        recorded or released. A crash releases every claim."""
+
+    def release(self, files: Sequence[DueFile]) -> None:
+        """Give claims back untouched: no attempt is spent."""
+
+    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
+        """Write outcomes with their attempts, end the claims, and return the verdicts that this brings about.
+
+        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before.
+        """
+
+
+class Store(FileQueue, Protocol):
     """The verbs. Those marked (single caller) are for one task of the daemon at a time."""
 
     @property
@@ -94,22 +114,6 @@ class Store(Protocol):
         """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way.
 
         What of it was expanded before stays; returns the verdict that this brings about for its batch.
-        """
-
-    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
-        """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""
-
-    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
-        """Claim due files: for each (host, n) at most n, longest due first. Nobody else gets them before they are
-        recorded or released. A crash releases every claim."""
-
-    def release(self, files: Sequence[DueFile]) -> None:
-        """Give claims back untouched: no attempt is spent."""
-
-    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
-        """Write outcomes with their attempts, end the claims, and return the verdicts that this brings about.
-
-        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before.
         """
 
     async def ping(self, now: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
@@ -59,7 +59,9 @@ _decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, Reporte
 class SqliteStore:
     """Open it with `open`; close it when done."""
 
-    def __init__(self, lock: FileLock, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(
+        self, lock: FileLock, path: Path, connection: sqlite3.Connection, on_commit: Callable[[float], object]
+    ) -> None:
         self._lock = lock
         (self._expanded_through,) = connection.execute(SQL["inbox_start"]).fetchone()
         (in_inbox,) = connection.execute(SQL["inbox_files"], (self._expanded_through,)).fetchone()
@@ -80,13 +82,14 @@ class SqliteStore:
         # The newest rejection, how many there are, and of how many bytes.
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
-        self._writer = Writer(path, connection)
+        self._writer = Writer(path, connection, on_commit)
         self._accept = self._writer.group(_write_deliveries, self._accepted)
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
-        """Open or create the database at `path`, its directory included.
+    async def open(cls, path: Path, *, on_commit: Callable[[float], object] = lambda seconds: None) -> Self:
+        """Open or create the database at `path`, its directory included. `on_commit` is told what each transaction
+        took that callbacks were waiting for, in seconds.
 
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
@@ -100,7 +103,7 @@ class SqliteStore:
         try:
             connection = connect(path)
             try:
-                return cls(lock, path, connection)
+                return cls(lock, path, connection, on_commit)
             except sqlite3.DatabaseError as error:
                 connection.close()
                 raise refusal(path, error) from error

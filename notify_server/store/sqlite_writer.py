@@ -208,11 +208,15 @@ class GroupCommit(Generic[Item, Answer]):
 
 
 class Writer:
-    """Owns the connection and the thread. All methods are for the event loop's thread."""
+    """Owns the connection and the thread. All methods are for the event loop's thread.
+
+    `on_commit` is told what each group's transaction took, in seconds.
+    """
 
     GROUP_LIMIT = 256
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, on_commit: Callable[[float], object]) -> None:
+        self._on_commit = on_commit
         self._path = path
         self._connection: sqlite3.Connection | None = connection
         self._thread = ThreadPoolExecutor(1, "sqlite-writer")
@@ -301,6 +305,7 @@ class Writer:
 
     async def _commit_group(self, group: _Group[Item, Answer]) -> None:
         items, waiting = group.take(self.GROUP_LIMIT)
+        began = self._loop.time()
         try:
             answers = await self._in_thread(lambda: self._call(lambda c: _transact(c, lambda c: group.write(c, items))))
         except Exception as error:
@@ -308,6 +313,7 @@ class Writer:
                 if not future.done():
                     future.set_exception(_for_caller(error))
             return
+        self._on_commit(self._loop.time() - began)
         for item, future, answer in zip(items, waiting, answers, strict=True):
             if isinstance(answer, NotifyServerError):
                 if not future.done():

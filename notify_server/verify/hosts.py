@@ -1,11 +1,11 @@
 """A host, as an object: what waits for it, what is in flight to it, how fast it may be asked, and whether it answers
 at all.
 
-The circuit of a host opens after consecutive connection-level failures. While it is open nothing is sent, and nothing
-is spent: the files stay pending. Afterwards the host is on trial: as many files as its limit allows are tried, within
-what all hosts on trial may have together. One answer closes the circuit; otherwise it opens again. It stays open for
-ten times as long as its failures take, so that a host which keeps silent costs a tenth of what it did, and one which
-refuses at once is asked again soon.
+The circuit of a host opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is
+sent, and nothing is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as
+its limit allows are tried, within what all hosts on trial may have together. One answer closes the circuit; otherwise
+it opens again. It stays open for ten times as long as its failures take, so that a host which keeps silent costs a
+tenth of what it did, and one which refuses at once is asked again soon; but never for longer than `circuit_rest`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from asyncio import TimerHandle
 from collections import deque
 
 from notify_server.config import HostSettings
-from notify_server.model import DueFile
+from notify_server.model import CircuitState, DueFile
 
-FAILURES_TO_OPEN = 5
 REST_FACTOR = 10.0
 REST_SHORTEST = 0.1
-REST_LONGEST = 60.0
 
 
 def hostname_of(host: str) -> str:
@@ -58,11 +56,17 @@ class Host:
     @property
     def on_trial(self) -> bool:
         """Whether the circuit is not closed: what is sent now finds out whether the host is back."""
-        return self._failures >= FAILURES_TO_OPEN
+        return self._failures >= self.settings.circuit_failures
 
     def rests(self, now: float) -> bool:
         """Whether the circuit is open."""
         return self.on_trial and now < self.open_until
+
+    def circuit(self, now: float) -> CircuitState:
+        """The state of the circuit."""
+        if not self.on_trial:
+            return CircuitState.CLOSED
+        return CircuitState.OPEN if now < self.open_until else CircuitState.HALF_OPEN
 
     def ready_at(self) -> float | None:
         """When the next file may start, which may be in the past; None when the host is at its limit."""
@@ -88,11 +92,11 @@ class Host:
         """The host could not be reached, after so many seconds. Returns whether the circuit is open now."""
         self._failures += 1
         if self.on_trial:
-            rest = min(max(REST_FACTOR * seconds, REST_SHORTEST), REST_LONGEST)
+            rest = min(max(REST_FACTOR * seconds, REST_SHORTEST), self.settings.circuit_rest)
             self.open_until = max(self.open_until, now + rest)
         return self.on_trial
 
     def idle(self, now: float) -> bool:
         """Whether nothing is known of the host that would be missed."""
-        remembered = max(self._next_start, self.open_until + REST_LONGEST if self._failures else 0.0)
+        remembered = max(self._next_start, self.open_until + self.settings.circuit_rest if self._failures else 0.0)
         return not (self.queue or self.in_flight or self.timer or now < remembered)

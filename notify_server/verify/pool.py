@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
@@ -23,6 +23,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.model import (
     AttemptRow,
     BatchVerdict,
+    CircuitState,
     DueFile,
     Evidence,
     FileResult,
@@ -32,7 +33,7 @@ from notify_server.model import (
     http_reason,
 )
 from notify_server.observe import report_end
-from notify_server.store.base import Store
+from notify_server.store.base import FileQueue
 from notify_server.verify import policy
 from notify_server.verify.guard import Guard
 from notify_server.verify.hosts import Host, hostname_of
@@ -88,7 +89,7 @@ class Pool:
 
     def __init__(
         self,
-        store: Store,
+        store: FileQueue,
         guard: Guard,
         config: VerifyConfig,
         links: Sequence[ProberLink],
@@ -96,6 +97,7 @@ class Pool:
         now: Callable[[], int],
         chance: Callable[[], float],
         on_verdicts: Callable[[Sequence[BatchVerdict]], None],
+        on_recorded: Callable[[Sequence[FileResult]], None] = lambda results: None,
     ) -> None:
         self._store = store
         self._guard = guard
@@ -104,6 +106,7 @@ class Pool:
         self._now = now
         self._chance = chance
         self._on_verdicts = on_verdicts
+        self._on_recorded = on_recorded
         # What one prober may have in flight: the living do not take over what the dead had.
         self._a_prober = -(-config.concurrency // max(1, len(links)))
         self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
@@ -174,6 +177,12 @@ class Pool:
     def in_flight(self) -> int:
         """Files whose attempt is under way."""
         return len(self._flights)
+
+    def circuits(self) -> dict[str, float]:
+        """How many of the hosts that are remembered are in each state."""
+        now = time.monotonic()
+        states = Counter(host.circuit(now) for host in self._hosts.values())
+        return {state.value: states[state] for state in CircuitState}
 
     def offer(self, hosts: Iterable[str]) -> None:
         """These hosts have new files."""
@@ -525,6 +534,7 @@ class Pool:
             finally:
                 self._recording = 0
             delay = RECORD_LINGER
+            self._on_recorded(batch)
             for result in batch:
                 if result.next_attempt_at is not None:
                     self._due_by(result.next_attempt_at)

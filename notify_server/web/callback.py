@@ -23,9 +23,10 @@ from notify_server.errors import (
     StoreUnavailableError,
 )
 from notify_server.model import Delivery, Rejection
-from notify_server.observe import Metrics
+from notify_server.observe import ACCEPTED, Metrics
 from notify_server.store.base import Store
 from notify_server.web.errors import RefusedError, error_response
+from notify_server.web.rate_limit import RateLimit, source_of
 
 log = structlog.get_logger("notify_server.web")
 
@@ -34,6 +35,8 @@ RETRY_AFTER_SECONDS = 5
 # The same words for every failed check, so that a caller learns nothing about which one it was.
 SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
 DETAIL_LIMIT = 500
+# A flood is told of once in so long.
+LOUD_SECONDS = 60.0
 
 
 def new_request_id() -> str:
@@ -94,7 +97,10 @@ class Callback:
         self._max_files = config.contract.max_files
         self._backlog_limit = config.verify.backlog_limit
         self._store = store
-        self._metrics = metrics
+        self._callbacks = metrics.callbacks
+        (self._acks,) = metrics.ack_seconds.series.values()
+        self._rate_limit = RateLimit(self._server.rate_limit) if self._server.rate_limit else None
+        self._loud_at = 0.0
         self._now = now
         # Bodies that were not there with their headers, and are being waited for.
         self._arriving = 0
@@ -146,7 +152,8 @@ class Callback:
             return await self._refuse(request_id, remote, body, _busy("the store cannot commit, send it again"))
         except Exception as error:
             return await self._refuse(request_id, remote, body, _failed(request_id, error))
-        self._metrics.ack_seconds.observe(asyncio.get_running_loop().time() - started)
+        self._acks.observe(asyncio.get_running_loop().time() - started)
+        self._callbacks.add(ACCEPTED)
         self._debug("accepted", request_id=request_id, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
         return web.Response(
             body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
@@ -166,6 +173,8 @@ class Callback:
         server, auth = self._server, self._auth
         if server.trusted_proxies:
             peer = client_address(peer, request.headers.getall("X-Forwarded-For", ()), server.trusted_proxies)
+        if self._rate_limit is not None:
+            self._check_rate(self._rate_limit, peer)
         if request.method != "POST":
             raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
         if auth.callback_networks and not within(peer, auth.callback_networks):
@@ -178,6 +187,16 @@ class Callback:
         if length is not None and length > server.body_limit_bytes:
             raise self._too_large()
         return peer
+
+    def _check_rate(self, limit: RateLimit, peer: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if not (wait := limit.wait(source_of(peer), now)):
+            return
+        if now >= self._loud_at:
+            self._loud_at = now + LOUD_SECONDS
+            log.warning("callbacks beyond [server] rate_limit are answered 429", remote=peer)
+        retry_after = {"Retry-After": str(math.ceil(wait))}
+        raise RefusedError(429, "429", "请求过于频繁 too many requests, send it again later", headers=retry_after)
 
     async def _read(self, request: web.Request) -> bytes:
         if "Content-Encoding" in request.headers:
@@ -262,8 +281,10 @@ class Callback:
                 refused = _busy("the store cannot commit, send it again")
             except Exception as error:
                 refused = _failed(request_id, error)
-        self._metrics.refused.labels(refused.code).inc()
-        log.info("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
+        self._callbacks.add(refused.code)
+        # One of a flood that is kept out is no news.
+        tell = self._debug if refused.status == 429 else log.info
+        tell("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
         return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
 
 

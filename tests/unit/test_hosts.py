@@ -9,17 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notify_server.config import HostSettings
-from notify_server.model import DueFile
+from notify_server.model import CircuitState, DueFile
 from notify_server.verify.guard import Guard
-from notify_server.verify.hosts import (
-    FAILURES_TO_OPEN,
-    REST_FACTOR,
-    REST_LONGEST,
-    REST_SHORTEST,
-    Host,
-    hostname_of,
-)
+from notify_server.verify.hosts import REST_FACTOR, REST_SHORTEST, Host, hostname_of
 
+FAILURES_TO_OPEN = HostSettings().circuit_failures
+REST_LONGEST = HostSettings().circuit_rest
 NOW = 1_000_000.0
 FILE = DueFile(1, 1, "files.example.com", "http://files.example.com/x", 0)
 
@@ -129,6 +124,22 @@ def test_a_rest_is_never_shorter_or_longer_than_its_bounds(seconds: float) -> No
     host = a_host()
     fail(host, FAILURES_TO_OPEN, now=0.0, seconds=seconds)
     assert REST_SHORTEST <= host.open_until <= REST_LONGEST
+
+
+def test_its_thresholds_are_those_of_the_host() -> None:
+    host = a_host(circuit_failures=2, circuit_rest="3s")
+    assert fail(host, 2, seconds=20.0) == [False, True]
+    assert host.open_until == NOW + 3.0
+
+
+def test_a_circuit_says_which_state_it_is_in() -> None:
+    host = a_host(circuit_failures=1, circuit_rest="3s")
+    assert host.circuit(NOW) is CircuitState.CLOSED
+    host.failed(NOW, 20.0)
+    assert host.circuit(NOW + 2.9) is CircuitState.OPEN
+    assert host.circuit(NOW + 3.0) is CircuitState.HALF_OPEN
+    host.answered()
+    assert host.circuit(NOW + 3.0) is CircuitState.CLOSED
 
 
 def test_a_failure_before_the_circuit_opens_delays_nothing() -> None:

@@ -125,13 +125,16 @@ async def test_the_metrics_count_acks_and_refusals_by_their_code(start: Start) -
     (await daemon.post(b"[]")).refusal(401, "401001")
     (await daemon.get("/notify")).refusal(405, "405")
     after = await measures(daemon)
-    refused = {name: value for name, value in after.items() if name.startswith("notify_server_callbacks_refused_total")}
-    assert refused == {
-        "notify_server_callbacks_refused_total code=400": 2,
-        "notify_server_callbacks_refused_total code=415": 1,
-        "notify_server_callbacks_refused_total code=401001": 1,
-        "notify_server_callbacks_refused_total code=405": 1,
+    answered = {name: value for name, value in after.items() if name.startswith("notify_server_callbacks_total")}
+    assert answered == {
+        "notify_server_callbacks_total code=000": 3,
+        "notify_server_callbacks_total code=400": 2,
+        "notify_server_callbacks_total code=415": 1,
+        "notify_server_callbacks_total code=401001": 1,
+        "notify_server_callbacks_total code=405": 1,
     }
+    assert after["notify_server_commit_seconds_count"] >= 1
+    assert 0 < after["notify_server_commit_seconds_sum"] < after["notify_server_ack_seconds_sum"] + 30
     assert after["notify_server_ack_seconds_count"] == 3
     assert 0 < after["notify_server_ack_seconds_sum"] < 30
     assert after["notify_server_ack_seconds_bucket le=+Inf"] == 3
@@ -158,6 +161,38 @@ async def test_the_metrics_show_the_backlog(start: Start) -> None:
     after = await measures(daemon)
     assert after["notify_server_backlog_files"] == 5
     assert after["notify_server_in_flight_files"] == 0
+
+
+async def test_the_metrics_count_requests_by_reason_files_by_state_and_time_their_phases(start: Start) -> None:
+    daemon = await start(verify={"allowed_networks": ["127.0.0.1"], "allowed_ports": [1], "retry_schedule": []})
+    entries = [daemon.entry(target_url=f"http://127.0.0.1:1/{n}") for n in range(3)]
+    body = daemon.notification(*entries)
+    (await daemon.post(body)).accepted()
+    await daemon.settled(body["batch_id"])
+    await daemon.serves()
+    after = await measures(daemon)
+    assert after["notify_server_probes_total reason=connect_error"] == 3
+    assert after["notify_server_probes_total reason=ok"] == 0
+    assert after["notify_server_files_settled_total state=unavailable"] == 3
+    assert after["notify_server_files_settled_total state=available"] == 0
+    assert after["notify_server_probe_seconds_count phase=total"] == 3
+    assert after["notify_server_probe_seconds_count phase=tls"] == 0
+
+
+async def test_the_metrics_show_the_hosts_by_their_circuit(start: Start) -> None:
+    daemon = await start(
+        verify={"allowed_networks": ["127.0.0.1"], "allowed_ports": [1], "circuit_failures": 2, "circuit_rest": "1h"}
+    )
+    before = await measures(daemon)
+    states = ("closed", "open", "half_open")
+    assert [before[f"notify_server_hosts circuit={state}"] for state in states] == [0, 0, 0]
+    (
+        await daemon.post(daemon.notification(*(daemon.entry(target_url=f"http://127.0.0.1:1/{n}") for n in range(2))))
+    ).accepted()
+    await daemon.eventually(lambda: daemon.count("attempt") == 2)
+    after = await measures(daemon)
+    assert sum(after[f"notify_server_hosts circuit={state}"] for state in states) == 1
+    assert after["notify_server_hosts circuit=closed"] == 0
 
 
 async def test_strangers_cannot_add_series_to_the_metrics(daemon: Daemon) -> None:
