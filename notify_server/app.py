@@ -7,6 +7,8 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
@@ -16,28 +18,38 @@ import certifi
 import structlog
 from aiohttp import web
 
-from notify_server.config import Config, ServerConfig
+from notify_server.config import Config, ServerConfig, version
 from notify_server.errors import ListenError, StoreUnavailableError
-from notify_server.model import BatchVerdict
+from notify_server.model import BatchVerdict, FileResult
 from notify_server.observe import Metrics, report_end
 from notify_server.store.base import Store
 from notify_server.store.expander import Expander
 from notify_server.store.sqlite import SqliteStore
+from notify_server.store.sqlite_records import SqliteRecords
+from notify_server.timeline import HostRates, Timeline
 from notify_server.verify.frames import ProberConfig
 from notify_server.verify.guard import Guard
 from notify_server.verify.link import ProberLink
 from notify_server.verify.pool import Pool
+from notify_server.web.admin import Admin
+from notify_server.web.api import ENDPOINTS, Api, Live
 from notify_server.web.callback import Callback
 from notify_server.web.errors import error_response
 from notify_server.web.health import Health
+from notify_server.web.openapi import Endpoint
+from notify_server.web.stream import Stream
 
 log = structlog.get_logger("notify_server")
 
 STORE = web.AppKey("store", Store)
+RECORDS = web.AppKey("records", SqliteRecords)
 POOL = web.AppKey("pool", Pool)
 METRICS = web.AppKey("metrics", Metrics)
 CALLBACK = web.AppKey("callback", Callback)
 HEALTH = web.AppKey("health", Health)
+ADMIN = web.AppKey("admin", Admin)
+API = web.AppKey("api", Api)
+STREAM = web.AppKey("stream", Stream)
 DRAINING = web.AppKey("draining", asyncio.Event)
 
 PRUNE_SECONDS = 600.0
@@ -60,6 +72,10 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
     app = web.Application()
     app[METRICS] = Metrics()
     app[DRAINING] = asyncio.Event()
+    stream = app[STREAM] = Stream()
+    admin = app[ADMIN] = Admin(config, now)
+    rates = HostRates()
+    started_at = datetime.fromtimestamp(now() / 1000, UTC)
     guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
 
     async def store(app: web.Application) -> AsyncIterator[None]:
@@ -67,11 +83,19 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
         on_commit = commits.observe
         opened = app[STORE] = await SqliteStore.open(config.store.path, on_commit=on_commit)
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
+        app[RECORDS] = SqliteRecords(config.store.path)
         yield
+        await app[RECORDS].close()
         await opened.close()
 
     async def verify(app: web.Application) -> AsyncIterator[None]:
-        on_verdicts = _verdict_log(app[METRICS])
+        def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
+            _tell(verdicts, app[METRICS], stream)
+
+        def on_recorded(results: Sequence[FileResult]) -> None:
+            app[METRICS].recorded(results)
+            rates.recorded(results, time.monotonic())
+
         links = [ProberLink(prober_config(config)) for _ in range(config.verify.processes)]
         pool = app[POOL] = Pool(
             app[STORE],
@@ -81,7 +105,7 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
             now=now,
             chance=random.random,
             on_verdicts=on_verdicts,
-            on_recorded=app[METRICS].recorded,
+            on_recorded=on_recorded,
         )
         app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
         app[METRICS].gauges("notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits)
@@ -110,13 +134,25 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
         pool = app[POOL]
         app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now)
         app[HEALTH] = Health(app[STORE], app[METRICS], now, lambda: pool.alive, app[DRAINING].is_set)
+        timeline = Timeline(app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: pool.in_flight)
+        live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts, pool.offer)
+        app[API] = Api(
+            app[STORE], app[RECORDS], app[CALLBACK], admin, live, timeline, rates, stream, config.retention, now
+        )
+        task = asyncio.create_task(_sample(timeline, stream), name="sample")
+        task.add_done_callback(report_end)
         yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     app.cleanup_ctx.extend([store, verify, web_side])
     app.router.add_route("*", config.server.callback_path, _callback, expect_handler=_expect)
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/metrics", _metrics)
+    for endpoint in ENDPOINTS:
+        app.router.add_route("*", endpoint.route, partial(_api, endpoint))
+    app.router.add_get("/openapi.json", _openapi)
     app.router.add_route("*", "/{path:.*}", _not_found)
     return app
 
@@ -153,26 +189,39 @@ async def _metrics(request: web.Request) -> web.Response:
     return await request.app[HEALTH].metrics(request)
 
 
+async def _api(endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+    return await request.app[API].handle(endpoint, request)
+
+
+async def _openapi(request: web.Request) -> web.StreamResponse:
+    return await request.app[ADMIN].guard(request.app[API].describe)(request)
+
+
 async def _not_found(request: web.Request) -> web.Response:
     log.debug("nothing there", method=request.method, path=request.path, remote=request.remote)
     return error_response(str(uuid4()), 404, "404", "nothing is served at this path")
 
 
-def _verdict_log(metrics: Metrics) -> Callable[[Sequence[BatchVerdict]], None]:
-    def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
-        for verdict in verdicts:
-            metrics.verdicts.add(verdict.verdict)
-            log.info(
-                "verdict",
-                batch_id=verdict.batch_id,
-                api_code=verdict.api_code,
-                verdict=verdict.verdict,
-                files=verdict.files,
-                available=verdict.available,
-                seconds=(verdict.completed_at - verdict.first_received_at) / 1000,
-            )
+def _tell(verdicts: Sequence[BatchVerdict], metrics: Metrics, stream: Stream) -> None:
+    for verdict in verdicts:
+        metrics.verdicts.add(verdict.verdict)
+        stream.publish("verdict", verdict)
+        log.info(
+            "verdict",
+            batch_id=verdict.batch_id,
+            api_code=verdict.api_code,
+            verdict=verdict.verdict,
+            files=verdict.files,
+            available=verdict.available,
+            seconds=(verdict.completed_at - verdict.first_received_at) / 1000,
+        )
 
-    return on_verdicts
+
+async def _sample(timeline: Timeline, stream: Stream) -> None:
+    """Note what has happened, every second."""
+    while True:
+        stream.publish("sample", timeline.sample(time.monotonic()))
+        await asyncio.sleep(1.0 - time.monotonic() % 1.0)
 
 
 def prober_config(config: Config) -> ProberConfig:
@@ -252,7 +301,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             return handlers() if len(handlers.connections) < server.max_connections else _Full()
 
         try:
-            tls = tls_context(server)
+            tls = _tls(server)
             listener = await asyncio.get_running_loop().create_server(
                 connection,
                 server.host,
@@ -273,14 +322,14 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         app[DRAINING].set()
         app[POOL].finish()
         listener.close()
+        app[STREAM].close()
         await app[CALLBACK].drain(grace / 4)
     finally:
         await runner.cleanup()
     log.info("stopped")
 
 
-def tls_context(server: ServerConfig) -> ssl.SSLContext | None:
-    """What to serve https with, None for http. Raises ListenError when the pair cannot be used."""
+def _tls(server: ServerConfig) -> ssl.SSLContext | None:
     if server.ssl_certificate is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

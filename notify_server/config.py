@@ -45,7 +45,7 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "": 1.0}
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api")
+_OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
 # A prober waits for its connections with select(), which knows no descriptor above 1023.
 _CONCURRENCY_PER_PROCESS = 400
 
@@ -345,12 +345,16 @@ class HostSettings(_Section):
 
 
 @functools.cache
-def _user_agent() -> str:
+def version() -> str:
+    """The version of this program, empty when it runs from a source tree that has not been installed."""
     try:
-        return f"notify-server/{metadata.version('notify-server')}"
+        return metadata.version("notify-server")
     except metadata.PackageNotFoundError:
-        # A source tree that runs without having been installed.
-        return "notify-server"
+        return ""
+
+
+def _user_agent() -> str:
+    return f"notify-server/{version()}".removesuffix("/")
 
 
 class VerifyConfig(HostSettings):

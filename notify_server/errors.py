@@ -50,5 +50,9 @@ class NonceReusedError(NotifyServerError):
     """The nonce of a signed request has been consumed before; nothing was written."""
 
 
+class RejectionGoneError(NotifyServerError):
+    """The rejection to be replayed is not there (any more); nothing was written."""
+
+
 class ListenError(NotifyServerError):
     """The address cannot be listened on. Fatal at start."""

@@ -102,6 +102,8 @@ class Delivery(msgspec.Struct, frozen=True):
     `body` is the request's body as it came; `files` the length of its file_list; `signature` how it was proven:
     `none`, or the fingerprint of the platform key that verified it; `request_id` the id given in the ack.
     `nonce` is (key, expires_at) and must be consumed in the same transaction, or None when the request was not signed.
+    `traceparent` is the caller's (W3C Trace Context). `replays` is the id of the rejection that is taken after all, and
+    goes in the same transaction.
     """
 
     batch_id: str
@@ -113,6 +115,8 @@ class Delivery(msgspec.Struct, frozen=True):
     signature: str
     request_id: str
     nonce: tuple[str, int] | None = None
+    traceparent: str | None = None
+    replays: int | None = None
 
 
 class Rejection(msgspec.Struct, frozen=True):
@@ -123,6 +127,7 @@ class Rejection(msgspec.Struct, frozen=True):
     code: str
     detail: str
     body: bytes
+    request_id: str
 
 
 class InboxItem(msgspec.Struct, frozen=True):
@@ -134,6 +139,7 @@ class InboxItem(msgspec.Struct, frozen=True):
     remote_addr: str
     request_id: str
     files: int
+    traceparent: str | None = None
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
@@ -161,6 +167,19 @@ class DueFile(msgspec.Struct, frozen=True, gc=False):
     attempts: int
 
 
+class HostView(msgspec.Struct, frozen=True):
+    """What the verifier knows of a host: its circuit and for how many seconds that stays open, files under way and
+    claimed, and how many may be under way.
+    """
+
+    host: str
+    circuit: CircuitState
+    open_for: float
+    in_flight: int
+    queued: int
+    limit: int
+
+
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
 
@@ -183,6 +202,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `reused` is true when the answer came on a connection that had carried another answer before.
     Phases are durations in milliseconds, None when the phase did not take place; `total_ms` is always there.
     `content_length` is the length of the whole object, also for an answer to a ranged GET.
+    `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
     """
 
     id: int
@@ -201,6 +221,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     last_modified: str | None = None
     retry_after: str | None = None
     location: str | None = None
+    refused: bool = False
 
 
 class AttemptRow(msgspec.Struct, frozen=True, gc=False):

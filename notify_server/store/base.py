@@ -45,6 +45,13 @@ class Expansion(msgspec.Struct, frozen=True):
     last: bool
 
 
+class Restart(msgspec.Struct, frozen=True):
+    """What a recheck has set going: how many files, and which hosts they are at."""
+
+    files: int
+    hosts: frozenset[str]
+
+
 class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A host with pending files, and when the first of them is due (it may be claimed already)."""
 
@@ -88,7 +95,8 @@ class Store(FileQueue, Protocol):
         """Write a delivery to the inbox and return its id.
 
         Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same
-        transaction; a nonce consumed before raises NonceReusedError for that delivery alone.
+        transaction; a nonce consumed before raises NonceReusedError for that delivery alone. When it replays a
+        rejection, that is deleted in the same transaction; RejectionGoneError when it is not there.
         """
 
     async def reject(self, rejection: Rejection) -> None:
@@ -114,6 +122,12 @@ class Store(FileQueue, Protocol):
         """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way.
 
         What of it was expanded before stays; returns the verdict that this brings about for its batch.
+        """
+
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        """Ask for these files anew, at once: pending, nothing known, no attempt spent; their batches have no verdict.
+
+        Left as they are: ids of no file, files reported FAILED, and addresses that cannot be read.
         """
 
     async def ping(self, now: int) -> None:

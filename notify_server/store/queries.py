@@ -21,9 +21,9 @@ class Migration(NamedTuple):
 
 
 @cache
-def load_queries(dialect: str) -> Mapping[str, str]:
-    """The named blocks of `sql/<dialect>/queries.sql`, without their comments and closing semicolon."""
-    text = (files(__package__) / "sql" / dialect / "queries.sql").read_text(encoding="utf-8")
+def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
+    """The named blocks of `sql/<dialect>/<name>.sql`, without their comments and closing semicolon."""
+    text = (files(__package__) / "sql" / dialect / f"{name}.sql").read_text(encoding="utf-8")
     parts = _NAME.split(text)[1:]
     return {
         name: _COMMENT.sub("", block).strip().removesuffix(";")

@@ -66,6 +66,34 @@ _LAST_DELIVERY = "SELECT coalesce(max(id), 0) FROM notification"
 _EXPANDED = "SELECT expanded_at IS NOT NULL FROM notification WHERE id = ?"
 
 
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write, for any thread. Raises StoreRefusedError when the file is not there, or is not a
+    record.
+    """
+    if not path.is_file():
+        raise StoreRefusedError(f"{path}: there is no record: start the daemon, or name its database")
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro",
+            uri=True,
+            timeout=BUSY_TIMEOUT_MS / 1000,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+    except sqlite3.Error as error:
+        raise StoreRefusedError(f"{path}: cannot be opened ({error})") from error
+    try:
+        connection.execute("PRAGMA query_only = 1")
+        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.Error as error:
+        connection.close()
+        raise StoreRefusedError(f"{path}: cannot be read ({error})") from error
+    if application_id != APPLICATION_ID:
+        connection.close()
+        raise StoreRefusedError(f"{path}: is not a record of notify_server: name the daemon's database")
+    return connection
+
+
 class Reader:
     """A record, read-only. No transaction outlives a call, so the daemon is never kept waiting.
 
@@ -74,27 +102,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         """Open the database at `path`. Raises StoreRefusedError when it is not there, or is not a record."""
-        if not path.is_file():
-            raise StoreRefusedError(f"{path}: there is no record: start the daemon, or name its database")
-        try:
-            self._connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode=ro",
-                uri=True,
-                timeout=BUSY_TIMEOUT_MS / 1000,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-        except sqlite3.Error as error:
-            raise StoreRefusedError(f"{path}: cannot be opened ({error})") from error
-        try:
-            self._connection.execute("PRAGMA query_only = 1")
-            (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
-        except sqlite3.Error as error:
-            self._connection.close()
-            raise StoreRefusedError(f"{path}: cannot be read ({error})") from error
-        if application_id != APPLICATION_ID:
-            self._connection.close()
-            raise StoreRefusedError(f"{path}: is not a record of notify_server: name the daemon's database")
+        self._connection = connect_read_only(path)
 
     def __enter__(self) -> Self:
         return self

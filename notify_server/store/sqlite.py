@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
 
 import msgspec
 
-from notify_server.errors import NonceReusedError, StoreRefusedError
+from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreRefusedError
 from notify_server.model import (
     BatchVerdict,
     Delivery,
@@ -29,7 +29,7 @@ from notify_server.model import (
     ReportedStatus,
     Verdict,
 )
-from notify_server.store.base import Expansion, HostDue, NewFile
+from notify_server.store.base import Expansion, HostDue, NewFile, Restart
 from notify_server.store.queries import load_queries, with_rows
 from notify_server.store.sqlite_writer import FileLock, Writer, connect, refusal
 
@@ -53,6 +53,7 @@ SQL = load_queries("sqlite")
 _decode_due = msgspec.json.Decoder(list[tuple[int, int, str, str, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
 _decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
+_decode_recheck = msgspec.json.Decoder(list[tuple[int, int, str, FileState]]).decode
 _decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, ReportedStatus, FileState]]).decode
 
 
@@ -83,7 +84,7 @@ class SqliteStore:
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
         self._writer = Writer(path, connection, on_commit)
-        self._accept = self._writer.group(_write_deliveries, self._accepted)
+        self._accept = self._writer.group(self._write_deliveries, self._accepted)
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod
@@ -138,10 +139,56 @@ class SqliteStore:
                     delivery.remote_addr,
                     delivery.request_id,
                     delivery.files,
+                    delivery.traceparent,
                 )
             )
         self._backlog += delivery.files
         self._inbox_news.set()
+
+    def _write_deliveries(
+        self, connection: sqlite3.Connection, deliveries: Sequence[Delivery]
+    ) -> list[int | NotifyServerError]:
+        refused = _consume_nonces(connection, deliveries)
+        refused |= self._consume_rejections(connection, deliveries, refused)
+        rows = [
+            (
+                d.batch_id,
+                d.api_code,
+                d.received_at,
+                d.remote_addr,
+                d.signature,
+                d.request_id,
+                d.files,
+                d.traceparent,
+                d.body,
+            )
+            for place, d in enumerate(deliveries)
+            if place not in refused
+        ]
+        ids: list[int] = []
+        for chunk in _chunks(rows):
+            last = _insert(connection, "accept", chunk).lastrowid
+            assert last is not None
+            ids.extend(range(last - len(chunk) + 1, last + 1))
+        fresh = iter(ids)
+        return [refused.get(place) or next(fresh) for place in range(len(deliveries))]
+
+    def _consume_rejections(
+        self, connection: sqlite3.Connection, deliveries: Sequence[Delivery], refused: Container[int]
+    ) -> dict[int, NotifyServerError]:
+        """Delete the rejections that are replayed; the places of the deliveries whose rejection was not there."""
+        gone: dict[int, NotifyServerError] = {}
+        for place, delivery in enumerate(deliveries):
+            if delivery.replays is None or place in refused:
+                continue
+            # As text: an id may be beyond what SQLite takes for a number, and must not fail the others.
+            if connection.execute(SQL["rejection_replayed"], (str(delivery.replays),)).rowcount:
+                self._rejections = (0, 0, 0)
+            else:
+                gone[place] = RejectionGoneError(
+                    f"rejection {delivery.replays} is not there: it may have been replayed"
+                )
+        return gone
 
     async def reject(self, rejection: Rejection) -> None:
         await self._reject(rejection)
@@ -153,7 +200,7 @@ class SqliteStore:
             self._rejections = (newest, *connection.execute(SQL["rejection_size"]).fetchone())
         _, count, size = self._rejections
         for chunk in _chunks(rejections):
-            rows = [(r.received_at, r.remote_addr, r.code, r.detail, r.body) for r in chunk]
+            rows = [(r.received_at, r.remote_addr, r.code, r.detail, r.body, r.request_id) for r in chunk]
             newest = _insert(connection, "reject", rows).lastrowid
         count += len(rejections)
         size += sum(len(rejection.body) for rejection in rejections)
@@ -216,7 +263,7 @@ class SqliteStore:
         return verdicts
 
     async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
-        rejection = Rejection(item.received_at, item.remote_addr, "500", detail, item.body)
+        rejection = Rejection(item.received_at, item.remote_addr, "500", detail, item.body, item.request_id)
 
         def write(connection: sqlite3.Connection) -> list[BatchVerdict]:
             self._write_rejections(connection, [rejection])
@@ -287,6 +334,30 @@ class SqliteStore:
         self._backlog -= settled
         return verdicts
 
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        def write(connection: sqlite3.Connection) -> tuple[int, Restart]:
+            ids = msgspec.json.encode(files).decode()
+            (answer,) = connection.execute(SQL["recheck_find"], (ids,)).fetchone()
+            found = _decode_recheck(answer)
+            settled: dict[int, Counter[FileState]] = {}
+            for id, batch, _, state in found:
+                restarted.add(id)
+                if state is not FileState.PENDING:
+                    settled.setdefault(batch, Counter())[state] += 1
+            ids = msgspec.json.encode(list(restarted)).decode()
+            connection.execute(SQL["recheck_files"], (now, ids))
+            for rows in _chunks(_by_batch(settled)):
+                _insert(connection, "recheck_batches", rows)
+            reopened = sum(sum(states.values()) for states in settled.values())
+            return reopened, Restart(len(found), frozenset(host for _, _, host, _ in found))
+
+        restarted: set[int] = set()
+        reopened, restart = await self._writer.transaction(
+            write, committed=lambda: self._restarted.update(self._held.keys() & restarted)
+        )
+        self._backlog += reopened
+        return restart
+
     # Housekeeping
 
     async def ping(self, now: int) -> None:
@@ -313,23 +384,7 @@ def _insert(
     return connection.execute(with_rows(SQL[query], len(rows[0]), len(rows)), [*parameters, *more])
 
 
-def _write_deliveries(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> list[int | NonceReusedError]:
-    reused = _consume_nonces(connection, deliveries)
-    rows = [
-        (d.batch_id, d.api_code, d.received_at, d.remote_addr, d.signature, d.request_id, d.files, d.body)
-        for place, d in enumerate(deliveries)
-        if place not in reused
-    ]
-    ids: list[int] = []
-    for chunk in _chunks(rows):
-        last = _insert(connection, "accept", chunk).lastrowid
-        assert last is not None
-        ids.extend(range(last - len(chunk) + 1, last + 1))
-    fresh = iter(ids)
-    return [reused.get(place) or next(fresh) for place in range(len(deliveries))]
-
-
-def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> dict[int, NonceReusedError]:
+def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> dict[int, NotifyServerError]:
     """Consume the nonces; the places of the deliveries whose nonce had been consumed before."""
     signed = [(place, d.nonce, d) for place, d in enumerate(deliveries) if d.nonce is not None]
     if signed:
@@ -376,7 +431,7 @@ class _Merge:
     def batch_row(self) -> tuple[object, ...]:
         item, last = self.expansion.item, self.expansion.last
         counts = (self.delta[state] for state in FileState)
-        return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens
+        return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id
 
 
 def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now: int) -> list[_Merge]:
@@ -478,14 +533,18 @@ def _write_results(
     for result in results:
         if result.state is not FileState.PENDING:
             settled.setdefault(result.file.batch, Counter())[result.state] += 1
-    batches = [
-        (batch, count[FileState.AVAILABLE], count[FileState.UNAVAILABLE], count[FileState.BLOCKED])
-        for batch, count in settled.items()
-    ]
-    for chunk_of_batches in _chunks(batches):
+    for chunk_of_batches in _chunks(_by_batch(settled)):
         _insert(connection, "record_batches", chunk_of_batches)
     count = sum(sum(states.values()) for states in settled.values())
     return count, _write_verdicts(connection, settled, now)
+
+
+def _by_batch(settled: Mapping[int, Counter[FileState]]) -> list[tuple[int, int, int, int]]:
+    """Rows of a batch, and how many of its files are available, unavailable and blocked."""
+    return [
+        (batch, count[FileState.AVAILABLE], count[FileState.UNAVAILABLE], count[FileState.BLOCKED])
+        for batch, count in settled.items()
+    ]
 
 
 def _write_verdicts(connection: sqlite3.Connection, batches: Iterable[int], now: int) -> list[BatchVerdict]:

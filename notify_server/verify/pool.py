@@ -28,6 +28,7 @@ from notify_server.model import (
     Evidence,
     FileResult,
     FileState,
+    HostView,
     Reason,
     Request,
     http_reason,
@@ -38,6 +39,7 @@ from notify_server.verify import policy
 from notify_server.verify.guard import Guard
 from notify_server.verify.hosts import Host, hostname_of
 from notify_server.verify.link import ProberLink
+from notify_server.verify.reach import Reach, ask_name_server, is_name
 
 log = structlog.get_logger("notify_server.verify")
 
@@ -60,6 +62,8 @@ HOSTS_MOST = 10_000
 DUE_STEP_MS = 50
 DUE_SOON_MS = 60_000
 HOSTS_A_CLAIM = 64
+# While we are cut off, attempts begin so far apart.
+TRIAL_SECONDS = 0.25
 # Timers of the event loop have a resolution of 1 ms, and must not fire before their time.
 TIMER_SLACK = 0.002
 # A file that was in flight when this many probers died may be what kills them: it is charged an attempt.
@@ -69,7 +73,7 @@ DEATHS_BORNE = 5
 class Flight:
     """An attempt under way on one file."""
 
-    __slots__ = ("ask", "deadline", "doubted", "file", "host", "link", "on_trial", "requests", "sent_at")
+    __slots__ = ("ask", "cut_off", "deadline", "doubted", "file", "host", "link", "on_trial", "requests", "sent_at")
 
     def __init__(self, file: DueFile, host: Host, ask: policy.Ask, now: float) -> None:
         self.file = file
@@ -77,11 +81,16 @@ class Flight:
         self.ask = ask
         self.deadline = now + host.settings.timeout
         self.on_trial = host.on_trial
+        # Whether it began while we were cut off: what it fails at is nobody's fault.
+        self.cut_off = False
         self.link: ProberLink | None = None
         self.sent_at = 0
         self.requests: list[AttemptRow] = []
         # An answer on a reused connection that did not count.
         self.doubted: Evidence | None = None
+
+
+Doubted = tuple[Flight, policy.Conclusion, Evidence]
 
 
 class Pool:
@@ -122,6 +131,13 @@ class Pool:
         self._results: deque[FileResult] = deque()
         self._recording = 0
         self._deaths: dict[int, int] = {}
+        self._network: Reach[Doubted] = Reach()
+        self._names: Reach[Doubted] = Reach()
+        self._asking_names = False
+        # Hosts whose turn it was while we were cut off, and when the next of them may be tried.
+        self._parked: deque[Host] = deque()
+        self._parked_timer: asyncio.TimerHandle | None = None
+        self._trial_at = 0.0
 
         self._look_after = ""
         self._look_at = 0.0
@@ -183,6 +199,21 @@ class Pool:
         now = time.monotonic()
         states = Counter(host.circuit(now) for host in self._hosts.values())
         return {state.value: states[state] for state in CircuitState}
+
+    def hosts(self) -> list[HostView]:
+        """The hosts that are remembered."""
+        now = time.monotonic()
+        return [
+            HostView(
+                host.name,
+                host.circuit(now),
+                round(max(0.0, host.open_until - now), 3) if host.on_trial else 0.0,
+                host.in_flight,
+                len(host.queue),
+                host.settings.per_host_concurrency,
+            )
+            for host in self._hosts.values()
+        ]
 
     def offer(self, hosts: Iterable[str]) -> None:
         """These hosts have new files."""
@@ -324,6 +355,11 @@ class Pool:
             if not host.queue or moment is None or moment > now:
                 self._ready(host)
                 continue
+            if self._is_cut_off(host.name):
+                if now < self._trial_at:
+                    self._park(host)
+                    continue
+                self._trial_at = now + TRIAL_SECONDS
             self._start(host, host.queue.popleft(), now, links, outgoing)
             self._ready(host)
             if len(host.queue) <= host.low and not host.exhausted and host.name not in self._hungry:
@@ -342,6 +378,7 @@ class Pool:
         target = self._guard.examine(file.target_url)
         host.start(now)
         flight = Flight(file, host, policy.first(target, host.settings), now)
+        flight.cut_off = self._is_cut_off(host.name)
         self._trial_flights += flight.on_trial
         if target.refusal is not None:
             # Refused by settings that came after the file was admitted.
@@ -381,7 +418,8 @@ class Pool:
             outcome = policy.judge(flight.ask, item, flight.host.settings, self._guard.follow)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
-                self._end(flight, outcome, item)
+                if not self._doubt(flight, outcome, item):
+                    self._end(flight, outcome, item)
                 continue
             now = time.monotonic()
             if now >= flight.deadline:
@@ -391,6 +429,7 @@ class Pool:
             again.append(self._request(flight, link, now))
         if again:
             link.send(again)
+        self._settle_doubts()
         self._pump()
 
     def _note(self, flight: Flight, item: Evidence, outcome: policy.Ask | policy.Conclusion) -> None:
@@ -398,6 +437,10 @@ class Pool:
         host, ask = flight.host, flight.ask
         if item.status is not None:
             host.answered()
+        if item.status is not None or item.connect_ms is not None or item.refused:
+            self._answered(self._network, ask.target.host)
+        if item.dns_ms is not None and is_name(ask.target.hostname):
+            self._answered(self._names, ask.target.host)
         if isinstance(outcome, policy.Ask) and outcome.fresh and not ask.fresh:
             flight.doubted = item
             return
@@ -491,6 +534,105 @@ class Pool:
         self._ready(host)
         self._check_drained()
 
+    def _doubt(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence) -> bool:
+        """Whether the attempt's end waits for what is heard of others: it has failed to reach anybody."""
+        if conclusion.state is not FileState.PENDING or item.status is not None or item.reused or item.refused:
+            return False
+        if item.failure is Reason.DNS_ERROR:
+            reach = self._names
+        elif item.failure in (Reason.TIMEOUT, Reason.CONNECT_ERROR) and item.connect_ms is None:
+            reach = self._network
+        else:
+            return False
+        host = flight.ask.target.host
+        if not flight.cut_off:
+            reach.doubt(host, (flight, conclusion, item))
+            if reach is self._network:
+                self._failed(reach, host)
+            return True
+        self._give_back([flight])
+        if reach is self._names:
+            self._ask_name_server(host)
+        return True
+
+    def _answered(self, reach: Reach[Doubted], host: str) -> None:
+        if reach.answered(host):
+            log.warning("connected again", to=self._called(reach))
+            while self._parked:
+                self._unpark()
+        for doubted in reach.take():
+            self._end(*doubted)
+
+    def _failed(self, reach: Reach[Doubted], host: str) -> None:
+        if reach.failed(host):
+            log.warning("nobody answers, files wait and nothing is spent on them", to=self._called(reach))
+        if reach.lost:
+            self._give_back([flight for flight, _, _ in reach.take()])
+
+    def _called(self, reach: Reach[Doubted]) -> str:
+        return "network" if reach is self._network else "name servers"
+
+    def _settle_doubts(self) -> None:
+        """Let failures count that nothing more can be heard of."""
+        for reach in (self._network, self._names):
+            if not (doubted := reach.doubted):
+                continue
+            if reach is self._names and (unheard := reach.unheard):
+                self._ask_name_server(min(unheard))
+                continue
+            others = (flight.ask.target for flight in self._flights.values())
+            if not any(
+                other.host not in doubted and (reach is self._network or is_name(other.hostname)) for other in others
+            ):
+                for attempt in reach.take():
+                    self._end(*attempt)
+
+    def _ask_name_server(self, host: str) -> None:
+        if self._asking_names:
+            return
+        self._asking_names = True
+
+        def told(answers: bool) -> None:
+            self._asking_names = False
+            if answers:
+                self._answered(self._names, host)
+            else:
+                self._failed(self._names, host)
+            self._settle_doubts()
+            self._pump()
+
+        ask_name_server(hostname_of(host), asyncio.get_running_loop(), told)
+
+    def _is_cut_off(self, host: str) -> bool:
+        return self._network.lost or (self._names.lost and is_name(hostname_of(host)))
+
+    def _park(self, host: Host) -> None:
+        host.in_turn = True
+        self._parked.append(host)
+        if self._parked_timer is None:
+            delay = max(0.0, self._trial_at - time.monotonic()) + TIMER_SLACK
+            self._parked_timer = asyncio.get_running_loop().call_later(delay, self._on_trial_time)
+
+    def _on_trial_time(self) -> None:
+        self._parked_timer = None
+        self._unpark()
+        self._pump()
+        if self._parked:
+            self._park(self._parked.popleft())
+
+    def _unpark(self) -> None:
+        if self._parked:
+            host = self._parked.popleft()
+            host.in_turn = False
+            self._ready(host)
+
+    def _give_back(self, flights: Sequence[Flight]) -> None:
+        """These files are pending and due as before, and nothing is spent."""
+        self._store.release([flight.file for flight in flights])
+        for flight in flights:
+            self._free(flight)
+        self.offer({flight.file.host for flight in flights})
+
     def _on_death(self, link: ProberLink) -> None:
         """The prober is gone: its files are pending again, and nothing is spent, unless they seem to be what kills."""
         lost = [id for id, flight in self._flights.items() if flight.link is link]
@@ -507,6 +649,7 @@ class Pool:
         if released:
             self._store.release(released)
             self.offer({file.host for file in released})
+        self._settle_doubts()
 
     # Recording
 

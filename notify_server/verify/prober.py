@@ -11,6 +11,7 @@ flight.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -250,7 +251,7 @@ class Handle:
         return Evidence(
             request.id,
             status if answered else None,
-            None if answered else self._failure(error),
+            None if answered else self._failure(error, reached=remote_addr is not None),
             reused,
             remote_addr,
             dns,
@@ -259,13 +260,17 @@ class Handle:
             first_byte,
             curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
             *answer,
+            error == pycurl.E_COULDNT_CONNECT and curl.getinfo(pycurl.OS_ERRNO) == errno.ECONNREFUSED,
         )
 
-    def _failure(self, error: int | None) -> Reason:
+    def _failure(self, error: int | None, *, reached: bool) -> Reason:
         if error is None:
             return Reason.PROTOCOL_ERROR
         if self._refused is not None and not self._dialled:
             return self._refused
+        if error == pycurl.E_OPERATION_TIMEDOUT and not (reached or self.curl.getinfo(pycurl.NAMELOOKUP_TIME_T)):
+            # The time was up before there was an address.
+            return Reason.DNS_ERROR
         return _REASONS.get(error, Reason.PROTOCOL_ERROR)
 
 

@@ -25,13 +25,12 @@ from notify_server.errors import (
 from notify_server.model import Delivery, Rejection
 from notify_server.observe import ACCEPTED, Metrics
 from notify_server.store.base import Store
-from notify_server.web.errors import RefusedError, error_response
+from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.rate_limit import RateLimit, source_of
 
 log = structlog.get_logger("notify_server.web")
 
 UNSIGNED = "none"
-RETRY_AFTER_SECONDS = 5
 # The same words for every failed check, so that a caller learns nothing about which one it was.
 SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
 DETAIL_LIMIT = 500
@@ -149,7 +148,7 @@ class Callback:
             return await self._refuse(request_id, remote, body, refused)
         except StoreUnavailableError as error:
             log.error("not accepted, the store cannot commit", request_id=request_id, error=str(error))
-            return await self._refuse(request_id, remote, body, _busy("the store cannot commit, send it again"))
+            return await self._refuse(request_id, remote, body, busy("the store cannot commit, send it again"))
         except Exception as error:
             return await self._refuse(request_id, remote, body, _failed(request_id, error))
         self._acks.observe(asyncio.get_running_loop().time() - started)
@@ -158,6 +157,30 @@ class Callback:
         return web.Response(
             body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
         )
+
+    async def replay(self, rejection: int, body: bytes, remote: str) -> tuple[int, str]:
+        """Take a body after all that was refused, now that more is allowed, or this program knows better. Its sender,
+        at `remote`, had been let in. The delivery's id, and its request_id. Raises ContractError, RejectionGoneError.
+        """
+        request_id = new_request_id()
+        envelope = signature.open_envelope(body)
+        notification = wire.parse_notification(
+            body if envelope is None else envelope.notification, max_files=self._max_files
+        )
+        delivery = Delivery(
+            notification.batch_id,
+            notification.api_code,
+            body,
+            len(notification.file_list),
+            self._now(),
+            remote,
+            UNSIGNED,
+            request_id,
+            replays=rejection,
+        )
+        id = await self._store.accept(delivery)
+        log.info("replayed", request_id=request_id, rejection=rejection, batch_id=notification.batch_id)
+        return id, request_id
 
     async def drain(self, seconds: float) -> None:
         """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
@@ -182,7 +205,7 @@ class Callback:
         if self._token is not None and not hmac.compare_digest(_token_of(request), self._token):
             raise RefusedError(401, "401001", SIGNATURE_MESSAGE)
         if self._store.backlog >= self._backlog_limit:
-            raise _busy("too much is waiting to be verified, send it again later")
+            raise busy("too much is waiting to be verified, send it again later")
         length = request.content_length
         if length is not None and length > server.body_limit_bytes:
             raise self._too_large()
@@ -274,11 +297,11 @@ class Callback:
         if refused.keep and (refused.proven or self._auth.signature != "required"):
             detail = refused.message[:DETAIL_LIMIT]
             try:
-                await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body))
+                await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body, request_id))
             except StoreUnavailableError as error:
                 # Not kept, so not to be given up by the sender either.
                 log.error("not kept, the store cannot commit", request_id=request_id, error=str(error))
-                refused = _busy("the store cannot commit, send it again")
+                refused = busy("the store cannot commit, send it again")
             except Exception as error:
                 refused = _failed(request_id, error)
         self._callbacks.add(refused.code)
@@ -286,10 +309,6 @@ class Callback:
         tell = self._debug if refused.status == 429 else log.info
         tell("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
         return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
-
-
-def _busy(message: str) -> RefusedError:
-    return RefusedError(503, "503", message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 def _failed(request_id: str, error: Exception) -> RefusedError:

@@ -33,6 +33,14 @@ class RefusedError(Exception):
         self.proven = proven
 
 
+RETRY_AFTER_SECONDS = 5
+
+
+def busy(message: str) -> RefusedError:
+    """503: the same request may succeed later."""
+    return RefusedError(503, "503", message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
 def error_response(
     request_id: str, status: int, code: str, message: str, headers: dict[str, str] | None = None
 ) -> web.Response:

@@ -48,6 +48,7 @@ def rejection(**changes: Any) -> Rejection:
         "code": "400",
         "detail": "batch_id: missing",
         "body": b"{}",
+        "request_id": f"request-{next(_serial)}",
     }
     return Rejection(**fields | changes)
 

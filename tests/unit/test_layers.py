@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
         ["config"],
         ["verify.policy", "verify.frames"],
         ["store", "verify.hosts", "verify.prober", "observe"],
+        ["timeline"],
         ["web", "verify.link verify.pool", "forward"],
         ["app"],
         ["simulator"],

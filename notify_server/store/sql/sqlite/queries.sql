@@ -4,8 +4,9 @@
 -- rows return them as one JSON value.
 
 -- name: accept
-INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, body)
-SELECT column1, column2, column3, column4, column5, column6, column7, CAST(column8 AS TEXT) FROM (VALUES :rows);
+INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, traceparent, body)
+SELECT column1, column2, column3, column4, column5, column6, column7, column8, CAST(column9 AS TEXT)
+FROM (VALUES :rows);
 
 -- name: nonce_purge
 DELETE FROM nonce WHERE expires_at < ?;
@@ -14,7 +15,10 @@ DELETE FROM nonce WHERE expires_at < ?;
 INSERT OR IGNORE INTO nonce (key, expires_at) VALUES (?, ?);
 
 -- name: reject
-INSERT INTO rejection (received_at, remote_addr, code, detail, body) VALUES :rows;
+INSERT INTO rejection (received_at, remote_addr, code, detail, body, request_id) VALUES :rows;
+
+-- name: rejection_replayed
+DELETE FROM rejection WHERE id = ?;
 
 -- name: rejection_size
 SELECT count(*), coalesce(sum(length(body)), 0) FROM rejection;
@@ -39,7 +43,7 @@ SELECT coalesce(sum(files), 0) FROM notification WHERE id > ?;
 SELECT coalesce(max(id), 0) FROM notification;
 
 -- name: inbox
-SELECT id, body, received_at, remote_addr, request_id, files
+SELECT id, body, received_at, remote_addr, request_id, files, traceparent
 FROM notification
 WHERE id > ? AND id <= ?
 ORDER BY id
@@ -69,8 +73,9 @@ CROSS JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted
 
 -- A batch that had its verdict has none again while its files have changed.
 -- name: batch_expanded
-WITH merged (id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens)
-    AS (VALUES :rows)
+WITH merged (
+    id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification
+) AS (VALUES :rows)
 UPDATE batch
 SET files = files + merged.pending + merged.available + merged.unavailable + merged.blocked + merged.upload_failed,
     pending = batch.pending + merged.pending,
@@ -80,6 +85,7 @@ SET files = files + merged.pending + merged.available + merged.unavailable + mer
     upload_failed = batch.upload_failed + merged.upload_failed,
     expanding = merged.expanding,
     deliveries = deliveries + merged.last,
+    last_notification = merged.notification,
     first_received_at = min(first_received_at, merged.received_at),
     last_received_at = max(last_received_at, merged.received_at),
     completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,
@@ -115,6 +121,40 @@ SET target_url = ?,
     remote_addr = NULL,
     elapsed_ms = NULL
 WHERE id = ?;
+
+-- name: recheck_find
+SELECT json_group_array(json_array(id, batch, host, state))
+FROM file
+WHERE id IN (SELECT value FROM json_each(?)) AND state <> 'upload_failed' AND host <> '' AND reason IS NOT 'invalid_url';
+
+-- name: recheck_files
+UPDATE file
+SET state = 'pending',
+    reason = NULL,
+    attempts = 0,
+    next_attempt_at = ?,
+    http_status = NULL,
+    content_length = NULL,
+    content_type = NULL,
+    etag = NULL,
+    last_modified = NULL,
+    final_url = NULL,
+    remote_addr = NULL,
+    elapsed_ms = NULL,
+    verified_at = NULL
+WHERE id IN (SELECT value FROM json_each(?));
+
+-- name: recheck_batches
+WITH moved (id, available, unavailable, blocked) AS (VALUES :rows)
+UPDATE batch
+SET pending = batch.pending + moved.available + moved.unavailable + moved.blocked,
+    available = batch.available - moved.available,
+    unavailable = batch.unavailable - moved.unavailable,
+    blocked = batch.blocked - moved.blocked,
+    verdict = 'pending',
+    completed_at = NULL
+FROM moved
+WHERE batch.id = moved.id;
 
 -- Every host with pending files after the given one, and when its first is due: a seek of file_due for each host, never
 -- a walk over its files.

@@ -1,0 +1,148 @@
+-- What is read for people, in one short statement each, on a connection that cannot write. Every answer is one JSON
+-- value, because each step of a statement gives up Python's lock and takes it back. `:walk` stands for a SELECT along an
+-- index, of at most :most rows, and `:walk_keys` for the same of its :keys alone; `:left_out` for what the index cannot
+-- seek; `:batch_item`, `:file_item` and `:next` for the blocks of that name, `:iso(x)` for a time as ISO text.
+
+-- name: batch_item
+json_object(
+    'id', id, 'batch_id', batch_id, 'api_code', api_code, 'verdict', verdict, 'files', files, 'pending', pending,
+    'available', available, 'unavailable', unavailable, 'blocked', blocked, 'upload_failed', upload_failed,
+    'deliveries', deliveries, 'first_received_at', :iso(first_received_at), 'last_received_at', :iso(last_received_at),
+    'completed_at', :iso(completed_at)
+);
+
+-- Where the walk ended that found less than was asked for, if it did not come to its own end: in the same statement,
+-- so that both are of one moment.
+-- name: next
+CASE WHEN count(*) < :limit THEN (SELECT json_array(:keys) FROM (:walk_keys) LIMIT 1 OFFSET :most - 1) END;
+
+-- name: file_item
+json_object(
+    'id', id, 'batch', batch, 'batch_id', batch_id, 'api_code', api_code, 'oss_object_name', oss_object_name,
+    'target_url', target_url, 'host', host, 'reported_status', reported_status, 'state', state, 'reason', reason,
+    'attempts', attempts, 'next_attempt_at', :iso(next_attempt_at), 'http_status', http_status,
+    'content_length', content_length, 'content_type', content_type, 'etag', etag, 'last_modified', last_modified,
+    'final_url', final_url, 'remote_addr', remote_addr, 'elapsed_ms', elapsed_ms, 'verified_at', :iso(verified_at)
+);
+
+-- name: rejection_item
+json_object(
+    'id', id, 'received_at', :iso(received_at), 'remote_addr', remote_addr, 'code', code, 'detail', detail,
+    'request_id', request_id, 'size', length(body)
+);
+
+-- name: totals
+SELECT json_object(
+    'batches', coalesce(sum(batches), 0),
+    'batches_pending', coalesce(sum(batches) FILTER (WHERE verdict = 'pending'), 0),
+    'batches_complete', coalesce(sum(batches) FILTER (WHERE verdict = 'complete'), 0),
+    'batches_incomplete', coalesce(sum(batches) FILTER (WHERE verdict = 'incomplete'), 0),
+    'files', coalesce(sum(files), 0),
+    'pending', coalesce(sum(pending), 0),
+    'available', coalesce(sum(available), 0),
+    'unavailable', coalesce(sum(unavailable), 0),
+    'blocked', coalesce(sum(blocked), 0),
+    'upload_failed', coalesce(sum(upload_failed), 0),
+    'rejections', (SELECT count(*) FROM rejection),
+    'oldest_pending_at',
+    (SELECT :iso(first_received_at) FROM batch WHERE verdict = 'pending' ORDER BY batch.first_received_at LIMIT 1)
+)
+FROM (
+    SELECT verdict, count(*) AS batches, sum(files) AS files, sum(pending) AS pending, sum(available) AS available,
+        sum(unavailable) AS unavailable, sum(blocked) AS blocked, sum(upload_failed) AS upload_failed
+    FROM batch
+    GROUP BY verdict
+);
+
+-- name: batches
+SELECT json_group_array(:batch_item), :next
+FROM (SELECT * FROM (:walk LIMIT :most) WHERE :left_out LIMIT :limit);
+
+-- name: batches_beginning
+SELECT json_group_array(:batch_item)
+FROM (
+    SELECT * FROM batch
+    WHERE batch_id >= :text AND batch_id < :text || char(1114111)
+    ORDER BY batch_id, api_code
+    LIMIT :limit
+);
+
+-- name: batch
+SELECT :batch_item, last_notification FROM batch WHERE id = :id;
+
+-- name: delivery
+SELECT json_object(
+    'id', id, 'received_at', :iso(received_at), 'remote_addr', remote_addr, 'signature', signature,
+    'request_id', request_id, 'files', files, 'traceparent', traceparent
+)
+FROM notification
+WHERE id = :id;
+
+-- name: files
+SELECT json_group_array(:file_item), :next
+FROM (
+    SELECT found.*, batch.batch_id, batch.api_code
+    FROM (SELECT * FROM (:walk LIMIT :most) WHERE :left_out LIMIT :limit) AS found
+    CROSS JOIN batch ON batch.id = found.batch
+);
+
+-- name: file
+SELECT :file_item
+FROM (
+    SELECT file.*, batch.batch_id, batch.api_code FROM file CROSS JOIN batch ON batch.id = file.batch WHERE file.id = :id
+);
+
+-- name: file_count
+SELECT count(*) FROM :counted;
+
+-- name: file_total
+SELECT coalesce(sum(:column), 0) FROM batch WHERE :of;
+
+-- A seek in each of the latest batches: an index of all keys would be as large as the keys, which are most of the file.
+-- name: files_named
+SELECT json_group_array(:file_item)
+FROM (
+    SELECT file.*, latest.batch_id, latest.api_code
+    FROM (SELECT id, batch_id, api_code FROM batch ORDER BY id DESC LIMIT :batches) AS latest
+    CROSS JOIN file ON file.batch = latest.id AND file.oss_object_name = :text
+    LIMIT :limit
+);
+
+-- name: attempts
+SELECT json_group_array(
+    json_object(
+        'id', id, 'started_at', :iso(started_at), 'method', method, 'url', url, 'http_status', http_status,
+        'reason', reason, 'dns_ms', dns_ms, 'connect_ms', connect_ms, 'tls_ms', tls_ms,
+        'first_byte_ms', first_byte_ms, 'total_ms', total_ms, 'remote_addr', remote_addr
+    )
+)
+FROM (SELECT * FROM attempt WHERE file = :file ORDER BY id);
+
+-- name: failures
+SELECT json_group_array(json_object('reason', reason, 'host', host, 'state', state, 'files', files))
+FROM (
+    SELECT reason, host, state, count(*) AS files
+    FROM file
+    WHERE reason IS NOT NULL
+    GROUP BY reason, host, state
+    ORDER BY files DESC, reason, host, state
+    LIMIT :limit
+);
+
+-- name: backlog
+SELECT json_group_array(json_object('host', host, 'pending', pending, 'next_attempt_at', :iso(next_attempt_at)))
+FROM (
+    SELECT host, count(*) AS pending, min(next_attempt_at) AS next_attempt_at
+    FROM file
+    WHERE state = 'pending'
+    GROUP BY host
+    ORDER BY pending DESC, host
+    LIMIT :limit
+);
+
+-- name: rejections
+SELECT json_group_array(:rejection_item)
+FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit);
+
+-- name: rejection
+SELECT :rejection_item, body FROM rejection WHERE id = :id;

@@ -1,0 +1,549 @@
+"""The JSON API: what was delivered, what is known of it, and what to do about it. Its types are the record's own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar, cast
+from uuid import uuid4
+
+import msgspec
+import structlog
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from notify_server.config import RetentionConfig
+from notify_server.errors import ContractError, RejectionGoneError, StoreUnavailableError
+from notify_server.model import CircuitState, FileState, HostView, Verdict
+from notify_server.store.base import Store
+from notify_server.store.export import csv_header, csv_lines, ndjson_lines
+from notify_server.store.records import (
+    BatchDetail,
+    BatchFilter,
+    BatchItem,
+    Cursor,
+    FailureGroup,
+    FileDetail,
+    FileFilter,
+    FileItem,
+    Found,
+    HostBacklog,
+    Limit,
+    Page,
+    Records,
+    RejectionDetail,
+    RejectionItem,
+    Totals,
+)
+from notify_server.timeline import HostRate, HostRates, Sample, Timeline
+from notify_server.web.admin import Admin
+from notify_server.web.callback import Callback
+from notify_server.web.errors import RefusedError, busy, error_response
+from notify_server.web.openapi import Endpoint, document
+from notify_server.web.stream import Stream
+
+log = structlog.get_logger("notify_server.web")
+
+T = TypeVar("T")
+
+BODY_LIMIT = 64 * 1024
+# What is counted over the whole record is good for this long, and for this many times what counting it took.
+FRESH_SECONDS = 1.0
+FRESH_FACTOR = 20.0
+# How long an action goes on before it says that there is more to do.
+ACTION_SECONDS = 15.0
+# Rows in one transaction of an action: callbacks wait no longer than that takes.
+ACTION_ROWS = 500
+EXPORT_ROWS = 500
+GROUPS_MOST = 500
+HOSTS_MOST = 500
+SEARCH_MOST = 20
+
+Time = Annotated[datetime, Meta(tz=True, description="RFC 3339, with an offset or Z.")]
+Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Text = Annotated[str, Meta(min_length=1, max_length=2000)]
+NOT_AVAILABLE = [FileState.PENDING, FileState.UNAVAILABLE, FileState.BLOCKED]
+
+
+class BatchQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which batches, and which page of them."""
+
+    verdict: Verdict | None = None
+    api_code: Text | None = None
+    batch_id: Text | None = None
+    received_from: Time | None = None
+    received_before: Time | None = None
+    cursor: Cursor | None = None
+    limit: Limit = 50
+
+
+class BatchFileQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files of a batch, and which page of them."""
+
+    state: FileState | None = None
+    reason: Text | None = None
+    cursor: Cursor | None = None
+    limit: Limit = 50
+
+
+class FileQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of the files that fail for a reason, and which page of them."""
+
+    reason: Text
+    host: Text | None = None
+    state: FileState | None = None
+    cursor: Cursor | None = None
+    limit: Limit = 50
+
+
+class ExportQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files to export: of a batch, or failing for a reason, or all."""
+
+    format: Literal["csv", "ndjson"] = "csv"
+    batch: Id | None = None
+    state: FileState | None = None
+    reason: Text | None = None
+    host: Text | None = None
+
+
+class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which page."""
+
+    cursor: Cursor | None = None
+    limit: Limit = 50
+
+
+class SearchQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """What to look for: the beginning of a batch_id, or a whole key."""
+
+    q: Text
+
+
+class SeriesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """How finely: of the last ten minutes by the second, or of the last day by the minute."""
+
+    step: Literal["second", "minute"] = "second"
+
+
+class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files to ask for anew: one file, those of a batch, or those that fail for a reason (at a host); of these
+    the ones in `states`. With `dry_run` they are only counted.
+    """
+
+    file: Id | None = None
+    batch: Id | None = None
+    reason: Text | None = None
+    host: Text | None = None
+    states: list[FileState] = msgspec.field(default_factory=lambda: list(NOT_AVAILABLE))
+    dry_run: bool = False
+
+
+class Rechecked(Struct, frozen=True):
+    """How many files were (or with `dry_run` would be) asked for anew; with `more` there were more than time for it."""
+
+    files: int
+    more: bool = False
+
+
+class Prune(Struct, frozen=True, forbid_unknown_fields=True):
+    """What to delete: batches completed, and rejections received, before a time; by default what [retention] says."""
+
+    completed_before: Time | None = None
+    rejections_before: Time | None = None
+
+
+class Pruned(Struct, frozen=True):
+    """How many rows were deleted; with `more` there are some left."""
+
+    rows: int
+    more: bool = False
+
+
+class Replayed(Struct, frozen=True):
+    """The delivery that a rejection has become."""
+
+    delivery: int
+    request_id: str
+
+
+class Host(Struct, frozen=True):
+    """A host: what waits for it, its circuit, what is under way, and how it has done in the last minute."""
+
+    host: str
+    pending: int
+    next_attempt_at: datetime | None
+    circuit: CircuitState
+    open_for: float
+    in_flight: int
+    limit: int | None
+    last_minute: HostRate
+
+
+class Status(Struct, frozen=True):
+    """The process: since when it runs, what it is at, and the last second."""
+
+    version: str
+    started_at: datetime
+    backlog: int
+    in_flight: int
+    last: Sample | None
+
+
+class Live(Struct, frozen=True):
+    """What the running verifier knows, read when it is asked for."""
+
+    version: str
+    started_at: datetime
+    backlog: Callable[[], int]
+    in_flight: Callable[[], int]
+    hosts: Callable[[], list[HostView]]
+    offer: Callable[[frozenset[str]], None]
+
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("GET", "/api/v1/status", "The process, and the last second", "status", answer=Status),
+    Endpoint("GET", "/api/v1/totals", "The record in numbers", "totals", answer=Totals),
+    Endpoint(
+        "GET", "/api/v1/series", "What has been going on", "series", query=SeriesQuery, answer=Page[Sample]
+    ),
+    Endpoint(
+        "GET", "/api/v1/batches", "Batches, the latest first", "batches", query=BatchQuery, answer=Page[BatchItem]
+    ),
+    Endpoint("GET", "/api/v1/batches/{id}", "One batch", "batch", answer=BatchDetail),
+    Endpoint(
+        "GET", "/api/v1/batches/{id}/files", "Files of a batch, by key", "batch_files",
+        query=BatchFileQuery, answer=Page[FileItem],
+    ),
+    Endpoint(
+        "GET", "/api/v1/files", "Files that fail for a reason, by host", "files", query=FileQuery, answer=Page[FileItem]
+    ),
+    Endpoint("GET", "/api/v1/files/{id}", "One file, with its requests", "file", answer=FileDetail),
+    Endpoint("GET", "/api/v1/failures", "What fails, by reason and host", "failures", answer=Page[FailureGroup]),
+    Endpoint("GET", "/api/v1/hosts", "Hosts that have files waiting or were asked of late", "hosts", answer=Page[Host]),
+    Endpoint(
+        "GET", "/api/v1/rejections", "Refused bodies, the latest first", "rejections",
+        query=PageQuery, answer=Page[RejectionItem],
+    ),
+    Endpoint("GET", "/api/v1/rejections/{id}", "One refused body", "rejection", answer=RejectionDetail),
+    Endpoint(
+        "GET", "/api/v1/search", "Batches by the beginning of their batch_id, files by their key", "search",
+        query=SearchQuery, answer=Found,
+    ),
+    Endpoint(
+        "GET", "/api/v1/export", "Files as CSV or NDJSON, streamed", "export",
+        query=ExportQuery, media=("text/csv", "application/x-ndjson"),
+    ),
+    Endpoint(
+        "GET", "/api/v1/stream", "Events as they happen: `sample` every second, and every `verdict`", "stream",
+        media=("text/event-stream",),
+    ),
+    Endpoint("POST", "/api/v1/recheck", "Ask for files anew", "recheck", body=Recheck, answer=Rechecked),
+    Endpoint("POST", "/api/v1/rejections/{id}/replay", "Take a refused body after all", "replay", answer=Replayed),
+    Endpoint("POST", "/api/v1/prune", "Delete what is old", "prune", body=Prune, answer=Pruned),
+)  # fmt: skip
+
+
+class Remembered:
+    """Answers that cost a walk over the record, kept for a while that grows with their cost."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, Any]] = {}
+        self._lock = asyncio.Lock()
+
+    async def get(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
+        """The answer under this name, asked for when there is none that is fresh."""
+        async with self._lock:
+            until, answer = self._answers.get(name, (0.0, None))
+            if time.monotonic() >= until:
+                began = time.monotonic()
+                answer = await ask()
+                ended = time.monotonic()
+                self._answers[name] = ended + max(FRESH_SECONDS, FRESH_FACTOR * (ended - began)), answer
+            return cast("T", answer)
+
+    def forget(self) -> None:
+        """Something has been changed by hand: the next answers show it."""
+        self._answers.clear()
+
+
+class Api:
+    """The endpoints. `now` gives Unix ms."""
+
+    def __init__(
+        self,
+        store: Store,
+        records: Records,
+        callback: Callback,
+        admin: Admin,
+        live: Live,
+        timeline: Timeline,
+        rates: HostRates,
+        stream: Stream,
+        retention: RetentionConfig,
+        now: Callable[[], int],
+    ) -> None:
+        self._store = store
+        self.records = records
+        self._callback = callback
+        self._admin = admin
+        self._live = live
+        self._timeline = timeline
+        self._rates = rates
+        self._stream = stream
+        self._retention = retention
+        self._now = now
+        self._remembered = Remembered()
+        self._document = msgspec.json.encode(document(ENDPOINTS, live.version))
+
+    async def describe(self, request: web.Request) -> web.Response:
+        """The OpenAPI document."""
+        return web.Response(body=self._document, content_type="application/json")
+
+    async def handle(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        """Answer a request to the endpoint's path, whatever its method."""
+        request_id = str(uuid4())
+        log.debug("asked", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
+        try:
+            self._admin.check(request)
+            return await self._answer(endpoint, request)
+        except RefusedError as error:
+            refused = error
+        except StoreUnavailableError as error:
+            refused = busy(str(error))
+        if refused.status >= 500:
+            log.warning("not answered", request_id=request_id, path=request.path, error=refused.message)
+        return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
+
+    async def _answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        if request.method not in (endpoint.method, "HEAD" if endpoint.method == "GET" else endpoint.method):
+            raise RefusedError(
+                405, "405", f"only {endpoint.method} is answered here", headers={"Allow": endpoint.method}
+            )
+        arguments: list[Any] = [request] if endpoint.media else []
+        arguments += [self._id(request.match_info[name]) for name in endpoint.parameters]
+        if endpoint.query is not None:
+            arguments.append(_convert(dict(request.query), endpoint.query))
+        if endpoint.body is not None:
+            arguments.append(await _body(request, endpoint.body))
+        answer = await getattr(self, endpoint.handler)(*arguments)
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        if answer is None:
+            raise RefusedError(404, "404", "there is none with this id: it may have been deleted")
+        return web.Response(
+            body=msgspec.json.encode(answer), content_type="application/json", headers={"Cache-Control": "no-store"}
+        )
+
+    @staticmethod
+    def _id(text: str) -> int:
+        # Beyond what a database counts to there is nothing.
+        return min(int(text), 2**63 - 1)
+
+    # What is going on
+
+    async def status(self) -> Status:
+        live, seconds = self._live, self._timeline.seconds
+        return Status(live.version, live.started_at, live.backlog(), live.in_flight(), seconds[-1] if seconds else None)
+
+    async def totals(self) -> Totals:
+        return await self._remembered.get("totals", self.records.totals)
+
+    async def series(self, query: SeriesQuery) -> Page[Sample]:
+        return Page(list(self._timeline.seconds if query.step == "second" else self._timeline.minutes))
+
+    async def hosts(self) -> Page[Host]:
+        waiting = await self._remembered.get("backlog", lambda: self.records.backlog(HOSTS_MOST))
+        backlog: dict[str, HostBacklog] = {entry.host: entry for entry in waiting}
+        views = {view.host: view for view in self._live.hosts()}
+        rates = self._rates.rates(time.monotonic())
+        hosts = []
+        for name in [*backlog, *(name for name in {**views, **rates} if name not in backlog)]:
+            entry, view = backlog.get(name), views.get(name)
+            hosts.append(
+                Host(
+                    name,
+                    entry.pending if entry is not None else 0,
+                    entry.next_attempt_at if entry is not None else None,
+                    view.circuit if view is not None else CircuitState.CLOSED,
+                    view.open_for if view is not None else 0.0,
+                    view.in_flight if view is not None else 0,
+                    view.limit if view is not None else None,
+                    rates.get(name, HostRate(0, 0, 0.0)),
+                )
+            )
+        return Page(hosts)
+
+    # The record
+
+    async def batches(self, query: BatchQuery) -> Page[BatchItem]:
+        wanted = BatchFilter(
+            query.verdict, query.api_code, query.batch_id, _ms(query.received_from), _ms(query.received_before)
+        )
+        return await _paged(self.records.batches(wanted, query.cursor, query.limit))
+
+    async def batch(self, id: int) -> BatchDetail | None:
+        return await self.records.batch(id)
+
+    async def batch_files(self, id: int, query: BatchFileQuery) -> Page[FileItem] | None:
+        if await self.records.batch(id) is None:
+            return None
+        wanted = FileFilter(batch=id, state=query.state, reason=query.reason)
+        return await _paged(self.records.files(wanted, query.cursor, query.limit))
+
+    async def files(self, query: FileQuery) -> Page[FileItem]:
+        wanted = FileFilter(state=query.state, reason=query.reason, host=query.host)
+        return await _paged(self.records.files(wanted, query.cursor, query.limit))
+
+    async def file(self, id: int) -> FileDetail | None:
+        return await self.records.file(id)
+
+    async def failures(self) -> Page[FailureGroup]:
+        return Page(await self._remembered.get("failures", lambda: self.records.failures(GROUPS_MOST)))
+
+    async def rejections(self, query: PageQuery) -> Page[RejectionItem]:
+        return await _paged(self.records.rejections(query.cursor, query.limit))
+
+    async def rejection(self, id: int) -> RejectionDetail | None:
+        return await self.records.rejection(id)
+
+    async def search(self, query: SearchQuery) -> Found:
+        return await self.records.search(query.q, SEARCH_MOST)
+
+    async def export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
+        """A page at a time, so that memory is bounded, and nothing goes on once the client has gone."""
+        wanted = FileFilter(query.batch, query.state, query.reason, query.host)
+        page = await _paged(self.records.files(wanted, None, EXPORT_ROWS))
+        csv = query.format == "csv"
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/csv; charset=utf-8" if csv else "application/x-ndjson",
+                "Content-Disposition": f'attachment; filename="files.{query.format}"',
+                "Cache-Control": "no-store",
+            }
+        )
+        await response.prepare(request)
+        if csv:
+            await response.write(csv_header())
+        while True:
+            await response.write((csv_lines if csv else ndjson_lines)(page.items))
+            if page.next is None:
+                break
+            page = await self.records.files(wanted, page.next, EXPORT_ROWS)
+        await response.write_eof()
+        return response
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        if self._stream.full:
+            raise busy("too many are listening already")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        with self._stream.listen() as messages:
+            async for message in messages:
+                await response.write(message)
+        return response
+
+    # Actions
+
+    async def recheck(self, wanted: Recheck) -> Rechecked | None:
+        if wanted.file is not None:
+            if await self.records.file(wanted.file) is None:
+                return None
+            return Rechecked(1 if wanted.dry_run else await self._restart([wanted.file]))
+        if wanted.batch is None and wanted.reason is None:
+            raise RefusedError(400, "400", "file, batch or reason: name one of them, to say which files")
+        if wanted.batch is not None and await self.records.batch(wanted.batch) is None:
+            return None
+        # What is restarted becomes pending, and must not be met again.
+        states = sorted(set(wanted.states), key=lambda state: (state is not FileState.PENDING, state))
+        filters = [FileFilter(wanted.batch, state, wanted.reason, wanted.host) for state in states]
+        if wanted.dry_run:
+            return Rechecked(sum([await self.records.count_recheckable(files) for files in filters]))
+        files, deadline = 0, time.monotonic() + ACTION_SECONDS
+        for chosen in filters:
+            cursor: str | None = None
+            while True:
+                page = await self.records.files(chosen, cursor, ACTION_ROWS)
+                files += await self._restart([file.id for file in page.items])
+                if (cursor := page.next) is None:
+                    break
+                if time.monotonic() >= deadline:
+                    return Rechecked(files, more=True)
+        return Rechecked(files)
+
+    async def _restart(self, files: list[int]) -> int:
+        restart = await self._store.recheck(files, self._now())
+        self._live.offer(restart.hosts)
+        self._remembered.forget()
+        return restart.files
+
+    async def replay(self, id: int) -> Replayed | None:
+        rejection, body = await self.records.rejection(id), await self.records.rejected_body(id)
+        if rejection is None or body is None:
+            return None
+        try:
+            delivery, request_id = await self._callback.replay(id, body, rejection.remote_addr)
+        except ContractError as error:
+            raise RefusedError(400, "400", f"it is still refused: {error}") from error
+        except RejectionGoneError:
+            return None
+        return Replayed(delivery, request_id)
+
+    async def prune(self, wanted: Prune) -> Pruned:
+        if wanted.completed_before is None and wanted.rejections_before is None:
+            now = self._now()
+            completed = now - round(self._retention.completed * 1000)
+            rejections = now - round(self._retention.rejections * 1000)
+        else:
+            completed, rejections = _ms(wanted.completed_before) or 0, _ms(wanted.rejections_before) or 0
+        rows, deadline = 0, time.monotonic() + ACTION_SECONDS
+        while deleted := await self._store.prune(completed, rejections, ACTION_ROWS):
+            rows += deleted
+            if time.monotonic() >= deadline:
+                return Pruned(rows, more=True)
+        self._remembered.forget()
+        return Pruned(rows)
+
+
+def _ms(moment: datetime | None) -> int | None:
+    return None if moment is None else round(moment.timestamp() * 1000)
+
+
+async def _paged(page: Awaitable[Page[T]]) -> Page[T]:
+    try:
+        return await page
+    except ValueError as error:
+        raise RefusedError(400, "400", str(error)) from error
+
+
+def _convert(values: dict[str, str], kind: type[T]) -> T:
+    """Parameters of an address as the type they are to have. Raises RefusedError naming the one that is wrong."""
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _wrong(error) from error
+
+
+async def _body(request: web.Request, kind: type[T]) -> T:
+    """The body as its type. Raises RefusedError."""
+    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+        # A form of another site could not send this without asking first.
+        raise RefusedError(415, "415", "Content-Type: must be application/json")
+    body = await request.content.read(BODY_LIMIT + 1)
+    while len(body) <= BODY_LIMIT and (part := await request.content.read(BODY_LIMIT + 1 - len(body))):
+        body += part
+    if len(body) > BODY_LIMIT:
+        raise RefusedError(413, "413", f"body: larger than {BODY_LIMIT} bytes", headers={"Connection": "close"})
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise _wrong(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError(400, "400", f"body: is not JSON ({error})") from error
+
+
+def _wrong(error: msgspec.ValidationError) -> RefusedError:
+    what, _, where = str(error).partition(" - at `$")
+    place = where.rstrip("`").lstrip(".") or "parameters"
+    return RefusedError(400, "400", f"{place}: {what[:1].lower()}{what[1:]}")

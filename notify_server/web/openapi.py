@@ -1,0 +1,134 @@
+"""The API's description (OpenAPI 3.1), made from the endpoints and the types that they take and give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+ERROR = {
+    "type": "object",
+    "title": "Error",
+    "description": "What every refusal looks like: the platform's response convention.",
+    "properties": {
+        "request_id": {"type": "string", "format": "uuid"},
+        "code": {"type": "string", "description": "The status, or a more precise code."},
+        "msg": {"type": "string", "description": "What is wrong, by the name of the parameter, and what to do."},
+        "data": {"type": "null"},
+    },
+    "required": ["request_id", "code", "msg", "data"],
+}
+
+
+class Endpoint(NamedTuple):
+    """What can be asked for. `path` has its parameters in braces, which are whole numbers; `query` and `body` are the
+    types of what is sent, `answer` of what comes back as JSON, or the media types of what is not JSON.
+    """
+
+    method: str
+    path: str
+    summary: str
+    handler: str
+    query: type[msgspec.Struct] | None = None
+    body: type[msgspec.Struct] | None = None
+    answer: Any = None
+    media: tuple[str, ...] = ()
+
+    @property
+    def route(self) -> str:
+        """The path as aiohttp takes it."""
+        return re.sub(r"{(\w+)}", r"{\1:[0-9]{1,19}}", self.path)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names in the path."""
+        return re.findall(r"{(\w+)}", self.path)
+
+
+def document(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
+    """The OpenAPI document."""
+    types = [kind for e in endpoints for kind in (e.query, e.body, e.answer) if kind is not None]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    queries = set()
+    for endpoint in endpoints:
+        operation: dict[str, Any] = {
+            "operationId": endpoint.handler,
+            "summary": endpoint.summary,
+            "parameters": [
+                {
+                    "name": name,
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "integer", "minimum": 1, "maximum": 2**63 - 1},
+                }
+                for name in endpoint.parameters
+            ],
+            "responses": _responses(endpoint, of_type),
+        }
+        if endpoint.query is not None:
+            name = of_type[id(endpoint.query)]["$ref"].rpartition("/")[2]
+            queries.add(name)
+            operation["parameters"] += [
+                {
+                    "name": field,
+                    "in": "query",
+                    "required": field in components[name].get("required", ()),
+                    "schema": _without_null(schema),
+                }
+                for field, schema in components[name]["properties"].items()
+            ]
+        if endpoint.body is not None:
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": of_type[id(endpoint.body)]}},
+            }
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "notify_server",
+            "version": version,
+            "description": "What was delivered, what is known of it, and what to do about it. Times are UTC.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {**{name: schema for name, schema in components.items() if name not in queries}, "Error": ERROR},
+            "securitySchemes": {"admin_token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"admin_token": []}, {}],
+    }
+
+
+def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    if endpoint.media:
+        content = {media: {"schema": {"type": "string"}} for media in endpoint.media}
+    else:
+        content = {"application/json": {"schema": of_type[id(endpoint.answer)]}}
+    responses: dict[str, Any] = {
+        "200": {"description": "The answer.", "content": content},
+        "401": {"description": "The admin_token is missing or wrong.", "content": refused},
+        "403": {"description": "Not from here.", "content": refused},
+        "503": {"description": "The record cannot be read or changed now, try again.", "content": refused},
+    }
+    if endpoint.query is not None or endpoint.body is not None:
+        responses["400"] = {"description": "A parameter is wrong; msg names it.", "content": refused}
+    if endpoint.body is not None:
+        responses["413"] = {"description": "The body is too large.", "content": refused}
+        responses["415"] = {"description": "The body is not JSON.", "content": refused}
+    if endpoint.parameters:
+        responses["404"] = {"description": "There is none with this id.", "content": refused}
+    return responses
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter that is not there is null; one that is there has a value."""
+    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
+    if not choices:
+        return schema
+    rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+    return {**rest, **(choices[0] if len(choices) == 1 else {"anyOf": choices})}
