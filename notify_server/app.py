@@ -18,6 +18,8 @@ import certifi
 import structlog
 from aiohttp import web
 
+from notify_server.actions import Actions
+from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, ServerConfig, version
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult
@@ -59,16 +61,17 @@ PRUNE_PAUSE = 0.05
 PROBES_SHARE = 0.5
 
 
-def unix_ms() -> int:
-    """The wall clock, in milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
-def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Application:
+def make_app(
+    config: Config, *, wall: Callable[[], int] = unix_ms, now: Callable[[], int] | None = None
+) -> web.Application:
     """The daemon as an aiohttp application, the same for the server and for tests.
+
+    Both clocks give Unix ms. Signatures are checked against `wall`; everything else goes by `now`, a SteadyClock
+    unless it is given.
 
     Starting it up opens the store (StoreRefusedError when that is not safe) and starts the probers.
     """
+    now = now or SteadyClock(wall)
     app = web.Application()
     app[METRICS] = Metrics()
     app[DRAINING] = asyncio.Event()
@@ -132,13 +135,12 @@ def make_app(config: Config, *, now: Callable[[], int] = unix_ms) -> web.Applica
 
     async def web_side(app: web.Application) -> AsyncIterator[None]:
         pool = app[POOL]
-        app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now)
+        app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now, wall)
         app[HEALTH] = Health(app[STORE], app[METRICS], now, lambda: pool.alive, app[DRAINING].is_set)
         timeline = Timeline(app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: pool.in_flight)
-        live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts, pool.offer)
-        app[API] = Api(
-            app[STORE], app[RECORDS], app[CALLBACK], admin, live, timeline, rates, stream, config.retention, now
-        )
+        live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts)
+        actions = Actions(config, app[STORE], app[RECORDS], now=now, offer=pool.offer)
+        app[API] = Api(app[RECORDS], actions, admin, live, timeline, rates, stream)
         task = asyncio.create_task(_sample(timeline, stream), name="sample")
         task.add_done_callback(report_end)
         yield

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import secrets
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from notify_server.cli.common import EXIT_USAGE
+from notify_server.model import FileState, Verdict
 
 app = typer.Typer(
     name="notify-server",
@@ -17,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# typer brings click along under a name of its own; what a user gets wrong is an exception of this family.
+_UsageError: Any = typer.BadParameter.__base__
+
+ExportFormat = Literal["csv", "ndjson"]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -126,6 +135,292 @@ def simulate(
     run(plan, options)
 
 
+@app.command()
+def verify(
+    context: typer.Context,
+    urls: Annotated[list[str] | None, typer.Argument(metavar="URL...", help="Addresses.", show_default=False)] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="PATH",
+            help="A list of addresses: text (one a line), CSV, JSON lines, or a notification; - is standard input.",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each address.")] = False,
+) -> None:
+    """Ask for addresses once, as the daemon would, without one. Exits 1 when any is not available."""
+    if not urls and file is None:
+        raise _UsageError("Name addresses, or a list of them with --file.")
+    from notify_server.cli.verify import run
+
+    run(urls or (), file, config or context.obj, as_json=as_json)
+
+
+config_app = typer.Typer(help="Check, show or write the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("check")
+def config_check(context: typer.Context, config: ConfigOption = None) -> None:
+    """Say what is wrong with the configuration, a line for each key, and exit 2; or where it comes from."""
+    from notify_server.cli.config import check
+
+    check(config or context.obj)
+
+
+@config_app.command("show")
+def config_show(
+    context: typer.Context,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of TOML.")] = False,
+) -> None:
+    """Show every key with its value and where that comes from. Secrets are not shown."""
+    from notify_server.cli.config import show
+
+    show(config or context.obj, as_json=as_json)
+
+
+@config_app.command("init")
+def config_init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")] = Path("config.toml"),
+) -> None:
+    """Write a configuration with every key at its default, and why. Overwrites nothing."""
+    from notify_server.cli.config import init
+
+    init(path)
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    config: ConfigOption = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A host whose name must resolve. Default: those in allowed_hosts."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a list.")] = False,
+) -> None:
+    """Say what is wrong with this installation, and how to mend it. Changes nothing. Exits 1 on a problem."""
+    from notify_server.cli.doctor import run
+
+    run(config or context.obj, host, as_json=as_json)
+
+
+@app.command()
+def migrate(context: typer.Context, config: ConfigOption = None) -> None:
+    """Bring the record's schema up to date, which `serve` does by itself. No daemon may be running."""
+    from notify_server.cli.migrate import run
+
+    run(config or context.obj)
+
+
+# --- The record: read from the file, or over the API of a daemon (--url); a daemon that runs is asked to act. ---
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", metavar="URL", help="A daemon's address, like http://10.0.0.7:8080. Default: the file itself."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of text; lists as one object a line.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before doing it.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="The most to show.")]
+StateOption = Annotated[FileState | None, typer.Option("--state", help="Only files in this state.")]
+ReasonOption = Annotated[str | None, typer.Option(metavar="REASON", help="Only files that fail for this reason.")]
+HostOption = Annotated[str | None, typer.Option("--host", metavar="NAME", help="Only files of this host.")]
+ApiCodeOption = Annotated[str | None, typer.Option(metavar="CODE", help="Only this api_code.")]
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Show it once, also on a terminal.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is going on, every second on a terminal, and the record in numbers."""
+    from notify_server.cli import record
+
+    record.run(config or context.obj, url, lambda _, source: record.status(source, once=once, as_json=as_json))
+
+
+@app.command()
+def batches(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    verdict: Annotated[Verdict | None, typer.Option(help="Only batches with this verdict.")] = None,
+    api_code: ApiCodeOption = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help='Only those received since: RFC 3339, a date, or "2h" ago.')
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only those received before.")] = None,
+    limit: LimitOption = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List batches, the latest first."""
+    from notify_server.cli import record
+
+    record.run(
+        config or context.obj,
+        url,
+        lambda _, source: record.batches(source, verdict, api_code, since, until, limit, as_json=as_json),
+    )
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="The batch_id.", show_default=False)],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    api_code: ApiCodeOption = None,
+    state: StateOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Available files, too.")] = False,
+    limit: LimitOption = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a batch, and which of its files are missing and why. Exits 1 when its verdict is incomplete."""
+    from notify_server.cli import record
+
+    record.run(
+        config or context.obj,
+        url,
+        lambda _, source: record.show(source, batch_id, api_code, state, limit, every=every, as_json=as_json),
+    )
+
+
+@app.command()
+def rejections(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    limit: LimitOption = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the bodies that were refused and kept, the latest first."""
+    from notify_server.cli import record
+
+    record.run(config or context.obj, url, lambda _, source: record.rejections(source, limit, as_json=as_json))
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    form: Annotated[ExportFormat, typer.Option("--format", help="CSV is safe to open in a spreadsheet.")] = "csv",
+    batch_id: Annotated[str | None, typer.Option("--batch", metavar="BATCH", help="Only this batch.")] = None,
+    api_code: ApiCodeOption = None,
+    state: StateOption = None,
+    reason: ReasonOption = None,
+    host: HostOption = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="The file to write. Default: standard output.")
+    ] = None,
+) -> None:
+    """Write files with all that is known of them, as they are read."""
+    from notify_server.cli import record
+
+    record.run(
+        config or context.obj,
+        url,
+        lambda _, source: record.export(source, batch_id, api_code, state, reason, host, form, target),
+    )
+
+
+@app.command()
+def recheck(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    file: Annotated[int | None, typer.Option(min=1, metavar="ID", help="This file, by its id.")] = None,
+    batch_id: Annotated[str | None, typer.Option("--batch", metavar="BATCH", help="Files of this batch.")] = None,
+    api_code: ApiCodeOption = None,
+    reason: ReasonOption = None,
+    host: HostOption = None,
+    states: Annotated[
+        list[FileState] | None,
+        typer.Option("--state", help="Only files in these states. Default: all that are not available."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many.")] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask for files anew, at once: one, those of a batch, or those that fail for a reason. Says how many, and asks."""
+    from notify_server.cli import record
+
+    chosen = record.Chosen(file, batch_id, api_code, reason, host, states, dry_run)
+    record.run(
+        config or context.obj,
+        url,
+        lambda config, source: record.recheck(config, source, chosen, yes=yes, as_json=as_json),
+    )
+
+
+@app.command()
+def replay(
+    context: typer.Context,
+    ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, help="Rejections, by id.", show_default=False)],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take refused bodies after all, now that the limits or this program allow it."""
+    from notify_server.cli import record
+
+    record.run(config or context.obj, url, lambda config, source: record.replay(config, source, ids, as_json=as_json))
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    completed: Annotated[
+        str | None, typer.Option(metavar="TIME", help='Batches completed before: RFC 3339, a date, or "90d" ago.')
+    ] = None,
+    refused: Annotated[
+        str | None, typer.Option("--rejections", metavar="TIME", help="Rejections received before.")
+    ] = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what is old: by default what [retention] says, which a daemon does by itself. Says what, and asks."""
+    from notify_server.cli import record
+
+    record.run(
+        config or context.obj,
+        url,
+        lambda config, source: record.prune(config, source, completed, refused, yes=yes, as_json=as_json),
+    )
+
+
 def main() -> None:
     """The entry point of `notify-server` and `python -m notify_server`."""
-    app(prog_name="notify-server")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # An address may hold what a terminal's encoding does not.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(prog_name="notify-server", standalone_mode=False)
+    except _UsageError as error:
+        if problem := _usage_problem(error):
+            print(problem, file=sys.stderr)
+        code = EXIT_USAGE
+    except typer.Abort:
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _usage_problem(error: Any) -> str:
+    """What was wrong with the command's line, in one line."""
+    near = getattr(error, "possibilities", None)
+    if near:
+        return f"{error.message}. Did you mean {near[0]}?"
+    return " ".join(str(error.format_message()).split())

@@ -10,22 +10,10 @@ from pathlib import Path
 import uvloop
 
 from notify_server.app import serve
-from notify_server.config import Config, load_config
-from notify_server.errors import ConfigError, NotifyServerError
+from notify_server.cli.common import EXIT_FAILED, read_config
+from notify_server.config import Config
+from notify_server.errors import NotifyServerError
 from notify_server.observe import set_up_logging
-
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-
-
-def read_config(path: Path | None) -> Config:
-    """The configuration, or exit 2 with a line on standard error for every wrong key."""
-    try:
-        return load_config(path)
-    except ConfigError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        raise SystemExit(EXIT_CONFIG) from None
 
 
 def run(config_path: Path | None) -> None:

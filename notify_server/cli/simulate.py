@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from yarl import URL
 
-from notify_server.cli.serve import EXIT_FAILED, read_config
+from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
 from notify_server.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
 from notify_server.simulator import (
@@ -53,8 +53,6 @@ QUERIES = (
 TICK_SECONDS = 0.1
 START_SECONDS = 30.0
 GRACE_SECONDS = 5.0
-# Where there is no terminal to fit into, wide enough for a row to be one line.
-PIPE_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,12 @@ def run(plan: Plan, options: Options) -> None:
 
     Exits 1 when anything differs, or with one line when it cannot be played; 128 and the signal's number when stopped.
     """
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False, highlight=False)
+    console = output()
     stopped_by: list[int] = []
     config = None if options.own_daemon else read_config(options.config)
     try:
         daemon = None if config is None else configured(config, options)
-        code = uvloop.run(_until_signal(play(plan, options, daemon, console), stopped_by))
+        code = uvloop.run(until_signal(play(plan, options, daemon, console), stopped_by))
     except NotifyServerError as error:
         print(f"notify_server: {error}", file=sys.stderr)
         code = EXIT_FAILED
@@ -117,18 +115,6 @@ def run(plan: Plan, options: Options) -> None:
         print("stopped", file=sys.stderr)
         code = 128 + (stopped_by or [signal.SIGINT])[0]
     raise SystemExit(code)
-
-
-async def _until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> T:
-    task = asyncio.ensure_future(work)
-
-    def stop(number: int) -> None:
-        stopped_by.append(number)
-        task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    return await task
 
 
 async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Console) -> int:

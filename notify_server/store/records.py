@@ -20,7 +20,10 @@ Cursor = Annotated[str, Meta(max_length=2000, description="`next` of the page be
 
 
 class Page(Struct, Generic[T], frozen=True):
-    """Some items, and where the next ones begin; `next` is null on the last page."""
+    """Some items, and where the next ones begin; `next` is null on the last page.
+
+    A page may hold fewer items than asked for, even none, and have a next one: it has looked at as many as it may.
+    """
 
     items: list[T]
     next: str | None = None
@@ -208,10 +211,11 @@ class Records(Protocol):
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         """Files of a batch in the order of their keys; files of any batch that fail for a reason, by host and state;
-        otherwise all files in the order of their ids, for who wants every one of them."""
+        pending files by host, in the order in which they are due; otherwise all files in the order of their ids, for
+        who wants every one of them."""
 
-    async def count_recheckable(self, wanted: FileFilter) -> int:
-        """How many of these files `Store.recheck` would ask for anew. Costs what it counts."""
+    async def count(self, wanted: FileFilter) -> int:
+        """How many files that is. Costs what it counts."""
 
     async def file(self, id: int) -> FileDetail | None:
         """One file by its `id`."""

@@ -50,7 +50,7 @@ STEPS = 100_000
 # Batches that a search for a key looks into, the latest.
 SEARCHED_BATCHES = 200_000
 # Rows that a page looks at when an index finds some of what is wanted and the rest is left out on the way.
-WALKED = 100_000
+WALKED = 50_000
 
 _NEWEST = 2**63 - 1
 _MACROS = ("batch_item", "file_item", "rejection_item", "next")
@@ -122,13 +122,20 @@ class _Walk:
             self.seek(f"{self.keys[0]} = :{self.keys[0]}")
             self.keys = self.keys[1:]
         self._left_out = [f"{column} = :{column}" for column in left]
-        self._starts: list[list[str]] = [[]]
+        self._within: list[str] = []
+        self._starts: list[list[str]] | None = None
 
     def seek(self, condition: str, **parameters: object) -> None:
-        """Add a condition that the index can seek, unless a parameter of it is None."""
+        """Add a condition, unless a parameter of it is None."""
         if None not in parameters.values():
             self._sought.append(condition)
             self.parameters.update(parameters)
+
+    def within(self, operator: str, name: str, value: int | None) -> None:
+        """Bound the first key, unless the value is None."""
+        if value is not None:
+            self._within.append(f"{self.keys[0]} {operator} :{name}")
+            self.parameters[name] = value
 
     def start_behind(self, cursor: str) -> None:
         """Raises ValueError when the cursor is not one of this order."""
@@ -137,11 +144,14 @@ class _Walk:
         beyond = "<" if self._descending else ">"
         *groups, last = self.keys
         # The rest of the group that the cursor lies in comes first, for itself: comparing all keys at once would walk
-        # over the beginning of the group again, since SQLite seeks no rowid in that way.
-        self._starts = [[*(f"{key} = :after_{key}" for key in groups), f"{last} {beyond} :after_{last}"]]
+        # over the beginning of the group again, since SQLite seeks no rowid in that way. For the same reason a bound
+        # that the cursor is beyond already must not be what is sought, which `+` sees to.
+        rest = [*(f"{key} = :after_{key}" for key in groups), f"{last} {beyond} :after_{last}"]
+        self._starts = [[*rest, *(f"+{bound}" for bound in self._within)]]
         if groups:
             after = ", ".join(f":after_{key}" for key in groups)
-            self._starts.append([f"({', '.join(groups)}) {beyond} ({after})"])
+            bounds = [f"+{bound}" if beyond in bound else bound for bound in self._within]
+            self._starts.append([f"({', '.join(groups)}) {beyond} ({after})", *bounds])
 
     def sql(self, columns: str) -> str:
         direction = " DESC" if self._descending else ""
@@ -149,7 +159,7 @@ class _Walk:
         return " UNION ALL ".join(
             f"SELECT * FROM (SELECT {columns} FROM {self._table} WHERE {_all([*self._sought, *start])}"  # noqa: S608
             f" ORDER BY {order} LIMIT :most)"
-            for start in self._starts
+            for start in self._starts or [self._within]
         )
 
     @property
@@ -186,8 +196,8 @@ def _walk_batches(wanted: BatchFilter) -> _Walk:
     else:
         # Most batches are complete: an api_code tells more.
         walk = _Walk(_BATCH_RECEIVED if wanted.api_code is None else _BATCH_API_CODE, equal, descending=True)
-    walk.seek("first_received_at >= :received_from", received_from=wanted.received_from)
-    walk.seek("first_received_at < :received_before", received_before=wanted.received_before)
+    walk.within(">=", "received_from", wanted.received_from)
+    walk.within("<", "received_before", wanted.received_before)
     return walk
 
 

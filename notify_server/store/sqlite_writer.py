@@ -73,6 +73,22 @@ class FileLock:
         os.close(self._fd)
 
 
+def holder(database: Path) -> str | None:
+    """The process whose FileLock is on the database, None when there is none."""
+    actual = database.resolve()
+    try:
+        descriptor = os.open(actual.with_name(actual.name + ".lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """Open the database for writing and bring its schema up to date.
 

@@ -6,18 +6,29 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 from uuid import uuid4
 
 import msgspec
 import structlog
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from notify_server.config import RetentionConfig
-from notify_server.errors import ContractError, RejectionGoneError, StoreUnavailableError
+from notify_server.actions import (
+    ActionRefusedError,
+    Actions,
+    Id,
+    Prune,
+    Pruned,
+    Recheck,
+    Rechecked,
+    Replayed,
+    Text,
+    Time,
+    to_ms,
+)
+from notify_server.errors import StoreUnavailableError
 from notify_server.model import CircuitState, FileState, HostView, Verdict
-from notify_server.store.base import Store
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.records import (
     BatchDetail,
@@ -39,7 +50,6 @@ from notify_server.store.records import (
 )
 from notify_server.timeline import HostRate, HostRates, Sample, Timeline
 from notify_server.web.admin import Admin
-from notify_server.web.callback import Callback
 from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.openapi import Endpoint, document
 from notify_server.web.stream import Stream
@@ -52,19 +62,10 @@ BODY_LIMIT = 64 * 1024
 # What is counted over the whole record is good for this long, and for this many times what counting it took.
 FRESH_SECONDS = 1.0
 FRESH_FACTOR = 20.0
-# How long an action goes on before it says that there is more to do.
-ACTION_SECONDS = 15.0
-# Rows in one transaction of an action: callbacks wait no longer than that takes.
-ACTION_ROWS = 500
 EXPORT_ROWS = 500
 GROUPS_MOST = 500
 HOSTS_MOST = 500
 SEARCH_MOST = 20
-
-Time = Annotated[datetime, Meta(tz=True, description="RFC 3339, with an offset or Z.")]
-Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-Text = Annotated[str, Meta(min_length=1, max_length=2000)]
-NOT_AVAILABLE = [FileState.PENDING, FileState.UNAVAILABLE, FileState.BLOCKED]
 
 
 class BatchQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,47 +128,6 @@ class SeriesQuery(Struct, frozen=True, forbid_unknown_fields=True):
     step: Literal["second", "minute"] = "second"
 
 
-class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which files to ask for anew: one file, those of a batch, or those that fail for a reason (at a host); of these
-    the ones in `states`. With `dry_run` they are only counted.
-    """
-
-    file: Id | None = None
-    batch: Id | None = None
-    reason: Text | None = None
-    host: Text | None = None
-    states: list[FileState] = msgspec.field(default_factory=lambda: list(NOT_AVAILABLE))
-    dry_run: bool = False
-
-
-class Rechecked(Struct, frozen=True):
-    """How many files were (or with `dry_run` would be) asked for anew; with `more` there were more than time for it."""
-
-    files: int
-    more: bool = False
-
-
-class Prune(Struct, frozen=True, forbid_unknown_fields=True):
-    """What to delete: batches completed, and rejections received, before a time; by default what [retention] says."""
-
-    completed_before: Time | None = None
-    rejections_before: Time | None = None
-
-
-class Pruned(Struct, frozen=True):
-    """How many rows were deleted; with `more` there are some left."""
-
-    rows: int
-    more: bool = False
-
-
-class Replayed(Struct, frozen=True):
-    """The delivery that a rejection has become."""
-
-    delivery: int
-    request_id: str
-
-
 class Host(Struct, frozen=True):
     """A host: what waits for it, its circuit, what is under way, and how it has done in the last minute."""
 
@@ -199,7 +159,6 @@ class Live(Struct, frozen=True):
     backlog: Callable[[], int]
     in_flight: Callable[[], int]
     hosts: Callable[[], list[HostView]]
-    offer: Callable[[frozenset[str]], None]
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -269,31 +228,25 @@ class Remembered:
 
 
 class Api:
-    """The endpoints. `now` gives Unix ms."""
+    """The endpoints."""
 
     def __init__(
         self,
-        store: Store,
         records: Records,
-        callback: Callback,
+        actions: Actions,
         admin: Admin,
         live: Live,
         timeline: Timeline,
         rates: HostRates,
         stream: Stream,
-        retention: RetentionConfig,
-        now: Callable[[], int],
     ) -> None:
-        self._store = store
         self.records = records
-        self._callback = callback
+        self._actions = actions
         self._admin = admin
         self._live = live
         self._timeline = timeline
         self._rates = rates
         self._stream = stream
-        self._retention = retention
-        self._now = now
         self._remembered = Remembered()
         self._document = msgspec.json.encode(document(ENDPOINTS, live.version))
 
@@ -379,7 +332,7 @@ class Api:
 
     async def batches(self, query: BatchQuery) -> Page[BatchItem]:
         wanted = BatchFilter(
-            query.verdict, query.api_code, query.batch_id, _ms(query.received_from), _ms(query.received_before)
+            query.verdict, query.api_code, query.batch_id, to_ms(query.received_from), to_ms(query.received_before)
         )
         return await _paged(self.records.batches(wanted, query.cursor, query.limit))
 
@@ -447,67 +400,21 @@ class Api:
     # Actions
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
-        if wanted.file is not None:
-            if await self.records.file(wanted.file) is None:
-                return None
-            return Rechecked(1 if wanted.dry_run else await self._restart([wanted.file]))
-        if wanted.batch is None and wanted.reason is None:
-            raise RefusedError(400, "400", "file, batch or reason: name one of them, to say which files")
-        if wanted.batch is not None and await self.records.batch(wanted.batch) is None:
-            return None
-        # What is restarted becomes pending, and must not be met again.
-        states = sorted(set(wanted.states), key=lambda state: (state is not FileState.PENDING, state))
-        filters = [FileFilter(wanted.batch, state, wanted.reason, wanted.host) for state in states]
-        if wanted.dry_run:
-            return Rechecked(sum([await self.records.count_recheckable(files) for files in filters]))
-        files, deadline = 0, time.monotonic() + ACTION_SECONDS
-        for chosen in filters:
-            cursor: str | None = None
-            while True:
-                page = await self.records.files(chosen, cursor, ACTION_ROWS)
-                files += await self._restart([file.id for file in page.items])
-                if (cursor := page.next) is None:
-                    break
-                if time.monotonic() >= deadline:
-                    return Rechecked(files, more=True)
-        return Rechecked(files)
-
-    async def _restart(self, files: list[int]) -> int:
-        restart = await self._store.recheck(files, self._now())
-        self._live.offer(restart.hosts)
-        self._remembered.forget()
-        return restart.files
+        return await self._act(self._actions.recheck(wanted))
 
     async def replay(self, id: int) -> Replayed | None:
-        rejection, body = await self.records.rejection(id), await self.records.rejected_body(id)
-        if rejection is None or body is None:
-            return None
-        try:
-            delivery, request_id = await self._callback.replay(id, body, rejection.remote_addr)
-        except ContractError as error:
-            raise RefusedError(400, "400", f"it is still refused: {error}") from error
-        except RejectionGoneError:
-            return None
-        return Replayed(delivery, request_id)
+        return await self._act(self._actions.replay(id))
 
     async def prune(self, wanted: Prune) -> Pruned:
-        if wanted.completed_before is None and wanted.rejections_before is None:
-            now = self._now()
-            completed = now - round(self._retention.completed * 1000)
-            rejections = now - round(self._retention.rejections * 1000)
-        else:
-            completed, rejections = _ms(wanted.completed_before) or 0, _ms(wanted.rejections_before) or 0
-        rows, deadline = 0, time.monotonic() + ACTION_SECONDS
-        while deleted := await self._store.prune(completed, rejections, ACTION_ROWS):
-            rows += deleted
-            if time.monotonic() >= deadline:
-                return Pruned(rows, more=True)
-        self._remembered.forget()
-        return Pruned(rows)
+        return await self._act(self._actions.prune(wanted))
 
-
-def _ms(moment: datetime | None) -> int | None:
-    return None if moment is None else round(moment.timestamp() * 1000)
+    async def _act(self, action: Awaitable[T]) -> T:
+        try:
+            return await action
+        except ActionRefusedError as error:
+            raise RefusedError(400, "400", str(error)) from error
+        finally:
+            self._remembered.forget()
 
 
 async def _paged(page: Awaitable[Page[T]]) -> Page[T]:

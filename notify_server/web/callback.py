@@ -89,9 +89,11 @@ def _is_json(content_type: str) -> bool:
 
 
 class Callback:
-    """The handler of the callback path. `now` gives Unix ms."""
+    """The handler of the callback path. Both clocks give Unix ms; what is signed is checked against `wall`."""
 
-    def __init__(self, config: Config, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
+    def __init__(
+        self, config: Config, store: Store, metrics: Metrics, now: Callable[[], int], wall: Callable[[], int]
+    ) -> None:
         self._server, self._auth = config.server, config.auth
         self._max_files = config.contract.max_files
         self._backlog_limit = config.verify.backlog_limit
@@ -101,6 +103,7 @@ class Callback:
         self._rate_limit = RateLimit(self._server.rate_limit) if self._server.rate_limit else None
         self._loud_at = 0.0
         self._now = now
+        self._wall = wall
         # Bodies that were not there with their headers, and are being waited for.
         self._arriving = 0
         self._arrived = asyncio.Event()
@@ -157,30 +160,6 @@ class Callback:
         return web.Response(
             body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
         )
-
-    async def replay(self, rejection: int, body: bytes, remote: str) -> tuple[int, str]:
-        """Take a body after all that was refused, now that more is allowed, or this program knows better. Its sender,
-        at `remote`, had been let in. The delivery's id, and its request_id. Raises ContractError, RejectionGoneError.
-        """
-        request_id = new_request_id()
-        envelope = signature.open_envelope(body)
-        notification = wire.parse_notification(
-            body if envelope is None else envelope.notification, max_files=self._max_files
-        )
-        delivery = Delivery(
-            notification.batch_id,
-            notification.api_code,
-            body,
-            len(notification.file_list),
-            self._now(),
-            remote,
-            UNSIGNED,
-            request_id,
-            replays=rejection,
-        )
-        id = await self._store.accept(delivery)
-        log.info("replayed", request_id=request_id, rejection=rejection, batch_id=notification.batch_id)
-        return id, request_id
 
     async def drain(self, seconds: float) -> None:
         """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
@@ -263,6 +242,7 @@ class Callback:
     def _check(self, body: bytes, request_id: str, remote: str) -> Delivery:
         """The body as a delivery. Raises ContractError, SignatureError."""
         now = self._now()
+        wall = self._wall()
         nonce = None
         proven_by = UNSIGNED
         envelope = signature.open_envelope(body)
@@ -270,10 +250,11 @@ class Callback:
             if envelope is None:
                 raise SignatureError(signature.SIGNATURE_WRONG, "the body is not signed")
             window_ms = round(self._auth.timestamp_window * 1000)
-            key = signature.verify(envelope, self._auth.platform_keys, now_ms=now, window_ms=window_ms)
+            key = signature.verify(envelope, self._auth.platform_keys, now_ms=wall, window_ms=window_ms)
             proven_by = key.fingerprint
             # Never forgotten while its timestamp is good.
-            expires_at = max(now + math.ceil(self._auth.nonce_ttl * 1000), envelope.timestamp + window_ms)
+            good_ms = envelope.timestamp + window_ms - wall
+            expires_at = now + max(math.ceil(self._auth.nonce_ttl * 1000), good_ms)
             nonce = (signature.nonce_key(envelope), expires_at)
         try:
             bare = body if envelope is None else envelope.notification

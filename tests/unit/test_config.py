@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from notify_server.config import Config, StatusRange, VerifyConfig, _user_agent, duration, load_config
+from notify_server.config import Config, StatusRange, VerifyConfig, duration, load_config, version
 from notify_server.errors import ConfigError
 
 NOT_A_DURATION = 'is not a duration: write a number of seconds, or "30s", "5m", "2h"'
@@ -633,9 +633,9 @@ def test_hosts_see_the_version_where_it_is_known(monkeypatch: pytest.MonkeyPatch
 
     assert Config().verify.user_agent == f"notify-server/{metadata.version('notify-server')}"
     monkeypatch.setattr(metadata, "version", unknown)
-    _user_agent.cache_clear()
+    version.cache_clear()
     assert Config().verify.user_agent == "notify-server"
-    _user_agent.cache_clear()
+    version.cache_clear()
 
 
 def test_nothing_can_be_changed_afterwards() -> None:

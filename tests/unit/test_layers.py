@@ -19,12 +19,12 @@ ROOT = Path(notify_server.__file__).parent
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
     tuple(frozenset(part.split()) for part in level)
     for level in (
-        ["model", "errors"],
+        ["model", "errors", "clock"],
         ["contract", "verify.guard"],
         ["config"],
         ["verify.policy", "verify.frames"],
-        ["store", "verify.hosts", "verify.prober", "observe"],
-        ["timeline"],
+        ["store", "verify.hosts", "verify.reach", "verify.prober", "observe"],
+        ["timeline", "actions"],
         ["web", "verify.link verify.pool", "forward"],
         ["app"],
         ["simulator"],

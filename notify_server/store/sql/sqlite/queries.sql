@@ -241,7 +241,10 @@ SET verdict = CASE WHEN available = files THEN 'complete' ELSE 'incomplete' END,
     completed_at = ?
 FROM changed
 WHERE batch.id = changed.id AND verdict = 'pending' AND pending = 0 AND expanding IS NULL
-RETURNING batch.id, batch_id, api_code, verdict, files, available, first_received_at, completed_at;
+RETURNING
+    batch.id, batch_id, api_code, verdict, files, available, first_received_at, completed_at,
+    (SELECT request_id FROM notification WHERE notification.id = last_notification),
+    (SELECT traceparent FROM notification WHERE notification.id = last_notification);
 
 -- name: backlog
 SELECT coalesce(sum(pending), 0) FROM batch;

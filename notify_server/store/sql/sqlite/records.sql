@@ -1,7 +1,9 @@
 -- What is read for people, in one short statement each, on a connection that cannot write. Every answer is one JSON
 -- value, because each step of a statement gives up Python's lock and takes it back. `:walk` stands for a SELECT along an
 -- index, of at most :most rows, and `:walk_keys` for the same of its :keys alone; `:left_out` for what the index cannot
--- seek; `:batch_item`, `:file_item` and `:next` for the blocks of that name, `:iso(x)` for a time as ISO text.
+-- seek. `:batch_item`, `:file_item` and `:next` stand for the blocks of that name, `:iso(x)` for a time as ISO text.
+-- Indexes are named, and NOT INDEXED leaves the rowid alone: SQLite would rather sort, or walk over another index, as
+-- long as it knows little of what the tables hold.
 
 -- name: batch_item
 json_object(
@@ -33,10 +35,10 @@ json_object(
 
 -- name: totals
 SELECT json_object(
-    'batches', coalesce(sum(batches), 0),
-    'batches_pending', coalesce(sum(batches) FILTER (WHERE verdict = 'pending'), 0),
-    'batches_complete', coalesce(sum(batches) FILTER (WHERE verdict = 'complete'), 0),
-    'batches_incomplete', coalesce(sum(batches) FILTER (WHERE verdict = 'incomplete'), 0),
+    'batches', count(*),
+    'batches_pending', count(*) FILTER (WHERE verdict = 'pending'),
+    'batches_complete', count(*) FILTER (WHERE verdict = 'complete'),
+    'batches_incomplete', count(*) FILTER (WHERE verdict = 'incomplete'),
     'files', coalesce(sum(files), 0),
     'pending', coalesce(sum(pending), 0),
     'available', coalesce(sum(available), 0),
@@ -47,12 +49,7 @@ SELECT json_object(
     'oldest_pending_at',
     (SELECT :iso(first_received_at) FROM batch WHERE verdict = 'pending' ORDER BY batch.first_received_at LIMIT 1)
 )
-FROM (
-    SELECT verdict, count(*) AS batches, sum(files) AS files, sum(pending) AS pending, sum(available) AS available,
-        sum(unavailable) AS unavailable, sum(blocked) AS blocked, sum(upload_failed) AS upload_failed
-    FROM batch
-    GROUP BY verdict
-);
+FROM batch;
 
 -- name: batches
 SELECT json_group_array(:batch_item), :next
@@ -83,13 +80,16 @@ SELECT json_group_array(:file_item), :next
 FROM (
     SELECT found.*, batch.batch_id, batch.api_code
     FROM (SELECT * FROM (:walk LIMIT :most) WHERE :left_out LIMIT :limit) AS found
-    CROSS JOIN batch ON batch.id = found.batch
+    CROSS JOIN batch NOT INDEXED ON batch.id = found.batch
 );
 
 -- name: file
 SELECT :file_item
 FROM (
-    SELECT file.*, batch.batch_id, batch.api_code FROM file CROSS JOIN batch ON batch.id = file.batch WHERE file.id = :id
+    SELECT file.*, batch.batch_id, batch.api_code
+    FROM file
+    CROSS JOIN batch NOT INDEXED ON batch.id = file.batch
+    WHERE file.id = :id
 );
 
 -- name: file_count
@@ -103,8 +103,10 @@ SELECT coalesce(sum(:column), 0) FROM batch WHERE :of;
 SELECT json_group_array(:file_item)
 FROM (
     SELECT file.*, latest.batch_id, latest.api_code
-    FROM (SELECT id, batch_id, api_code FROM batch ORDER BY id DESC LIMIT :batches) AS latest
-    CROSS JOIN file ON file.batch = latest.id AND file.oss_object_name = :text
+    FROM (SELECT id, batch_id, api_code FROM batch NOT INDEXED ORDER BY id DESC LIMIT :batches) AS latest
+    CROSS JOIN file NOT INDEXED ON file.id = (
+        SELECT named.id FROM file AS named WHERE named.batch = latest.id AND named.oss_object_name = :text
+    )
     LIMIT :limit
 );
 

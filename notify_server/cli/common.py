@@ -1,0 +1,71 @@
+"""What the commands have in common. It loads quickly, so that a command pays only for what it does itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from notify_server.config import Config
+
+T = TypeVar("T")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+# Where there is no terminal to fit into, wide enough for a row to be one line.
+PIPE_WIDTH = 200
+
+
+def read_config(path: Path | None) -> Config:
+    """The configuration, or exit 2 with a line on standard error for every wrong key."""
+    from notify_server.config import load_config
+    from notify_server.errors import ConfigError
+
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+
+
+def config_file(path: Path | None) -> Path | None:
+    """The file that `read_config` reads, None when there is none."""
+    if path is not None:
+        return path
+    here = Path("config.toml")
+    return here if here.exists() else None
+
+
+def output() -> Console:
+    """Standard output, for tables."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text from outside as a terminal may be shown it: what is not printable is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+async def until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> T:
+    """Do the work. SIGTERM and SIGINT cancel it, and are added to `stopped_by`."""
+    import asyncio
+    import signal
+
+    task = asyncio.ensure_future(work)
+
+    def stop(number: int) -> None:
+        stopped_by.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    return await task

@@ -1,0 +1,161 @@
+"""`notify-server config`: check, show and write the configuration."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, PlainValidator, SecretStr
+from pydantic.fields import FieldInfo
+
+from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_config
+from notify_server.config import ENV_PREFIX, Config, StatusRange, duration
+from notify_server.contract.signature import PlatformKey
+
+SET = "…(set)"
+_UNITS = (("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0))
+
+
+class Setting(NamedTuple):
+    """A key in effect. `value` is what JSON and TOML have a form for, None when it is not set."""
+
+    section: str
+    key: str
+    value: Any
+    source: str
+
+
+def check(path: Path | None) -> None:
+    """Exit 2 with a line for every wrong key, else say what the configuration is made of."""
+    read_config(path)
+    file = config_file(path)
+    print(f"file: {printable(str(file)) if file else 'none, config.toml is not there'}")
+    variables = ", ".join(sorted(_variables(os.environ).values()))
+    print(f"environment: {variables or 'none'}")
+    print("The configuration is right.")
+
+
+def show(path: Path | None, *, as_json: bool) -> None:
+    """Print the configuration in effect: as TOML that can be read back, but for the secrets; or as JSON."""
+    config = read_config(path)
+    file = config_file(path)
+    found = list(settings(config, file, os.environ))
+    if as_json:
+        tables: dict[str, dict[str, Any]] = {}
+        for setting in found:
+            tables.setdefault(setting.section, {})[setting.key] = {"value": setting.value, "source": setting.source}
+        shown = {"file": None if file is None else str(file), "settings": tables}
+        print(json.dumps(shown, ensure_ascii=False, indent=2))
+        return
+    section = ""
+    for setting in found:
+        if setting.section != section:
+            print(f"\n[{setting.section}]" if section else f"[{setting.section}]")
+            section = setting.section
+        if isinstance(setting.value, dict):
+            # Its tables go last: what follows a table's header belongs to it.
+            continue
+        if setting.value is None:
+            print(f"# {setting.key} is not set")
+        else:
+            print(f"{setting.key} = {_toml(setting.value)}  # {printable(setting.source)}")
+    for setting in found:
+        for pattern, keys in setting.value.items() if isinstance(setting.value, dict) else ():
+            print(f"\n[{setting.section}.{setting.key}.{_toml(pattern)}]  # {printable(setting.source)}")
+            for key, value in keys.items():
+                print(f"{key} = {_toml(value)}")
+
+
+def init(path: Path) -> None:
+    """Write the example to `path`, where nothing may be yet. Exits 1 with one line when it cannot be written."""
+    example = (files("notify_server") / "config.example.toml").read_text(encoding="utf-8")
+    try:
+        # It will hold tokens.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(example)
+    except FileExistsError:
+        print(f"notify_server: {path}: is there already, and is left as it is: name another", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
+    except OSError as error:
+        print(f"notify_server: {path}: cannot be written ({error.strerror})", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
+    print(f"{path}: every key at its default; change what you need, then run `notify-server config check`")
+
+
+def settings(config: Config, file: Path | None, environ: Mapping[str, str]) -> Iterator[Setting]:
+    """Every key with its value, and where that comes from: `default`, the file's name, or `environment <name>`."""
+    tables = {} if file is None else tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    variables = _variables(environ)
+    for section, model in config:
+        for key, field in type(model).model_fields.items():
+            variable = variables.get((section, key))
+            source = f"environment {variable}" if variable else "default"
+            if not variable and key in tables.get(section, {}):
+                source = str(file)
+            yield Setting(section, key, _plain(getattr(model, key), field), source)
+
+
+def _variables(environ: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """The names of our variables by section and key. `load_config` has seen to it that each has both."""
+    found = {}
+    for name in environ:
+        if name.upper().startswith(ENV_PREFIX):
+            section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+            found[section, key] = name
+    return found
+
+
+def _plain(value: Any, field: FieldInfo) -> Any:
+    match value:
+        case None | str() | int():
+            # An address of a store may have a password in it.
+            return re.sub(r"//[^/@]*@", "//…@", value) if field.repr is False and isinstance(value, str) else value
+        case float():
+            return _duration(value) if _is_duration(field) else value
+        case SecretStr():
+            return SET
+        case PlatformKey():
+            return f"…(fingerprint {value.fingerprint})"
+        case StatusRange(low, high):
+            return str(low) if low == high else f"{low}-{high}"
+        case tuple():
+            return [_plain(part, field) for part in value]
+        case BaseModel():
+            return {
+                key: _plain(getattr(value, key), type(value).model_fields[key])
+                for key in sorted(value.model_fields_set)
+            }
+        case Mapping():
+            return {str(key): _plain(part, field) for key, part in value.items()}
+        case Path() | ipaddress.IPv4Network() | ipaddress.IPv6Network():
+            return str(value)
+    raise TypeError(f"there is no form for a {type(value).__name__}")
+
+
+def _is_duration(field: FieldInfo) -> bool:
+    inner = [part for argument in get_args(field.annotation) for part in getattr(argument, "__metadata__", ())]
+    return any(isinstance(part, PlainValidator) and part.func is duration for part in [*field.metadata, *inner])
+
+
+def _duration(seconds: float) -> str:
+    """As it would be written: in the largest unit that it is a whole number of."""
+    for unit, size in _UNITS:
+        if seconds and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds * 1000:.15g}ms" if 0 < seconds < 1 else f"{seconds:.15g}s"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    # JSON's strings and numbers are TOML's, but for DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
