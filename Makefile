@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format demo bench clean
+.PHONY: help run test lint format demo bench torture clean
 
 help: ## Show what there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,7 +19,7 @@ demo: $(STAMP) ## Play the platform against a daemon of its own, and show what i
 	@exec $(BIN)/python -m notify_server simulate --own-daemon
 
 test: $(STAMP_DEV) lint ## Set everything up and run the tests
-	@$(PYTHON) tests/debian.py strace sqlite3 openssl
+	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium
 	@$(BIN)/pytest
 
 lint: $(STAMP_DEV) ## Check format, style and types
@@ -34,6 +34,10 @@ format: $(STAMP_DEV) ## Format the code
 bench: $(STAMP_DEV) ## Measure acks and probes beside what could be had at best; PARTS="acks probes backlog"
 	@$(PYTHON) tests/debian.py nginx wrk
 	@$(BIN)/python -m tests.bench $(PARTS)
+
+torture: $(STAMP_DEV) ## Kill, stop, soak and deceive it for 20 minutes; PARTS="crash fsync stop soak …", SCALE=0.1, SEED=1
+	@$(PYTHON) tests/debian.py strace nginx
+	@$(BIN)/python -m tests.torture $(PARTS) $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 clean: ## Remove what was installed and built; the record in data/ stays
 	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

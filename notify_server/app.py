@@ -35,7 +35,9 @@ from notify_server.verify.link import ProberLink
 from notify_server.verify.pool import Pool
 from notify_server.web.admin import Admin
 from notify_server.web.api import ENDPOINTS, Api, Live
+from notify_server.web import rendering
 from notify_server.web.callback import Callback
+from notify_server.web.dashboard import VIEWS, Dashboard, View
 from notify_server.web.errors import error_response
 from notify_server.web.health import Health
 from notify_server.web.openapi import Endpoint
@@ -52,6 +54,7 @@ HEALTH = web.AppKey("health", Health)
 ADMIN = web.AppKey("admin", Admin)
 API = web.AppKey("api", Api)
 STREAM = web.AppKey("stream", Stream)
+DASHBOARD = web.AppKey("dashboard", Dashboard)
 DRAINING = web.AppKey("draining", asyncio.Event)
 
 PRUNE_SECONDS = 600.0
@@ -119,7 +122,7 @@ def make_app(
             now=now,
             on_files=pool.offer,
             on_verdicts=on_verdicts,
-            on_unknown_fields=app[METRICS].unknown_fields.inc,
+            on_unknown_fields=app[METRICS].unknown_fields.add_plain,
         )
         tasks = [
             asyncio.create_task(expander.run(), name="expand"),
@@ -141,6 +144,7 @@ def make_app(
         live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts)
         actions = Actions(config, app[STORE], app[RECORDS], now=now, offer=pool.offer)
         app[API] = Api(app[RECORDS], actions, admin, live, timeline, rates, stream)
+        app[DASHBOARD] = Dashboard(config, app[API], admin, version(), now)
         task = asyncio.create_task(_sample(timeline, stream), name="sample")
         task.add_done_callback(report_end)
         yield
@@ -155,6 +159,11 @@ def make_app(
     for endpoint in ENDPOINTS:
         app.router.add_route("*", endpoint.route, partial(_api, endpoint))
     app.router.add_get("/openapi.json", _openapi)
+    rendering.setup(app)
+    for view in VIEWS:
+        app.router.add_route(view.method, view.path, partial(_view, view))
+        if view.method == "GET":
+            app.router.add_route("HEAD", view.path, partial(_view, view))
     app.router.add_route("*", "/{path:.*}", _not_found)
     return app
 
@@ -193,6 +202,10 @@ async def _metrics(request: web.Request) -> web.Response:
 
 async def _api(endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
     return await request.app[API].handle(endpoint, request)
+
+
+async def _view(view: View, request: web.Request) -> web.StreamResponse:
+    return await request.app[DASHBOARD].handle(view, request)
 
 
 async def _openapi(request: web.Request) -> web.StreamResponse:
@@ -254,7 +267,7 @@ async def _housekeeping(config: Config, store: Store, metrics: Metrics, now: Cal
     while True:
         try:
             while deleted := await store.prune(now() - completed_ms, now() - rejections_ms, PRUNE_ROWS):
-                metrics.pruned_rows.inc(deleted)
+                metrics.pruned_rows.add_plain(deleted)
                 log.debug("pruned", rows=deleted)
                 await asyncio.sleep(PRUNE_PAUSE)
         except StoreUnavailableError as error:

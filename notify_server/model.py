@@ -264,7 +264,9 @@ class FileResult(msgspec.Struct, frozen=True, gc=False):
 
 
 class BatchVerdict(msgspec.Struct, frozen=True):
-    """A verdict that has just been reached and committed."""
+    """A verdict that has just been reached and committed. `request_id` and `traceparent` are those of the batch's latest
+    delivery, None when it is not kept any more.
+    """
 
     batch: int
     batch_id: str
@@ -274,3 +276,5 @@ class BatchVerdict(msgspec.Struct, frozen=True):
     available: int
     first_received_at: int
     completed_at: int
+    request_id: str | None = None
+    traceparent: str | None = None

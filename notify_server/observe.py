@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -106,6 +108,13 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
+def tracing_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether the environment names a collector for traces, in the variables that OpenTelemetry has for it."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return False
+    return bool(environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
+
+
 def report_end(task: asyncio.Task[None]) -> None:
     """A task's done callback, for tasks that should run as long as the daemon does: none of them dies in silence."""
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -150,40 +159,56 @@ class Durations:
 
 
 class Counts:
-    """Counters under one label, counted on the event loop alone and therefore without a lock."""
+    """Counters under one label, counted on the event loop alone and therefore without a lock; without a label there is
+    one, under "".
+    """
 
     def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
-        self._family = name, text, None, [label]
+        self._family = name, text, None, [label] if label else []
         self.by = dict.fromkeys(values, 0)
 
     def add(self, value: str, number: int = 1) -> None:
         """Count `number` more."""
         self.by[value] = self.by.get(value, 0) + number
 
+    def add_plain(self, number: int = 1) -> None:
+        """Count `number` more of what has no label."""
+        self.add("", number)
+
     def collect(self) -> Iterator[CounterMetricFamily]:
         """For prometheus_client."""
         family = CounterMetricFamily(*self._family)
         for value, number in self.by.items():
-            family.add_metric([value], number)
+            family.add_metric([value] if value else [], number)
         yield family
 
 
-class _Gauges:
-    """Gauges under one label, read when they are scraped."""
+class _Read:
+    """Metrics of one kind under one label that are read when they are scraped; without a label there is at most one,
+    under "".
+    """
 
-    def __init__(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
-        self._family = name, text, None, [label]
+    def __init__(
+        self,
+        kind: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        label: str,
+        read: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._kind = kind
+        self._family = name, text, None, [label] if label else []
         self._read = read
 
-    def describe(self) -> Iterator[GaugeMetricFamily]:
+    def describe(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """For prometheus_client, which otherwise reads them to learn their names."""
-        yield GaugeMetricFamily(*self._family)
+        yield self._kind(*self._family)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """For prometheus_client."""
-        family = GaugeMetricFamily(*self._family)
+        family = self._kind(*self._family)
         for value, number in self._read().items():
-            family.add_metric([value], number)
+            family.add_metric([value] if value else [], number)
         yield family
 
 
@@ -197,17 +222,22 @@ class Metrics:
         self.callbacks = self._counts(
             "notify_server_callbacks", "Callbacks answered, by the code of the answer; 000 is an ack.", "code", ACCEPTED
         )
+        self.connections_refused = self._counts(
+            "notify_server_connections_refused", "Connections refused because there were max_connections already.", ""
+        )
         self.ack_seconds = self._durations(
             "notify_server_ack_seconds", "From a callback's headers to its durable acknowledgement."
         )
         self.commit_seconds = self._durations(
             "notify_server_commit_seconds", "Transactions that callbacks waited for, from their beginning to the disk."
         )
-        self.unknown_fields = Counter(
-            "notify_server_unknown_fields", "Fields in notifications that the contract does not know.",
-            registry=self.registry,
+        self.unknown_fields = self._counts(
+            "notify_server_unknown_fields", "Fields in notifications that the contract does not know.", ""
+        )
+        self.verdicts = self._counts(
+            "notify_server_verdicts", "Verdicts reached; a batch that is checked again reaches another.",
+            "verdict", *SETTLED_VERDICTS,
         )  # fmt: skip
-        self.verdicts = self._counts("notify_server_verdicts", "Verdicts reached.", "verdict", *SETTLED_VERDICTS)
         self.files = self._counts(
             "notify_server_files_settled", "Files that were asked for and have settled.", "state", *SETTLED_STATES
         )
@@ -218,12 +248,71 @@ class Metrics:
             "notify_server_probe_seconds", "The phases of requests to hosts, where they took place.", "phase",
             "dns", "connect", "tls", "first_byte", "total",
         )  # fmt: skip
-        self.pruned_rows = Counter(
-            "notify_server_pruned_rows", "Rows that retention has deleted.", registry=self.registry
+        self._surveyed: tuple[float | None, int] | None = None
+        self.pruned_rows = self._counts("notify_server_pruned_rows", "Rows that retention has deleted.", "")
+        self._prune: tuple[float, float] | None = None
+        self.gauge(
+            "notify_server_prune_last_run_timestamp_seconds",
+            "When retention was last gone through to its end, in Unix time; missing until then.",
+            lambda: self._prune[0] if self._prune else None,
+        )
+        self.gauge(
+            "notify_server_prune_last_run_duration_seconds",
+            "How long that took.",
+            lambda: self._prune[1] if self._prune else None,
         )
 
+    def pruned(self, at: float, seconds: float) -> None:
+        """Retention has been gone through: when that was, in Unix seconds, and what it took."""
+        self._prune = at, seconds
+
+    def surveyed(self, oldest_pending_at: float | None, rejections: int) -> None:
+        """What only a walk over the record tells: when its oldest batch without a verdict came, in Unix seconds, and how
+        many refused bodies it has."""
+        self._surveyed = oldest_pending_at, rejections
+
+    def watch_survey(self, now: Callable[[], float]) -> None:
+        """Tell of what was `surveyed` last; `now` gives Unix seconds."""
+
+        def oldest_pending() -> float | None:
+            if self._surveyed is None:
+                return None
+            oldest_at, _ = self._surveyed
+            return max(0.0, now() - oldest_at) if oldest_at is not None else 0.0
+
+        self.gauge(
+            "notify_server_oldest_pending_seconds",
+            "How long the oldest batch without a verdict has been waiting for it; 0 when there is none.",
+            oldest_pending,
+        )
+        self.gauge(
+            "notify_server_rejections", "Refused bodies that are kept.", lambda: self._surveyed and self._surveyed[1]
+        )
+
+    def watch_files(self, database: Path) -> None:
+        """Tell how large the database at this path is, and how much room is left for it."""
+
+        def sizes() -> Mapping[str, float]:
+            parts = {"database": database, "wal": database.with_name(database.name + "-wal")}
+            return {part: path.stat().st_size for part, path in parts.items() if path.exists()}
+
+        def free() -> float | None:
+            try:
+                volume = os.statvfs(database.parent)
+            except OSError:
+                return None
+            return volume.f_bavail * volume.f_frsize
+
+        self.gauges("notify_server_store_bytes", "Size of the store's files: the database, and its WAL.", "file", sizes)
+        self.gauge("notify_server_store_free_bytes", "Space that is left where the store's files are.", free)
+
+    def build_info(self, **versions: str) -> None:
+        """The versions of what this daemon is made of, as labels."""
+        gauge = Gauge("notify_server_build_info", "1, and the versions in use.", list(versions), registry=self.registry)
+        gauge.labels(**versions).set(1)
+
     def _counts(self, name: str, text: str, label: str, *values: str) -> Counts:
-        counts = Counts(name, text, label, values)
+        counts = Counts(name, text, label, values or ("",))
         self.registry.register(counts)
         return counts
 
@@ -232,13 +321,22 @@ class Metrics:
         self.registry.register(durations)
         return durations
 
-    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A gauge that is read when it is scraped."""
-        Gauge(name, text, registry=self.registry).set_function(read)
+    def gauge(self, name: str, text: str, read: Callable[[], float | None]) -> None:
+        """A gauge that is read when it is scraped; None is no value."""
+
+        def reading() -> Mapping[str, float]:
+            value = read()
+            return {} if value is None else {"": value}
+
+        self.gauges(name, text, "", reading)
 
     def gauges(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
         """Gauges, one for each value of a label, that are read when they are scraped."""
-        self.registry.register(_Gauges(name, text, label, read))
+        self.registry.register(_Read(GaugeMetricFamily, name, text, label, read))
+
+    def counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A counter that is counted elsewhere and read when it is scraped."""
+        self.registry.register(_Read(CounterMetricFamily, name, text, "", lambda: {"": read()}))
 
     def recorded(self, results: Sequence[FileResult]) -> None:
         """Count results that have been recorded, and the requests they took."""

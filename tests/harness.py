@@ -509,8 +509,9 @@ class Daemon:
         """kill -9, and wait until its probers are gone as well."""
         assert self._process is not None
         probers = self.prober_pids()
+        # Popen's own kill would reap a process that has just ended, and asyncio would not learn how.
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self.send(signal.SIGKILL)
         await self.exit_code()
         for pid in probers:
             await process_gone(pid)

@@ -40,7 +40,7 @@ _decode_nothing_unknown = msgspec.json.Decoder(_KnownFields).decode
 
 # RFC 3986, 3.1 and 3.2: the scheme is case-insensitive, and the authority ends at the first "/", "?" or "#".
 # What the authority holds is for the guard to judge.
-_has_http_authority = re.compile(r"https?://[^/?#]", re.IGNORECASE).match
+_has_http_authority = re.compile(r"https?://[^/?#]", re.IGNORECASE | re.ASCII).match
 
 _NOTIFICATION_FIELDS: Final = frozenset(Notification.__struct_fields__)
 _ENTRY_FIELDS: Final = frozenset(FileEntry.__struct_fields__)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import structlog
 
 from notify_server.contract.signature import open_envelope
+from notify_server.contract.trace_context import trace_fields
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, Notification, ReportedStatus
@@ -62,7 +63,12 @@ class Expander:
             except ContractError as error:
                 await self._expand(group)
                 group, size = [], 0
-                log.error("an acked notification cannot be expanded, it is kept in rejection", error=str(error))
+                log.error(
+                    "an acked notification cannot be expanded, it is kept in rejection",
+                    request_id=item.request_id,
+                    **trace_fields(item.traceparent),
+                    error=str(error),
+                )
                 self._on_verdicts(await self._store.discard(item, str(error), self._now()))
                 continue
             for expansion in self._expansions(item, notification):

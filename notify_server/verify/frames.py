@@ -26,6 +26,12 @@ class ProberConfig(msgspec.Struct, frozen=True):
     concurrency: int
 
 
+class Ready(msgspec.Struct, frozen=True, array_like=True):
+    """What a prober says once it can be sent requests: the version of its libcurl."""
+
+    libcurl: str
+
+
 def frame(payload: bytes) -> bytes:
     """The payload as it goes through the pipe."""
     return FRAME_HEADER.pack(len(payload)) + payload

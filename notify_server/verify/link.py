@@ -14,7 +14,7 @@ import structlog
 
 from notify_server.model import Evidence, Request
 from notify_server.observe import report_end
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
+from notify_server.verify.frames import FRAME_HEADER, ProberConfig, Ready, frame
 
 log = structlog.get_logger("notify_server.verify")
 
@@ -22,13 +22,20 @@ RESTART_SHORTEST = 0.05
 RESTART_LONGEST = 5.0
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
+# How settings begin in the environment: the daemon's own, and those of its tracing, which may hold credentials.
+DAEMONS_OWN = ("NOTIFY_SERVER__", "OTEL_")
 
 _decode = msgspec.msgpack.Decoder(list[Evidence]).decode
+_decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class ProberLink:
-    """One prober. `busy` counts the requests it has been sent and not answered; it is the caller's to look at."""
+    """One prober. `busy` counts the requests it has been sent and not answered; it is the caller's to look at.
+
+    `restarts` counts the processes that were started because another had ended; `libcurl` is the version they have,
+    empty until the first is ready.
+    """
 
     def __init__(self, config: ProberConfig) -> None:
         self._config = config
@@ -37,6 +44,8 @@ class ProberLink:
         self._ready = asyncio.Event()
         self._stopping = False
         self.busy = 0
+        self.restarts = 0
+        self.libcurl = ""
 
     @property
     def alive(self) -> bool:
@@ -100,13 +109,15 @@ class ProberLink:
             try:
                 assert process.stdin is not None
                 process.stdin.write(frame(_encode(self._config)))
-                while (evidence := await self._receive(process)) is not None:
+                while (payload := await self._receive(process)) is not None:
                     if not self._ready.is_set():
+                        self.libcurl = _decode_ready(payload).libcurl
                         self._ready.set()
                         delay = RESTART_SHORTEST
                         log.debug("prober ready", pid=process.pid)
                         on_ready(self)
                     else:
+                        evidence = _decode(payload)
                         self.busy -= len(evidence)
                         on_evidence(self, evidence)
             finally:
@@ -122,17 +133,18 @@ class ProberLink:
             if was_ready:
                 on_death(self)
             await asyncio.sleep(delay)
+            self.restarts += 1
             delay = min(delay * 2, RESTART_LONGEST)
 
-    async def _receive(self, process: Process) -> list[Evidence] | None:
+    async def _receive(self, process: Process) -> bytes | None:
         assert process.stdout is not None
         try:
             (length,) = FRAME_HEADER.unpack(await process.stdout.readexactly(FRAME_HEADER.size))
-            return _decode(await process.stdout.readexactly(length))
+            return await process.stdout.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
 
 def _environment() -> dict[str, str]:
     # A prober needs none of the daemon's settings, and must not be able to leak them.
-    return {name: value for name, value in os.environ.items() if not name.upper().startswith("NOTIFY_SERVER__")}
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(DAEMONS_OWN)}

@@ -182,6 +182,8 @@ class Pool:
             log.info("probes cut off, their files stay pending", files=len(self._flights) + len(self._results))
         record.cancel()
         await asyncio.gather(*(link.stop() for link in self._links))
+        for reach in (self._network, self._names):
+            reach.take()
         await asyncio.gather(claim, record, return_exceptions=True)
 
     @property
@@ -339,6 +341,10 @@ class Pool:
 
     def _pump(self) -> None:
         """Start files, a host a turn, as long as there are slots."""
+        for _ in range(min(len(self._trial_waiting), self._trial_slots - self._trial_flights)):
+            waiting = self._trial_waiting.popleft()
+            waiting.in_turn = False
+            self._ready(waiting)
         if self._stopping or not self._turns:
             return
         now = time.monotonic()
@@ -416,14 +422,14 @@ class Pool:
             if flight is None:
                 continue
             outcome = policy.judge(flight.ask, item, flight.host.settings, self._guard.follow)
+            now = time.monotonic()
+            if isinstance(outcome, policy.Ask) and now >= flight.deadline:
+                # No time is left to ask again: this was the attempt, on whichever connection it came.
+                outcome = policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
                 if not self._doubt(flight, outcome, item):
                     self._end(flight, outcome, item)
-                continue
-            now = time.monotonic()
-            if now >= flight.deadline:
-                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.TIMEOUT), item)
                 continue
             flight.ask = outcome
             again.append(self._request(flight, link, now))
@@ -527,10 +533,6 @@ class Pool:
         host.end()
         if flight.on_trial:
             self._trial_flights -= 1
-            if self._trial_waiting:
-                waiting = self._trial_waiting.popleft()
-                waiting.in_turn = False
-                self._ready(waiting)
         self._ready(host)
         self._check_drained()
 
@@ -566,7 +568,7 @@ class Pool:
     def _failed(self, reach: Reach[Doubted], host: str) -> None:
         if reach.failed(host):
             log.warning("nobody answers, files wait and nothing is spent on them", to=self._called(reach))
-        if reach.lost:
+        if reach.lost and reach.doubted:
             self._give_back([flight for flight, _, _ in reach.take()])
 
     def _called(self, reach: Reach[Doubted]) -> str:

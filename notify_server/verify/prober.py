@@ -1,8 +1,8 @@
 """A child process that makes HTTP requests: requests in on standard input, evidence out on standard output.
 
 It knows no database, no schedule and no files. It ends when its standard input does, so it cannot outlive the daemon.
-The first frame in is a `ProberConfig`, every later one a list of `Request`; every frame out is a list of `Evidence`,
-the first one empty: ready.
+The first frame in is a `ProberConfig`, every later one a list of `Request`; the first frame out is a `Ready`,
+every later one a list of `Evidence`.
 
 libcurl's own multi loop is driven with select(): measured against its socket callbacks and epoll it probes 1.5 times
 as many files a second. select() knows descriptors up to 1,023, which bounds how many requests one prober may have in
@@ -26,7 +26,7 @@ import msgspec
 import pycurl
 
 from notify_server.model import Evidence, Reason, Request
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
+from notify_server.verify.frames import FRAME_HEADER, ProberConfig, Ready, frame
 from notify_server.verify.guard import Guard
 
 # Longer values are cut: they are kept to be read by people.
@@ -292,7 +292,7 @@ class Prober:
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
         self._multi.setopt(pycurl.M_MAXCONNECTS, min(self._config.concurrency * 2, KEPT_MOST))
         os.set_blocking(source, False)
-        self._send([])
+        self._write(self._encode(Ready(pycurl.version_info()[1])))
 
     def _first_frame(self) -> bytes:
         while not (frames := self._frames()):
@@ -322,7 +322,10 @@ class Prober:
         return frames
 
     def _send(self, evidence: list[Evidence]) -> None:
-        view = memoryview(frame(self._encode(evidence)))
+        self._write(self._encode(evidence))
+
+    def _write(self, payload: bytes) -> None:
+        view = memoryview(frame(payload))
         while view:
             view = view[os.write(self._sink, view) :]
 

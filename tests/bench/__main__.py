@@ -22,7 +22,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from notify_server.app import unix_ms
+from notify_server.clock import unix_ms
 from notify_server.model import Delivery
 from notify_server.store.expander import Expander
 from notify_server.store.sqlite import SqliteStore

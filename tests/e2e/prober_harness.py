@@ -21,7 +21,7 @@ import certifi
 import msgspec
 
 from notify_server.model import Evidence, Request
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
+from notify_server.verify.frames import FRAME_HEADER, ProberConfig, Ready, frame
 
 TIMEOUT = 0.4
 PATIENCE = 30.0
@@ -30,6 +30,7 @@ AGENT = "notify-server/test"
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(list[Evidence]).decode
+decode_ready = msgspec.msgpack.Decoder(Ready).decode
 
 
 class Prober:
@@ -59,7 +60,7 @@ class Prober:
         prober = cls(process)
         config = ProberConfig(list(hosts), list(networks), list(ports), AGENT, ca_file or certifi.where(), concurrency)
         prober.write(frame(encode(config)))
-        assert await prober.receive() == []
+        assert decode_ready(await prober.receive_frame()).libcurl
         return prober
 
     def write(self, data: bytes) -> None:
@@ -75,11 +76,14 @@ class Prober:
     def send(self, requests: Sequence[Request]) -> None:
         self.write(frame(encode(requests)))
 
-    async def receive(self) -> list[Evidence]:
+    async def receive_frame(self) -> bytes:
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE):
             (length,) = FRAME_HEADER.unpack(await self.process.stdout.readexactly(FRAME_HEADER.size))
-            return decode(await self.process.stdout.readexactly(length))
+            return await self.process.stdout.readexactly(length)
+
+    async def receive(self) -> list[Evidence]:
+        return decode(await self.receive_frame())
 
     async def ask(
         self, url: str, method: str = "HEAD", *, timeout: float = TIMEOUT, fresh: bool = False, keep: bool = True

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 import pytest
@@ -595,73 +594,6 @@ async def test_slow_senders_are_cut_off_and_keep_nobody_waiting(tmp_path: Path) 
 async def _to_the_end(reader: asyncio.StreamReader) -> None:
     with contextlib.suppress(OSError):
         await reader.read()
-
-
-# --- Durability, seen from the kernel ---
-
-
-class Call(NamedTuple):
-    """A system call as strace saw it: where in the trace it began and ended, and its text."""
-
-    name: str
-    target: str
-    began: int
-    ended: int
-    text: str
-
-
-def read_trace(path: Path) -> list[Call]:
-    """The calls of a trace of `strace -f -y`, those that another process interrupted put together again."""
-    calls: list[Call] = []
-    open_calls: dict[str, tuple[int, str]] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines()):
-        pid, _, text = line.partition(" ")
-        text = text.strip()
-        began = number
-        if text.endswith("<unfinished ...>"):
-            open_calls[pid] = number, text.removesuffix("<unfinished ...>")
-            continue
-        if resumed := re.match(r"<\.\.\. \w+ resumed>", text):
-            began, beginning = open_calls.pop(pid)
-            text = beginning + text[resumed.end() :]
-        if found := re.match(r"(\w+)\([0-9]+<([^>]*)>", text):
-            calls.append(Call(found[1], found[2], began, number, text))
-    return calls
-
-
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-async def test_every_ack_is_written_after_the_log_was_synced_with_its_request(tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
-    reads, writes, syncs = (
-        ("read", "readv", "recvfrom", "recvmsg"),
-        ("write", "writev", "sendto", "sendmsg"),
-        ("fsync", "fdatasync"),
-    )
-    prefix = ["strace", "-f", "-y", "-s", "64", "-o", str(trace), "-e", f"trace={','.join(reads + writes + syncs)}"]
-    number = 60
-    async with Daemon(tmp_path, prefix=prefix) as daemon:
-        pid = int(daemon.database.with_name("notify.db.lock").read_text())
-
-        async def send(sender: int) -> None:
-            for n in range(number // 6):
-                assert (await daemon.post(notification(f"{sender}-{n}", []))).status == 200
-
-        await asyncio.gather(*(send(sender) for sender in range(6)))
-        os.kill(pid, signal.SIGTERM)
-        assert await daemon.exit_code() == 0
-
-    calls = read_trace(trace)
-    synced = [call for call in calls if call.name in syncs and call.target.endswith("notify.db-wal")]
-    requests: dict[str, Call] = {}
-    proven = 0
-    for call in calls:
-        if call.name in reads and "POST /notify" in call.text:
-            requests[call.target] = call
-        elif call.name in writes and "HTTP/1.1 200" in call.text:
-            request = requests.pop(call.target)
-            assert any(request.ended < sync.began and sync.ended < call.began for sync in synced), call.text
-            proven += 1
-    assert (proven, requests) == (number, {})
 
 
 # --- The command line ---

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from notify_server.store import sqlite
+from notify_server.store import sqlite, sqlite_records
 from notify_server.store.base import Store
+from notify_server.store.records import Records
 
 Row = tuple[Any, ...]
 
@@ -25,13 +26,23 @@ class Backend(ABC):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._store: Store | None = None
+        self._records: Records | None = None
 
     async def open(self) -> Store:
         assert self._store is None
         self._store = await self._open()
         return self._store
 
+    async def records(self) -> Records:
+        """What the database tells, beside the store that is open."""
+        if self._records is None:
+            self._records = await self._open_records()
+        return self._records
+
     async def close(self) -> None:
+        if self._records is not None:
+            records, self._records = self._records, None
+            await records.close()
         if self._store is not None:
             store, self._store = self._store, None
             await store.close()
@@ -45,6 +56,9 @@ class Backend(ABC):
     async def _open(self) -> Store: ...
 
     @abstractmethod
+    async def _open_records(self) -> Records: ...
+
+    @abstractmethod
     async def rows(self, query: str) -> list[Row]:
         """What a SELECT gives while the store is open."""
 
@@ -56,6 +70,10 @@ class Backend(ABC):
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
         """Keep no more than this of what is refused."""
 
+    @abstractmethod
+    def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
+        """Look at no more than so many rows for a page whose items no index finds."""
+
 
 class SqliteBackend(Backend):
     _reader: sqlite3.Connection | None = None
@@ -65,6 +83,9 @@ class SqliteBackend(Backend):
         self._reader = sqlite3.connect(self.directory / "notify.db", isolation_level=None)
         self._reader.execute("PRAGMA query_only = 1")
         return store
+
+    async def _open_records(self) -> Records:
+        return sqlite_records.SqliteRecords(self.directory / "notify.db")
 
     async def close(self) -> None:
         if self._reader is not None:
@@ -81,6 +102,9 @@ class SqliteBackend(Backend):
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
         patch.setattr(sqlite, "REJECTIONS_KEPT", rejections)
         patch.setattr(sqlite, "REJECTION_BYTES_KEPT", rejection_bytes)
+
+    def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
+        patch.setattr(sqlite_records, "WALKED", rows)
 
 
 BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend}

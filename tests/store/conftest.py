@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.store import sqlite_writer
+from notify_server.store import reader, sqlite_writer
 from notify_server.store.base import Store
+from notify_server.store.records import Records
 from tests.store.backends import BACKENDS, Backend
 
 
@@ -31,6 +32,12 @@ async def store(backend: Backend) -> Store:
     return await backend.open()
 
 
+@pytest.fixture
+async def records(backend: Backend, store: Store) -> Records:
+    """What is beside `store` for people to read."""
+    return await backend.records()
+
+
 # SQLite alone
 
 
@@ -42,4 +49,5 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for locks for next to no time. Must come before the store."""
-    monkeypatch.setattr(sqlite_writer, "BUSY_TIMEOUT_MS", 20)
+    for module in (sqlite_writer, reader):
+        monkeypatch.setattr(module, "BUSY_TIMEOUT_MS", 20)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from notify_server.model import AttemptRow, DueFile, FileResult, FileState, ReportedStatus, Verdict
-from notify_server.store.base import NewFile
+from notify_server.store.base import NewFile, Restart
 
 ATTEMPTS_KEPT = 50
 Row = tuple[object, ...]
@@ -115,7 +115,9 @@ class Reference:
         self.expanded: list[tuple[int, int]] = []
         self.batches: dict[str, Batch] = {}
         self.claims: list[Claim] = []
-        self.rejections = 0
+        # Their ids. None is given twice.
+        self.rejections: list[int] = []
+        self.rejected = 0
 
     def copy(self) -> Reference:
         return deepcopy(self)
@@ -154,12 +156,30 @@ class Reference:
     def discard(self, item: Item, now: int) -> list[Row]:
         self.inbox.remove(item)
         self.expanded.append((item.id, item.received_at))
-        self.rejections += 1
+        self.reject()
         batch = self.batches.get(item.batch_id)
         if batch is None or batch.half_expanded != item.id:
             return []
         batch.half_expanded = None
         return self._verdicts([batch], now)
+
+    def reject(self) -> None:
+        self.rejected += 1
+        self.rejections.append(self.rejected)
+
+    def recheck(self, files: Sequence[tuple[str, str]], now: int) -> Restart:
+        """Ask anew for these files, by batch and name."""
+        hosts = []
+        for batch_id, name in set(files):
+            batch = self.batches[batch_id]
+            file = batch.files[name]
+            if file.state is FileState.UPLOAD_FAILED:
+                continue
+            hosts.append(file.reported.host)
+            file.state, file.reason, file.attempts, file.outcome = FileState.PENDING, None, 0, None
+            file.next_attempt_at, file.verified_at, file.generation = now, None, file.generation + 1
+            batch.verdict, batch.completed_at = Verdict.PENDING, None
+        return Restart(len(hosts), frozenset(hosts))
 
     def claimable(self, host: str, now: int) -> dict[tuple[str, str], int]:
         """When each file became due that may be claimed, by batch and name."""
@@ -246,7 +266,7 @@ class Reference:
             ),
             "inbox": [(item.id, item.files) for item in self.inbox],
             "expanded": [(id,) for id, _ in sorted(self.expanded)],
-            "rejection": [(self.rejections,)],
+            "rejection": [(id,) for id in self.rejections],
         }
 
 
@@ -260,6 +280,6 @@ TABLES = {
     " JOIN batch ON batch.id = file.batch",
     "inbox": "SELECT id, files FROM notification WHERE expanded_at IS NULL ORDER BY id",
     "expanded": "SELECT id FROM notification WHERE expanded_at IS NOT NULL ORDER BY id",
-    "rejection": "SELECT count(*) FROM rejection",
+    "rejection": "SELECT id FROM rejection ORDER BY id",
 }
 SORTED = ("batch", "file", "attempt")

@@ -23,6 +23,18 @@ connection.rollback()
 print("free", flush=True)
 """
 
+# Nobody else can so much as read.
+HOLD_ALL = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+connection.close()
+print("free", flush=True)
+"""
+
 HOLD_STORE = """
 import asyncio, sys
 from contextlib import closing

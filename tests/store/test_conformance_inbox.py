@@ -107,6 +107,7 @@ async def test_every_verb_of_a_closed_store_raises_store_unavailable(store: Stor
         store.due_hosts("", 10),
         store.claim([("h", 1)], NOW),
         store.record([], NOW),
+        store.recheck([1], NOW),
         store.ping(NOW),
         store.prune(NOW, NOW, 10),
     ):

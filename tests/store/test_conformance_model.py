@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from notify_server.errors import RejectionGoneError
 from notify_server.model import BatchVerdict, FileResult, FileState
 from notify_server.store.base import NewFile, Store
+from notify_server.store.records import FileFilter
 from tests.store.backends import Backend
 from tests.store.builders import NOW, again, blocked, chunk, delivery, failed, finished, found, missing, rejection
 from tests.store.builders import request as made
@@ -83,7 +86,31 @@ class StoreMachine(RuleBasedStateMachine):
     def reject(self, n: int) -> None:
         for _ in range(n):
             self.run(self.store.reject(rejection(received_at=self.now)))
-        self.model.rejections += n
+            self.model.reject()
+
+    @precondition(lambda self: self.model.rejected)
+    @rule(data=st.data(), batch_id=st.sampled_from(["x", "y"]), chunks=file_lists)
+    def replay(self, data: st.DataObject, batch_id: str, chunks: list[list[NewFile]]) -> None:
+        """Take a rejection after all that is there, or was."""
+        id = data.draw(st.integers(1, self.model.rejected))
+        files = sum(map(len, chunks))
+        accept = self.store.accept(delivery(batch_id, files=files, received_at=self.now, replays=id))
+        try:
+            notification = self.run(accept)
+        except RejectionGoneError:
+            assert id not in self.model.rejections
+        else:
+            self.model.rejections.remove(id)
+            self.model.inbox.append(Item(notification, batch_id, chunks, self.now))
+
+    @precondition(lambda self: self.model.batches)
+    @rule(data=st.data())
+    def recheck(self, data: st.DataObject) -> None:
+        query = "SELECT batch_id, oss_object_name, file.id FROM file JOIN batch ON batch.id = file.batch"
+        ids = {(batch_id, name): id for batch_id, name, id in self.run(self.backend.rows(query))}
+        wanted = data.draw(st.lists(st.sampled_from(sorted(ids)), max_size=4)) if ids else []
+        restart = self.run(self.store.recheck([*(ids[key] for key in wanted), 10**6], self.now))
+        assert restart == self.model.recheck(wanted, self.now)
 
     @rule(wanted=st.lists(st.tuples(st.sampled_from(HOSTS), st.integers(0, 4)), max_size=3, unique_by=lambda w: w[0]))
     def claim(self, wanted: list[tuple[str, int]]) -> None:
@@ -165,6 +192,18 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def tables_are_what_the_model_knows(self) -> None:
         assert self.tables() == self.model.tables()
+
+    @invariant()
+    def the_record_tells_of_what_is_in_the_tables(self) -> None:
+        records = self.run(self.backend.records())
+        totals = self.run(records.totals())
+        states = Counter(file.state for batch in self.model.batches.values() for file in batch.files.values())
+        assert (totals.batches, totals.files) == (len(self.model.batches), states.total())
+        assert [getattr(totals, state) for state in FileState] == [states[state] for state in FileState]
+        assert totals.rejections == len(self.model.rejections)
+        for state in FileState:
+            page = self.run(records.files(FileFilter(state=state), None, 1000))
+            assert (len(page.items), page.next) == (states[state], None)
 
     @invariant()
     def hosts_are_due_when_the_model_says(self) -> None:

@@ -27,9 +27,10 @@ PROMISED = {
 }
 # What the project adds of its own.
 ADDED = {
-    "notification": "files, request_id",
-    "batch": "available, blocked, expanding, files, pending, unavailable, upload_failed",
+    "notification": "files, request_id, traceparent",
+    "batch": "available, blocked, expanding, files, last_notification, pending, unavailable, upload_failed",
     "attempt": "url",
+    "rejection": "request_id",
 }
 
 

@@ -30,10 +30,10 @@ from tests.store.builders import (
 
 
 async def test_a_delivery_without_files_is_complete_at_once(store: Store, backend: Backend) -> None:
-    item = await deliver(store, 0, received_at=NOW)
+    item = await deliver(store, 0, received_at=NOW, request_id="r")
     (verdict,) = await store.expand([chunk(item)], NOW + 5)
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
-    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.COMPLETE, 0, 0, NOW, NOW + 5)
+    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.COMPLETE, 0, 0, NOW, NOW + 5, "r")
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("complete", NOW + 5)]
     assert await take_in(store) == []
 
@@ -41,10 +41,28 @@ async def test_a_delivery_without_files_is_complete_at_once(store: Store, backen
 async def test_a_delivery_whose_files_all_failed_or_are_blocked_is_incomplete_at_once(
     store: Store, backend: Backend
 ) -> None:
-    (verdict,) = await take_in(store, failed("a"), blocked("b"), received_at=NOW, now=NOW + 5)
+    (verdict,) = await take_in(store, failed("a"), blocked("b"), received_at=NOW, now=NOW + 5, request_id="r")
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
-    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.INCOMPLETE, 2, 0, NOW, NOW + 5)
+    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.INCOMPLETE, 2, 0, NOW, NOW + 5, "r")
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("incomplete", NOW + 5)]
+
+
+async def test_a_verdict_names_the_latest_delivery_of_its_batch(store: Store) -> None:
+    traceparent = f"00-{'4b' * 16}-{'0f' * 8}-01"
+    await take_in(store, finished("a"), request_id="first")
+    (verdict,) = await settle(store)
+    assert (verdict.request_id, verdict.traceparent) == ("first", None)
+    await take_in(store, finished("a"), finished("b"), request_id="second", traceparent=traceparent)
+    (verdict,) = await settle(store)
+    assert (verdict.request_id, verdict.traceparent) == ("second", traceparent)
+
+
+async def test_a_verdict_names_no_delivery_that_is_not_kept_any_more(store: Store, backend: Backend) -> None:
+    await take_in(store, finished(), request_id="gone")
+    await store.prune(NOW + 1, NOW + 1, 100)
+    assert await backend.rows("SELECT count(*) FROM notification") == [(0,)]
+    (verdict,) = await settle(store)
+    assert (verdict.request_id, verdict.traceparent) == (None, None)
 
 
 async def test_a_batch_has_no_verdict_while_one_of_its_files_is_pending(store: Store) -> None:

@@ -239,14 +239,14 @@ async def test_a_file_to_be_tried_again_is_pending_and_due_at_its_next_attempt(s
 
 
 async def test_the_verdict_comes_exactly_with_the_last_file(store: Store, backend: Backend) -> None:
-    await take_in(store, finished("a"), finished("b"), finished("c"), received_at=NOW)
+    await take_in(store, finished("a"), finished("b"), finished("c"), received_at=NOW, request_id="r")
     files = await claim(store)
     assert await store.record([found(files[0])], NOW + 1) == []
     assert await store.record([again(files[1], NOW + 3), found(files[2])], NOW + 2) == []
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("pending", None)]
     verdicts = await store.record([found(await claim_one(store, now=NOW + 3))], NOW + 4)
     batch = files[0].batch
-    assert verdicts == [BatchVerdict(batch, "batch", API_CODE, Verdict.COMPLETE, 3, 3, NOW, NOW + 4)]
+    assert verdicts == [BatchVerdict(batch, "batch", API_CODE, Verdict.COMPLETE, 3, 3, NOW, NOW + 4, "r")]
     assert await backend.rows("SELECT id, verdict, completed_at FROM batch") == [(batch, "complete", NOW + 4)]
 
 

@@ -14,7 +14,12 @@ import pytest
 from notify_server.errors import StoreRefusedError
 from notify_server.store import sqlite_writer
 from notify_server.store.queries import Migration, load_migrations
+from notify_server.store.reader import Reader
+from notify_server.store.records import FileFilter
+from notify_server.store.sqlite_records import SqliteRecords
 from notify_server.store.sqlite_writer import connect, migrate, schema_version
+from tests.store.builders import NOW, chunk, delivery, failed, found, rejection
+from tests.store.sqlite_faults import opened
 
 Schema = list[tuple[str, ...]]
 
@@ -144,3 +149,113 @@ def test_a_newer_schema_is_refused_and_left_as_it_is(connection: sqlite3.Connect
     with pytest.raises(StoreRefusedError, match=f"has schema version {newer}, this program knows {newer - 1}"):
         connect(path)
     assert read(path)[0] == newer
+
+
+# What each step makes of what was there
+
+
+def as_the_first_version_left_it(path: Path) -> list[tuple[str, ...]]:
+    """A database of version 1 with something in every table; its views' rows."""
+    (first, *_) = load_migrations("sqlite")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(
+            f"""
+            {first.script}
+            PRAGMA application_id = {sqlite_writer.APPLICATION_ID};
+            PRAGMA user_version = 1;
+            INSERT INTO notification VALUES
+                (3, 'b1', 'a', {NOW}, '198.18.0.1', 'none', 'r-3', 3, {NOW}, '{{"batch_id":"b1"}}'),
+                (4, 'b2', 'a', {NOW + 1}, '198.18.0.1', 'none', 'r-4', 1, NULL, '{{"batch_id":"b2"}}');
+            INSERT INTO batch (id, batch_id, api_code, first_received_at, last_received_at, deliveries, verdict,
+                               completed_at, files, available, unavailable)
+                VALUES (1, 'b1', 'a', {NOW}, {NOW}, 1, 'incomplete', {NOW + 5}, 2, 1, 1);
+            INSERT INTO batch (id, batch_id, api_code, first_received_at, last_received_at, deliveries, files, pending)
+                VALUES (2, 'b3', 'a', {NOW + 2}, {NOW + 2}, 1, 1, 1);
+            INSERT INTO file (id, batch, oss_object_name, target_url, host, reported_status, state, reason, attempts,
+                              next_attempt_at, http_status, verified_at) VALUES
+                (1, 1, 'k1', 'https://h/k1', 'h', 'FINISHED', 'available', NULL, 1, NULL, 200, {NOW + 4}),
+                (2, 1, 'k2', 'https://h/k2', 'h', 'FINISHED', 'unavailable', 'http_410', 1, NULL, 410, {NOW + 5}),
+                (3, 2, 'k1', 'https://h/k3', 'h', 'FINISHED', 'pending', 'timeout', 1, {NOW + 9}, NULL, NULL);
+            INSERT INTO attempt (file, started_at, method, total_ms) VALUES (2, {NOW + 3}, 'HEAD', 1.5);
+            INSERT INTO rejection VALUES
+                (5, {NOW}, '198.18.0.2', '400', 'batch_id: missing', x'00ff'),
+                (7, {NOW + 1}, '::1', '403001', '签名', '');
+            INSERT INTO nonce VALUES ('used', {NOW + 60_000});
+            INSERT INTO heartbeat VALUES (1, {NOW});
+            """
+        )
+        return views(connection)
+
+
+def views(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    return [row for view in VIEWS for row in connection.execute(f"SELECT * FROM {view} ORDER BY batch_id")]
+
+
+VIEWS = ("batch_summary", "file_result")
+
+
+def test_everything_in_a_database_of_the_first_version_is_there_after_the_upgrade(path: Path) -> None:
+    before = as_the_first_version_left_it(path)
+    tables = {
+        "notification": "id, batch_id, body, received_at, expanded_at",
+        "batch": "id, batch_id, verdict, files, completed_at",
+        "file": "id, batch, oss_object_name, state, reason, next_attempt_at",
+        "attempt": "id, file, started_at, total_ms",
+        "rejection": "id, received_at, remote_addr, code, detail, body",
+        "nonce": "key, expires_at",
+        "heartbeat": "id, checked_at",
+    }
+
+    def contents(connection: sqlite3.Connection) -> list[list[tuple[object, ...]]]:
+        return [connection.execute(f"SELECT {columns} FROM {table}").fetchall() for table, columns in tables.items()]
+
+    with closing(sqlite3.connect(path)) as connection:
+        was = contents(connection)
+    with closing(connect(path)) as connection:
+        assert contents(connection) == was
+        assert all(was)
+        assert views(connection) == before
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert connection.execute("SELECT DISTINCT request_id FROM rejection").fetchall() == [(None,)]
+        connection.execute("DELETE FROM rejection")
+        connection.execute(
+            "INSERT INTO rejection (received_at, remote_addr, code, detail, body) VALUES (1,'','','','')"
+        )
+        assert connection.execute("SELECT id FROM rejection").fetchall() == [(8,)]
+
+
+async def test_a_database_of_the_first_version_works_after_the_upgrade(path: Path) -> None:
+    as_the_first_version_left_it(path)
+    async with opened(path) as store:
+        records = SqliteRecords(path)
+        try:
+            assert store.backlog == 2
+            (item,) = await store.inbox(10)
+            assert (item.id, item.traceparent) == (4, None)
+            totals = await records.totals()
+            assert (totals.batches, totals.files, totals.rejections) == (2, 3, 2)
+            detail = await records.batch(1)
+            assert detail is not None
+            assert detail.last_delivery is None
+            assert [file.id for file in (await records.files(FileFilter(reason="http_410"), None, 9)).items] == [2]
+            assert [(each.id, each.request_id) for each in (await records.rejections(None, 9)).items] == [
+                (7, None),
+                (5, None),
+            ]
+            assert await records.rejected_body(5) == b"\x00\xff"
+
+            await store.expand([chunk(item, failed("k"), batch_id="b2")], NOW)
+            assert (await store.recheck([1, 2, 3], NOW + 10)).files == 3
+            assert await store.accept(delivery(replays=5)) == 5
+            await store.reject(rejection())
+            assert [each.id for each in (await records.rejections(None, 9)).items] == [8, 7]
+            files = await store.claim([("h", 9)], NOW + 10)
+            verdicts = await store.record([found(file) for file in files], NOW + 11)
+            assert sorted(verdict.batch_id for verdict in verdicts) == ["b1", "b3"]
+        finally:
+            await records.close()
+    with Reader(path) as reader:
+        ((row,), (file, *_)) = reader.summaries([("b1", "a")]), reader.results("b1", "a")
+        assert (row.verdict, row.available, file.oss_object_name, file.state) == ("complete", 2, "k1", "available")

@@ -71,6 +71,9 @@ class Prepared:
         self.store = store
 
     async def prepare(self) -> None:
+        await take_in(self.store, finished("settled"), batch_id="settled", received_at=NOW - 20, now=NOW - 20)
+        self.settled = await claim_one(self.store)
+        await self.store.record([found(self.settled)], NOW + 10)
         await take_in(self.store, finished("a"), finished("b"), failed("c"), received_at=NOW - 10)
         await take_in(self.store, failed("old"), batch_id="old", now=NOW - 10, received_at=NOW - 10)
         await self.store.reject(rejection(received_at=NOW - 10))
@@ -86,12 +89,14 @@ class Prepared:
             "expand": lambda: store.expand([chunk(self.item, *changed)], NOW),
             "discard": lambda: store.discard(self.item, "unreadable", NOW),
             "record": lambda: store.record([found(self.file)], NOW),
+            "recheck": lambda: store.recheck([self.file.id, self.settled.id], NOW + 5),
+            "replay": lambda: store.accept(delivery(replays=1, request_id="fixed")),
             "ping": lambda: store.ping(NOW),
             "prune": lambda: store.prune(NOW, NOW, 10),
         }
 
 
-VERBS = ("accept", "reject", "expand", "discard", "record", "ping", "prune")
+VERBS = ("accept", "reject", "expand", "discard", "record", "recheck", "replay", "ping", "prune")
 
 
 @pytest.mark.parametrize("verb", VERBS)

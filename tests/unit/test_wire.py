@@ -149,6 +149,8 @@ def test_an_address_with_an_http_scheme_and_an_authority_is_left_to_the_guard(ur
     [
         "http://",
         "https://",
+        # Folds to https where letters are not ASCII's.
+        "http\u017f://h/",
         "http:///path",
         "https://?query",
         "http://#fragment",

@@ -31,7 +31,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from notify_server.app import POOL, make_app, serve, unix_ms
+from notify_server.app import POOL, make_app, serve
+from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.contract.signature import load_platform_key
 from notify_server.store import sqlite_writer
@@ -363,7 +364,7 @@ def build_config(directory: Path, sections: Mapping[str, Mapping[str, Any]]) -> 
 async def start_app(directory: Path, events: Events, clock: Clock, sections: Mapping[str, Any]) -> Daemon:
     """Run the app under aiohttp's test server, with what `serve` sets that has to do with requests."""
     config = build_config(directory, sections)
-    app = make_app(config, now=clock)
+    app = make_app(config, wall=clock, now=clock)
     server = TestServer(app)
     await server.start_server(access_log=None, auto_decompress=False)
     client = TestClient(server)

@@ -1,0 +1,103 @@
+"""Telling a host that does not answer from being cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from notify_server.verify.reach import (
+    ANY_TO_CUT_OFF,
+    KNOWN_MOST,
+    KNOWN_TO_CUT_OFF,
+    Reach,
+    ask_name_server,
+    is_name,
+)
+
+HOSTS = [f"host{number}" for number in range(8)]
+
+
+class Machine(RuleBasedStateMachine):
+    """Beside a model that keeps the whole history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reach: Reach[int] = Reach()
+        self.heard: list[tuple[str, bool]] = []
+        self.doubted: list[tuple[str, int]] = []
+
+    def expected(self) -> bool:
+        """Whether those that failed since the last answer are enough."""
+        last = max((place for place, (_, answered) in enumerate(self.heard) if answered), default=-1)
+        failed = {host for host, _ in self.heard[last + 1 :]}
+        known = {host for host, answered in self.heard if answered}
+        return len(failed & known) >= KNOWN_TO_CUT_OFF or len(failed) >= ANY_TO_CUT_OFF
+
+    @rule(host=st.sampled_from(HOSTS))
+    def fails(self, host: str) -> None:
+        before = self.expected()
+        self.heard.append((host, False))
+        assert self.reach.failed(host) == (self.expected() and not before)
+
+    @rule(host=st.sampled_from(HOSTS))
+    def answers(self, host: str) -> None:
+        before = self.expected()
+        self.heard.append((host, True))
+        assert self.reach.answered(host) == before
+
+    @rule(host=st.sampled_from(HOSTS))
+    def is_doubted(self, host: str) -> None:
+        self.doubted.append((host, len(self.doubted)))
+        self.reach.doubt(*self.doubted[-1])
+
+    @rule()
+    def is_settled(self) -> None:
+        assert self.reach.take() == [number for _, number in self.doubted]
+        self.doubted.clear()
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.reach.lost == self.expected()
+        assert self.reach.doubted == {host for host, _ in self.doubted}
+        assert self.reach.unheard <= self.reach.doubted
+
+
+TestReach = Machine.TestCase
+TestReach.settings = settings(max_examples=30)
+
+
+@given(st.lists(st.sampled_from(HOSTS)))
+def test_one_host_alone_never_cuts_us_off(answers: list[str]) -> None:
+    reach: Reach[int] = Reach()
+    for host in answers:
+        reach.answered(host)
+    for _ in range(100):
+        assert not reach.failed("dead")
+
+
+def test_of_many_hosts_the_last_to_answer_are_remembered() -> None:
+    reach: Reach[int] = Reach()
+    for number in range(KNOWN_MOST + 1):
+        reach.answered(f"host{number}")
+    # Two of which one has been forgotten are not enough; with another that is remembered they are.
+    assert not reach.failed("host0")
+    assert not reach.failed("host1")
+    assert reach.failed("host2")
+
+
+@pytest.mark.parametrize(
+    ("hostname", "name"), [("10.1.2.3", False), ("::1", False), ("files.test", True), ("1.2.3.4.test", True)]
+)
+def test_literal_addresses_are_no_names(hostname: str, name: bool) -> None:
+    assert is_name(hostname) is name
+
+
+async def test_what_needs_no_name_server_counts_as_answered() -> None:
+    told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    ask_name_server("localhost", asyncio.get_running_loop(), told.set_result)
+    assert await told is True
