@@ -1,0 +1,146 @@
+"""`config check`, `config show` and `config init`, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import notify_server
+from notify_server.config import Config, load_config
+from tests.harness import Finished, clean_environment, run_command
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a-token-nobody-may-see"
+WRITTEN = f"""
+[server]
+port = 9000
+[auth]
+callback_token = "{TOKEN}"
+timestamp_window = 1.5
+nonce_ttl = 90
+[verify]
+accept_status = [204, "300-302"]
+allowed_networks = ["10.0.0.0/8", "fd00::/8"]
+retry_schedule = ["250ms", "90s", "1d"]
+[verify.hosts."*.example.com"]
+timeout = "1m"
+methods = ["GET"]
+"""
+
+
+async def config(folder: Path, *arguments: str, **variables: str) -> Finished:
+    return await run_command("config", *arguments, cwd=folder, environ=clean_environment(**variables))
+
+
+async def test_what_is_right_is_told_with_where_it_comes_from(tmp_path: Path) -> None:
+    end = await config(tmp_path, "check")
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout == "file: none, config.toml is not there\nenvironment: none\nThe configuration is right.\n"
+    (tmp_path / "config.toml").write_text(WRITTEN)
+    end = await config(tmp_path, "check", NOTIFY_SERVER__LOG__LEVEL="debug", notify_server__server__port="1")
+    assert end.stdout.startswith(
+        "file: config.toml\nenvironment: NOTIFY_SERVER__LOG__LEVEL, notify_server__server__port\n"
+    )
+
+
+async def test_every_wrong_key_is_told_on_a_line_and_it_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text('[server]\nport = 99999\n[verify]\ntimout = "1s"\n')
+    end = await config(tmp_path, "check", "--config", "other.toml", NOTIFY_SERVER__LOG__LEVEL="loud")
+    assert (end.code, end.stdout) == (2, "")
+    assert end.stderr.splitlines() == [
+        "[server] port: must be from 0 to 65535, not 99999",
+        '[verify] timout: unknown key, did you mean "timeout"?',
+        'environment NOTIFY_SERVER__LOG__LEVEL: must be "debug", "info", "warning" or "error", not "loud"',
+    ]
+
+
+async def test_what_is_shown_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(WRITTEN)
+    end = await config(tmp_path, "show", NOTIFY_SERVER__ACK__BODY='"{request_id}" 好\x7f\n')
+    assert (end.code, end.stderr) == (0, "")
+    assert TOKEN not in end.stdout
+    shown = tmp_path / "shown.toml"
+    shown.write_text(end.stdout.replace("…(set)", TOKEN))
+    wanted = load_config(path, environ={"NOTIFY_SERVER__ACK__BODY": '"{request_id}" 好\x7f\n'})
+    assert load_config(shown, environ={}) == wanted
+
+
+async def test_every_key_is_shown_with_its_source(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(WRITTEN)
+    end = await config(tmp_path, "show", notify_server__Server__Host="0.0.0.0")
+    lines = end.stdout.splitlines()
+    assert 'host = "0.0.0.0"  # environment notify_server__Server__Host' in lines
+    assert "port = 9000  # config.toml" in lines
+    assert 'callback_path = "/notify"  # default' in lines
+    assert 'callback_token = "…(set)"  # config.toml' in lines
+    assert "# admin_token is not set" in lines
+    assert 'retry_schedule = ["250ms", "90s", "1d"]  # config.toml' in lines
+    assert 'nonce_ttl = "90s"  # config.toml' in lines
+    assert '[verify.hosts."*.example.com"]  # config.toml' in lines
+    for section, model in Config():
+        assert f"[{section}]" in lines
+        for key in set(type(model).model_fields) - {"hosts"}:
+            assert re.search(rf"^{key} = |^# {key} is not set$", end.stdout, re.M), key
+
+
+async def test_as_json_it_shows_the_same(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(WRITTEN)
+    end = await config(tmp_path, "show", "--json", "--config", "c.toml")
+    shown: dict[str, Any] = json.loads(end.stdout)
+    assert shown["file"] == "c.toml"
+    assert TOKEN not in end.stdout
+    settings = shown["settings"]
+    assert settings.keys() == Config.model_fields.keys()
+    assert settings["auth"]["callback_token"] == {"value": "…(set)", "source": "c.toml"}
+    assert settings["auth"]["admin_token"] == {"value": None, "source": "default"}
+    assert settings["verify"]["accept_status"] == {"value": ["204", "300-302"], "source": "c.toml"}
+    assert settings["verify"]["jitter"]["value"] == 0.2
+    assert settings["verify"]["hosts"]["value"] == {"*.example.com": {"methods": ["GET"], "timeout": "1m"}}
+
+
+async def test_the_example_is_written_once_for_its_owner_only(tmp_path: Path) -> None:
+    end = await config(tmp_path, "init")
+    written = tmp_path / "config.toml"
+    assert (end.code, end.stderr) == (0, "")
+    assert written.read_bytes() == (ROOT / "config.example.toml").read_bytes()
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert (await config(tmp_path, "check")).code == 0
+    written.write_text("# mine\n")
+    end = await config(tmp_path, "init")
+    assert (end.code, end.stdout) == (1, "")
+    assert end.stderr == "notify_server: config.toml: is there already, and is left as it is: name another\n"
+    assert written.read_text() == "# mine\n"
+
+
+async def test_the_example_can_be_written_elsewhere_and_a_path_that_cannot_is_told(tmp_path: Path) -> None:
+    assert (await config(tmp_path, "init", "other.toml")).code == 0
+    assert tomllib.loads((tmp_path / "other.toml").read_text())["server"]["port"] == 8080
+    end = await config(tmp_path, "init", "no/such/folder.toml")
+    assert (end.code, end.stderr) == (
+        1,
+        "notify_server: no/such/folder.toml: cannot be written (No such file or directory)\n",
+    )
+
+
+def test_the_example_that_is_installed_is_the_one_at_the_top() -> None:
+    installed = Path(notify_server.__file__).with_name("config.example.toml")
+    assert installed.is_symlink()
+    assert installed.resolve() == ROOT / "config.example.toml"
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert installed.name in package_data["notify_server"]
+
+
+@pytest.mark.parametrize("key", ["callback_token", "admin_token"])
+async def test_no_secret_of_the_environment_is_shown(tmp_path: Path, key: str) -> None:
+    variable = f"NOTIFY_SERVER__AUTH__{key.upper()}"
+    for arguments in (["show"], ["show", "--json"], ["check"]):
+        end = await config(tmp_path, *arguments, **{variable: TOKEN})
+        assert end.code == 0
+        assert variable in end.stdout
+        assert TOKEN not in end.stdout + end.stderr

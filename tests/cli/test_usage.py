@@ -1,0 +1,71 @@
+"""The command line itself: what it says to a slip, how it completes, and what it loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import clean_environment, run_command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sever"], "No such command 'sever'. Did you mean 'serve'?"),
+        (["--confg", "x"], "No such option: --confg. Did you mean --config?"),
+        (["simulate", "--own-demon"], "No such option: --own-demon. Did you mean --own-daemon?"),
+        (["config", "chekc"], "No such command 'chekc'. Did you mean 'check'?"),
+        (["nonsense"], "No such command 'nonsense'."),
+        (["serve", "--config"], "Option '--config' requires an argument."),
+        (["verify"], "Name addresses, or a list of them with --file."),
+    ],
+)
+async def test_a_slip_is_told_in_one_line_with_what_was_meant(tmp_path: Path, arguments: list[str], said: str) -> None:
+    end = await run_command(*arguments, cwd=tmp_path)
+    assert (end.code, end.stdout, end.stderr) == (2, "", said + "\n")
+
+
+async def test_a_shell_completes_the_commands_and_their_options(tmp_path: Path) -> None:
+    async def completed(words: str) -> list[str]:
+        end = await run_command(
+            cwd=tmp_path,
+            environ=clean_environment(
+                _NOTIFY_SERVER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
+            ),
+        )
+        return end.stdout.split()
+
+    assert await completed("notify-server ver") == ["verify"]
+    assert await completed("notify-server config s") == ["show"]
+    assert await completed("notify-server doctor --js") == ["--json"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["verify", "--help"], ["config", "--help"], ["--version"], ["sever"]]
+)
+def test_what_does_nothing_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom notify_server.cli import main\ntry:\n    main()\nfinally:\n    print('loaded', *sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=clean_environment(),
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    # typer itself brings pydantic along.
+    heavy = {"aiohttp", "structlog", "uvloop", "asyncio", "sqlite3", "pycurl", "cryptography"}
+    assert {"notify_server", "typer"} <= loaded
+    assert not heavy & loaded
+
+
+def test_the_configuration_is_checked_without_the_daemon() -> None:
+    code = "import sys, notify_server.cli.config; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"aiohttp", "uvloop", "structlog"} & set(done.stdout.split())

@@ -1,0 +1,757 @@
+"""The JSON API over real sockets: what it tells, what it does, and what it says to what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from notify_server import actions
+from notify_server.actions import Pruned, Rechecked, Replayed
+from notify_server.app import API
+from notify_server.store import sqlite_records
+from notify_server.store.export import csv_lines
+from notify_server.store.records import (
+    BatchDetail,
+    BatchItem,
+    FailureGroup,
+    FileDetail,
+    FileItem,
+    Found,
+    Page,
+    RejectionDetail,
+    RejectionItem,
+    Totals,
+)
+from notify_server.store.sqlite_writer import connect
+from notify_server.timeline import Sample
+from notify_server.web import api
+from notify_server.web.api import ENDPOINTS, Api, Host, Status
+from tests.web.conftest import JSON, PATIENCE, Answer, Clock, Daemon, Start, entry, eventually, notification
+
+PROBING: Mapping[str, Any] = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": [], "retry_schedule": ["1h"]}
+
+
+class Origin:
+    """A server whose files answer 200, unless another status is set for the path; a path's `gate` holds it back. Use it
+    with `async with`.
+    """
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, int] = {}
+        self.gates: dict[str, asyncio.Event] = {}
+        self.reached: Counter[str] = Counter()
+        app = web.Application()
+        app.router.add_get("/{path}", self._answer)
+        self._server = TestServer(app)
+
+    async def __aenter__(self) -> Self:
+        await self._server.start_server()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.close()
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self._server.port}"
+
+    def url(self, path: str) -> str:
+        return f"http://{self.host}{path}"
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        self.reached[request.path] += 1
+        status = self.statuses.get(request.path, 200)
+        if gate := self.gates.get(request.path):
+            await gate.wait()
+        # What is bad counts only on a fresh connection.
+        return web.Response(status=status, headers={"Connection": "close"})
+
+
+class Filled:
+    """A daemon whose record has something of everything, and the origin of its files."""
+
+    def __init__(self, daemon: Daemon, origin: Origin) -> None:
+        self.daemon = daemon
+        self.origin = origin
+        self.complete = notification(*(self.file("/good") for _ in range(3)), api_code="alpha")
+        self.incomplete = notification(
+            self.file("/good"),
+            self.file("/gone"),
+            entry(target_url="http://elsewhere.test/x"),
+            entry(status="FAILED", target_url=...),
+            api_code="alpha",
+        )
+        self.pending = notification(self.file("/missing"), self.file("/missing"), api_code="beta")
+
+    def file(self, path: str) -> dict[str, Any]:
+        return entry(target_url=self.origin.url(path))
+
+    async def get(self, path: str, kind: type[Any], **parameters: Any) -> Any:
+        answer = await self.daemon.get(f"/api/v1/{path}", params=parameters)
+        assert answer.status == 200, answer
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers["Cache-Control"] == "no-store"
+        return msgspec.json.decode(answer.body, type=kind)
+
+    async def refusal(self, path: str, status: int = 400, **parameters: Any) -> str:
+        return (await self.daemon.get(f"/api/v1/{path}", params=parameters)).refusal(status, str(status))
+
+    def id_of(self, body: Mapping[str, Any]) -> int:
+        return id_of(self.daemon, body)
+
+
+def id_of(daemon: Daemon, body: Mapping[str, Any]) -> int:
+    """The id of this notification's batch."""
+    ((id,),) = daemon.rows("SELECT id FROM batch WHERE batch_id = ?", body["batch_id"])
+    return int(id)
+
+
+async def act(daemon: Daemon, path: str, body: object = None) -> Answer:
+    return await daemon.post(json.dumps(body if body is not None else {}).encode(), path=f"/api/v1/{path}")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def filled(start_shared: Start) -> AsyncIterator[Filled]:
+    async with Origin() as origin:
+        origin.statuses = {"/gone": 410, "/missing": 404}
+        it = Filled(await start_shared(verify={**PROBING, "allowed_hosts": ["127.0.0.1"]}), origin)
+        for body in (it.complete, it.incomplete, it.pending):
+            (await it.daemon.post(body)).accepted()
+        for number in range(3):
+            (await it.daemon.post({"batch_id": f"refused-{number}"})).refusal(400, "400")
+        for body in (it.complete, it.incomplete):
+            await it.daemon.settled(body["batch_id"])
+        await eventually(lambda: it.daemon.rows("SELECT 1 FROM file WHERE reason = 'http_404' LIMIT 1 OFFSET 1"))
+        await eventually(lambda: it.daemon.count("rejection") == 3)
+        yield it
+
+
+# --- What it tells ---
+
+
+async def test_the_process_tells_what_it_is_at(filled: Filled) -> None:
+    status = await filled.get("status", Status)
+    assert (status.backlog, status.in_flight) == (2, 0)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", status.version)
+    assert status.last is not None and status.last.backlog <= 9
+
+
+async def test_the_record_is_told_in_numbers(filled: Filled) -> None:
+    totals = await filled.get("totals", Totals)
+    assert (totals.batches, totals.batches_complete, totals.batches_incomplete, totals.batches_pending) == (3, 1, 1, 1)
+    assert (totals.files, totals.available, totals.unavailable, totals.blocked, totals.upload_failed) == (9, 4, 1, 1, 1)
+    assert (totals.pending, totals.rejections) == (2, 3)
+    assert totals.oldest_pending_at is not None
+
+
+async def test_what_went_on_is_told_by_the_second_and_by_the_minute(filled: Filled) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while sum(sample.refused for sample in (await filled.get("series", Page[Sample])).items) < 3:
+            await asyncio.sleep(0.05)
+    seconds = (await filled.get("series", Page[Sample])).items
+    assert sum(sample.accepted for sample in seconds) == 3
+    assert sum(sample.requests for sample in seconds) >= 7
+    assert await filled.get("series", Page[Sample], step="minute") == Page([])
+
+
+async def test_batches_are_found_by_each_filter_and_the_latest_comes_first(filled: Filled) -> None:
+    async def found(**parameters: Any) -> list[str]:
+        page = await filled.get("batches", Page[BatchItem], **parameters)
+        assert page.next is None
+        return [batch.batch_id for batch in page.items]
+
+    complete, incomplete, pending = (body["batch_id"] for body in (filled.complete, filled.incomplete, filled.pending))
+    assert set(await found()) == {complete, incomplete, pending}
+    assert (await found(api_code="alpha"))[::-1] == [complete, incomplete]
+    assert await found(verdict="complete") == [complete]
+    assert await found(verdict="incomplete", api_code="alpha") == [incomplete]
+    assert await found(verdict="pending", api_code="alpha") == []
+    assert await found(batch_id=pending) == [pending]
+    first = (await filled.get("batches", Page[BatchItem], batch_id=complete)).items[0].first_received_at
+    assert complete in await found(received_from=first.isoformat())
+    assert await found(received_before=first.isoformat()) == []
+    assert await found(received_from="9999-12-31T23:59:59Z") == []
+
+
+async def test_pages_of_batches_follow_each_other_without_a_gap(filled: Filled) -> None:
+    everything = (await filled.get("batches", Page[BatchItem])).items
+    pieces, cursor = [], {}
+    while True:
+        page = await filled.get("batches", Page[BatchItem], limit=1, **cursor)
+        pieces += page.items
+        if page.next is None:
+            break
+        cursor = {"cursor": page.next}
+    assert pieces == everything
+
+
+async def test_a_batch_is_told_with_its_latest_delivery_and_its_files(filled: Filled) -> None:
+    id = filled.id_of(filled.incomplete)
+    batch = await filled.get(f"batches/{id}", BatchDetail)
+    assert (batch.files, batch.available, batch.unavailable, batch.blocked, batch.upload_failed) == (4, 1, 1, 1, 1)
+    assert batch.last_delivery is not None and batch.last_delivery.files == 4
+    files = (await filled.get(f"batches/{id}/files", Page[FileItem])).items
+    assert [file.oss_object_name for file in files] == sorted(
+        file["oss_object_name"] for file in filled.incomplete["file_list"]
+    )
+    (gone,) = (await filled.get(f"batches/{id}/files", Page[FileItem], state="unavailable")).items
+    assert (gone.reason, gone.http_status, gone.attempts) == ("http_410", 410, 1)
+    (blocked,) = (await filled.get(f"batches/{id}/files", Page[FileItem], reason="host_not_allowed")).items
+    assert (blocked.state, blocked.host) == ("blocked", "elsewhere.test")
+    first = await filled.get(f"batches/{id}/files", Page[FileItem], limit=3)
+    rest = await filled.get(f"batches/{id}/files", Page[FileItem], limit=3, cursor=first.next)
+    assert first.items + rest.items == files
+
+
+async def test_a_file_is_told_with_the_requests_made_for_it(filled: Filled) -> None:
+    page = await filled.get("files", Page[FileItem], reason="http_404", host=filled.origin.host, state="pending")
+    assert len(page.items) == 2
+    file = await filled.get(f"files/{page.items[0].id}", FileDetail)
+    assert {"HEAD"} == {request.method for request in file.requests}
+    assert file.requests[-1].http_status == 404
+    assert file.next_attempt_at is not None
+    assert (await filled.get("files", Page[FileItem], reason="http_404", state="available")).items == []
+
+
+async def test_what_fails_is_told_by_reason_and_host_and_so_is_what_waits(filled: Filled) -> None:
+    groups = (await filled.get("failures", Page[FailureGroup])).items
+    assert {(group.reason, group.host, group.state, group.files) for group in groups} == {
+        ("http_404", filled.origin.host, "pending", 2),
+        ("http_410", filled.origin.host, "unavailable", 1),
+        ("host_not_allowed", "elsewhere.test", "blocked", 1),
+    }
+    (host,) = (await filled.get("hosts", Page[Host])).items
+    assert (host.host, host.pending, host.circuit, host.in_flight) == (filled.origin.host, 2, "closed", 0)
+    assert (host.last_minute.attempts, host.last_minute.failed) == (7, 3)
+
+
+async def test_refused_bodies_are_listed_and_shown(filled: Filled) -> None:
+    first = await filled.get("rejections", Page[RejectionItem], limit=2)
+    rest = await filled.get("rejections", Page[RejectionItem], limit=2, cursor=first.next)
+    ids = [item.id for item in first.items + rest.items]
+    assert ids == sorted(ids, reverse=True) and len(ids) == 3 and rest.next is None
+    shown = await filled.get(f"rejections/{ids[0]}", RejectionDetail)
+    assert re.fullmatch(r'{"batch_id": "refused-\d"}', shown.body)
+    assert shown.code == "400" and shown.detail.startswith("api_code")
+
+
+async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_key(filled: Filled) -> None:
+    found = await filled.get("search", Found, q=filled.complete["batch_id"][:-1])
+    assert filled.complete["batch_id"] in [batch.batch_id for batch in found.batches]
+    key = filled.pending["file_list"][0]["oss_object_name"]
+    assert [file.oss_object_name for file in (await filled.get("search", Found, q=key)).files] == [key]
+
+
+@pytest.mark.parametrize("text", ["%", "_", "*", "' OR 1=1 --", '"; DROP TABLE file; --', "\0", "\udcff", "😀", "null"])
+async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Filled, text: str) -> None:
+    """Threat row 88."""
+    if not text.isascii() and not text.isprintable():
+        text = "%FF"
+    assert await filled.get("search", Found, q=text) == Found([], [])
+    assert (await filled.get("files", Page[FileItem], reason=text)).items == []
+    assert (await filled.get("batches", Page[BatchItem], batch_id=text)).items == []
+    assert (await filled.get("batches", Page[BatchItem], api_code=text)).items == []
+    assert filled.daemon.count("file") == 9
+
+
+# --- What it says to what is wrong ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("batches?limit=0", "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=1001", "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=" + "9" * 5000, "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=1e2", "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=%EF%BC%91", "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=", "limit: must be a whole number from 1 to 1000"),
+        ("batches?limit=1&limit=2", "limit: may be given once only"),
+        ("batches?limti=1", "limti: is not a parameter here, did you mean limit?"),
+        ("batches?order=id", "order: is not a parameter here, there are verdict, api_code, batch_id, received_from, "
+         "received_before, cursor, limit"),
+        ("batches?verdict=good", "verdict: must be one of complete, incomplete, pending"),
+        ("batches?verdict=null", "verdict: must be one of complete, incomplete, pending"),
+        ("batches?api_code=", "api_code: must be text of 1 to 2000 characters"),
+        ("batches?received_from=yesterday",
+         "received_from: must be a time like 2026-11-23T08:00:00Z (+ is written %2B in an address)"),
+        ("batches?received_from=2026-11-23T08:00:00",
+         "received_from: must be a time like 2026-11-23T08:00:00Z (+ is written %2B in an address)"),
+        ("batches?received_before=1700000000",
+         "received_before: must be a time like 2026-11-23T08:00:00Z (+ is written %2B in an address)"),
+        ("batches/1/files?state=gone", "state: must be one of available, blocked, pending, unavailable, upload_failed"),
+        ("files", "reason: is needed"),
+        ("search", "q: is needed"),
+        ("series?step=hour", "step: must be one of minute, second"),
+        ("export?batch=0", "batch: must be a whole number, 1 or more"),
+        ("export?batch=99999999999999999999", "batch: must be a whole number, 1 or more"),
+        ("export?format=xml", "format: must be one of csv, ndjson"),
+        ("totals?fresh=1", "fresh: is not a parameter here, there are none"),
+    ],
+)  # fmt: skip
+async def test_a_wrong_parameter_is_told_by_its_name_in_plain_words(filled: Filled, asked: str, said: str) -> None:
+    answer = await filled.daemon.get(f"/api/v1/{asked}")
+    assert answer.refusal(400, "400") == said
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("recheck", b"", "body: is needed, {} at least"),
+        ("recheck", b"{", "body: is not JSON (Input data was truncated)"),
+        ("recheck", b"[]", "body: must be an object"),
+        ("recheck", b'"\xff"', "body: is not JSON"),
+        ("recheck", b"[" * 60_000, "body: is not JSON"),
+        ("recheck", b'{"reason": "\\ud800"}', "body: is not JSON"),
+        ("recheck", b"{}", "file, batch or reason: name one of them, to say which files"),
+        ("recheck", b'{"host": "a.test"}', "file, batch or reason: name one of them, to say which files"),
+        ("recheck", b'{"file": 1, "batch": 1}', "file: name it alone, without batch, reason or host"),
+        ("recheck", b'{"file": 0}', "file: must be a whole number, 1 or more or null"),
+        ("recheck", b'{"file": 18446744073709551616}', "file: must be a whole number, 1 or more or null"),
+        ("recheck", b'{"batch": "1"}', "batch: must be a whole number, 1 or more or null"),
+        ("recheck", b'{"batch": 1, "dry_run": 1}', "dry_run: must be true or false"),
+        ("recheck", b'{"bacth": 1}', "bacth: is not a parameter here, did you mean batch?"),
+        ("recheck", b'{"batch": 1, "states": ["gone"]}', "states: must be a list, each one of available, "),
+        ("prune", b'{"completed_before": "now"}', "completed_before: must be a time like 2026-11-23T08:00:00Z"),
+        ("prune", b'{"completed_before": 1}', "completed_before: must be a time like 2026-11-23T08:00:00Z"),
+    ],
+)
+async def test_a_wrong_body_is_told_by_its_field_in_plain_words(
+    filled: Filled, path: str, body: bytes, said: str
+) -> None:
+    assert (await filled.daemon.post(body, path=f"/api/v1/{path}")).refusal(400, "400").startswith(said)
+
+
+@pytest.mark.parametrize("cursor", ["x", "zz", "00", "5b5d", "ff" * 900, "\0", "5b312c22785d"])
+async def test_a_cursor_that_was_not_given_out_is_refused(filled: Filled, cursor: str) -> None:
+    for path in ("batches", "rejections", "batches/1/files"):
+        assert (await filled.refusal(path, cursor=cursor)).startswith("cursor: ")
+    assert (await filled.refusal("files", reason="http_404", cursor=cursor)).startswith("cursor: ")
+
+
+async def test_a_cursor_of_another_listing_is_refused(filled: Filled) -> None:
+    first = await filled.get("rejections", Page[RejectionItem], limit=2)
+    assert (await filled.refusal("batches", cursor=first.next)).startswith("cursor: ")
+    batches = await filled.get("batches", Page[BatchItem], limit=1)
+    assert (await filled.refusal("files", reason="http_404", cursor=batches.next)).startswith("cursor: ")
+    assert (await filled.refusal("rejections", cursor=batches.next)).startswith("cursor: ")
+
+
+@pytest.mark.parametrize("id", ["0", "4711", str(2**63 - 1), "9" * 19, "0000000000000004711"])
+@pytest.mark.parametrize("path", ["batches/{}", "batches/{}/files", "files/{}", "rejections/{}"])
+async def test_what_is_not_there_is_not_found(filled: Filled, path: str, id: str) -> None:
+    assert await filled.refusal(path.format(id), 404) == "there is none with this id: it may have been deleted"
+
+
+@pytest.mark.parametrize("id", ["-1", "x", "1.5", "9" * 20, "1%00", "%EF%BC%91"])
+async def test_what_is_no_id_is_not_served(filled: Filled, id: str) -> None:
+    assert await filled.refusal(f"batches/{id}", 404) == "nothing is served at this path"
+
+
+async def test_actions_on_what_is_not_there_are_not_found(filled: Filled) -> None:
+    for path, body in (("recheck", {"file": 4711}), ("recheck", {"batch": 4711}), ("rejections/4711/replay", None)):
+        (await act(filled.daemon, path, body)).refusal(404, "404")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.handler)
+async def test_another_method_is_refused_with_the_one_there_is(filled: Filled, endpoint: api.Endpoint) -> None:
+    path = endpoint.path.replace("{id}", "1")
+    for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND"):
+        if method != endpoint.method:
+            answer = await filled.daemon.ask(method, path)
+            assert answer.refusal(405, "405") == f"only {endpoint.method} is answered here"
+            assert answer.headers["Allow"] == endpoint.method
+
+
+@pytest.mark.parametrize("endpoint", [e for e in ENDPOINTS if e.method == "GET"], ids=lambda e: e.handler)
+async def test_head_is_answered_as_get_without_the_body_and_ends(filled: Filled, endpoint: api.Endpoint) -> None:
+    path = endpoint.path.replace("{id}", "1")
+    query = (
+        {"reason": "http_404"} if endpoint.handler == "files" else {"q": "x"} if endpoint.handler == "search" else {}
+    )
+    async with asyncio.timeout(5):
+        answer = await filled.daemon.ask("HEAD", path, params=query)
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["Content-Type"].partition(";")[0] == (*endpoint.media, "application/json")[0]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"},
+     {**JSON, "Content-Encoding": "gzip"}],
+)  # fmt: skip
+async def test_a_body_that_a_form_could_send_is_refused(filled: Filled, headers: dict[str, str]) -> None:
+    answer = await filled.daemon.post(b"{}", headers, path="/api/v1/prune")
+    assert answer.refusal(415, "415") == "Content-Type: must be application/json"
+
+
+async def test_a_body_that_is_too_large_is_refused(filled: Filled) -> None:
+    body = b'{"reason": "' + b"x" * api.BODY_LIMIT + b'"}'
+    assert (await filled.daemon.post(body, path="/api/v1/recheck")).refusal(413, "413").startswith("body: larger than")
+
+
+async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "STALLED_SECONDS", 0.05)
+    connection = await filled.daemon.connect()
+    await connection.send(
+        b"POST /api/v1/prune HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 9\r\n\r\n{"
+    )
+    answer = await connection.answer()
+    assert answer.refusal(408, "408") == "body: did not come in time"
+    assert answer.headers["Connection"] == "close"
+
+
+async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_it_can_be(start: Start) -> None:
+    daemon = await start()
+    await daemon.serves()
+    # Nobody has read yet: the connections are still to be made.
+    hidden = daemon.path.rename(daemon.path.with_suffix(".away"))
+    for path in ("batches", "totals", "files/1", "export", "search?q=x"):
+        answer = await daemon.get(f"/api/v1/{path}")
+        assert "there is no record" in answer.refusal(503, "503")
+        assert answer.headers["Retry-After"] == "5"
+    assert (await daemon.get("/api/v1/status")).status == 200
+    hidden.rename(daemon.path)
+    assert (await daemon.get("/api/v1/totals")).json["batches"] == 1
+
+
+async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
+    monkeypatch.setattr(sqlite_records, "STEPS", 1)
+    assert await filled.refusal("batches", 503) == ("that is too much to read at once: narrow it down")
+
+
+# --- What it does ---
+
+
+async def failing(start: Start, origin: Origin, **sections: Any) -> Daemon:
+    origin.statuses = {"/f": 410}
+    return await start(verify={**PROBING, "allowed_hosts": ["127.0.0.1"]}, **sections)
+
+
+async def test_a_file_is_asked_for_anew_at_once(start: Start) -> None:
+    async with Origin() as origin:
+        daemon = await failing(start, origin)
+        body = notification(entry(target_url=origin.url("/f")))
+        (await daemon.post(body)).accepted()
+        assert (await daemon.settled(body["batch_id"]))["verdict"] == "incomplete"
+        assert (await daemon.get("/api/v1/totals")).json["batches_incomplete"] == 1
+        origin.statuses = {}
+        since = len(daemon.events.all)
+        wanted = {"file": 1, "dry_run": True}
+        assert (await act(daemon, "recheck", wanted)).json == {"files": 1, "more": False}
+        assert daemon.rows("SELECT state FROM file") == [("unavailable",)]
+        assert (await act(daemon, "recheck", {"file": 1})).json == {"files": 1, "more": False}
+        # What is counted over the whole record is counted again after an action.
+        assert (await daemon.get("/api/v1/totals")).json["batches_incomplete"] == 0
+        again = await daemon.events.seen("verdict", since, batch_id=body["batch_id"])
+        assert again["verdict"] == "complete"
+
+
+async def test_the_files_that_would_be_asked_for_are_those_that_are(start: Start) -> None:
+    async with Origin() as origin:
+        daemon = await failing(start, origin)
+        origin.statuses["/later"] = 404
+        body = notification(
+            *(entry(target_url=origin.url("/f")) for _ in range(3)),
+            *(entry(target_url="http://elsewhere.test/x") for _ in range(2)),
+            entry(target_url=origin.url("/later")),
+            entry(target_url=origin.url("/good")),
+            entry(target_url="http://[/"),
+            entry(status="FAILED", target_url=...),
+        )
+        (await daemon.post(body)).accepted()
+        await eventually(lambda: daemon.rows("SELECT 1 FROM file WHERE reason = 'http_404'"))
+        await eventually(lambda: daemon.rows("SELECT 1 FROM batch WHERE pending = 1"))
+        assert daemon.rows("SELECT count(*) FROM file WHERE reason = 'invalid_url'") == [(1,)]
+        ((failed,),) = daemon.rows("SELECT id FROM file WHERE state = 'upload_failed'")
+        # Nothing answers any more: what is asked for anew stays pending.
+        origin.statuses = {"/f": 503, "/later": 503, "/good": 503}
+        host = origin.host
+        for wanted, files in (
+            ({"file": failed}, 0),
+            ({"reason": "http_410", "host": "other.test"}, 0),
+            ({"reason": "invalid_url"}, 0),
+            ({"batch": 1, "states": []}, 0),
+            ({"batch": 1, "states": ["upload_failed"]}, 0),
+            ({"reason": "http_404", "host": host, "states": ["pending"]}, 1),
+            ({"batch": 1, "host": "elsewhere.test"}, 2),
+            ({"reason": "http_410", "host": host}, 3),
+            ({"batch": 1, "states": ["available", "available"]}, 1),
+        ):
+            counted = await act(daemon, "recheck", {**wanted, "dry_run": True})
+            assert counted.json == {"files": files, "more": False}, wanted
+            done = await act(daemon, "recheck", wanted)
+            assert done.json == {"files": files, "more": False}, wanted
+            # Guarded again, addresses that are not allowed are settled once more.
+            await eventually(lambda: daemon.rows("SELECT 1 FROM batch WHERE blocked = 3"))
+
+
+async def test_a_file_that_is_being_asked_for_is_asked_for_again(start: Start) -> None:
+    async with Origin() as origin:
+        gate = origin.gates["/f"] = asyncio.Event()
+        daemon = await failing(start, origin)
+        body = notification(entry(target_url=origin.url("/f")))
+        (await daemon.post(body)).accepted()
+        await eventually(lambda: origin.reached["/f"])
+        assert (await act(daemon, "recheck", {"batch": 1})).json == {"files": 1, "more": False}
+        origin.statuses = {}
+        gate.set()
+        assert (await daemon.settled(body["batch_id"]))["verdict"] == "complete"
+        assert origin.reached["/f"] == 2
+
+
+async def test_what_is_too_much_for_one_request_is_told_and_done_by_the_next(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ACTION_SECONDS", 0.0)
+    monkeypatch.setattr(actions, "ACTION_ROWS", 2)
+    daemon = await start()
+    body = notification(*(entry(target_url=f"http://elsewhere.test/{n}") for n in range(5)))
+    (await daemon.post(body)).accepted()
+    await daemon.settled(body["batch_id"])
+    # Files of which nothing is known any more wait for a host that is not asked: they stay pending.
+    first = msgspec.json.decode((await act(daemon, "recheck", {"reason": "host_not_allowed"})).body, type=Rechecked)
+    assert first == Rechecked(2, more=True)
+    (await act(daemon, "rejections/1/replay")).refusal(404, "404")
+    pruned = await act(daemon, "prune", {"completed_before": "9999-01-01T00:00:00Z"})
+    assert pruned.json["more"] in (True, False)
+
+
+async def test_a_refused_body_is_taken_after_all_when_more_is_allowed(start: Start) -> None:
+    strict = await start(contract={"max_files": 1})
+    body = notification(entry(), entry())
+    (await strict.post(body)).refusal(400, "400")
+    await eventually(lambda: strict.count("rejection") == 1)
+    again = await act(strict, "rejections/1/replay")
+    assert again.refusal(400, "400").startswith("it is still refused: file_list: ")
+    assert strict.count("rejection") == 1
+    await strict.stop()
+    daemon = await start()
+    answers = await asyncio.gather(*(act(daemon, "rejections/1/replay") for _ in range(5)))
+    assert sorted(answer.status for answer in answers) == [200, 404, 404, 404, 404]
+    (taken,) = (msgspec.json.decode(answer.body, type=Replayed) for answer in answers if answer.status == 200)
+    await daemon.settled(body["batch_id"])
+    assert daemon.rows("SELECT id, request_id, files FROM notification") == [(taken.delivery, taken.request_id, 2)]
+    assert daemon.count("rejection") == 0
+    (await act(daemon, "rejections/1/replay")).refusal(404, "404")
+    assert (await daemon.get("/api/v1/totals")).json["batches"] == 1
+
+
+async def test_what_is_old_is_deleted_by_retention_or_by_a_time(start: Start) -> None:
+    clock = Clock(1_700_000_000_000)
+    daemon = await start(clock=clock, retention={"completed": "1d", "rejections": "1d"})
+    old, new = notification(entry()), notification(entry())
+
+    async def deliver(body: dict[str, Any]) -> None:
+        (await daemon.post(body)).accepted()
+        await daemon.settled(body["batch_id"])
+        (await daemon.post({})).refusal(400, "400")
+
+    async def prune(**wanted: str) -> int:
+        answer = msgspec.json.decode((await act(daemon, "prune", wanted)).body, type=Pruned)
+        assert not answer.more
+        return answer.rows
+
+    def left() -> tuple[int, int]:
+        return daemon.count("batch"), daemon.count("rejection")
+
+    assert clock.fixed is not None
+    await deliver(old)
+    clock.fixed += 25 * 3600 * 1000
+    await deliver(new)
+    await eventually(lambda: left() == (2, 2))
+    assert await prune(completed_before="2020-01-01T00:00:00Z") == 0
+    assert await prune() > 0
+    assert left() == (1, 1)
+    assert await prune() == 0
+    assert await prune(rejections_before="2023-11-16T00:00:00+08:00") == 1
+    assert left() == (1, 0)
+    assert await prune(completed_before="2023-11-16T00:00:00Z") > 0
+    assert left() == (0, 0)
+
+
+# --- Export ---
+
+
+def make_record(path: Path, files: int) -> None:
+    """A database with one batch of so many files, all available."""
+    connection = connect(path)
+    connection.execute(
+        "INSERT INTO batch (id, batch_id, api_code, first_received_at, last_received_at, deliveries, verdict,"
+        " completed_at, files, available) VALUES (1, 'large', 'code', 1, 1, 1, 'complete', 2, ?, ?)",
+        (files, files),
+    )
+    connection.execute(
+        "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < ?)"
+        " INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, attempts)"
+        " SELECT 1, printf('key/%08d/%0200d', n, n), 'http://a.test/' || n, 'a.test', 'FINISHED', 'available', 1"
+        " FROM number",
+        (files,),
+    )
+    connection.close()
+
+
+def served_api(daemon: Daemon) -> Api:
+    assert daemon.app is not None
+    return daemon.app[API]
+
+
+class Counted:
+    """The record, and how many pages of files it has been asked for."""
+
+    def __init__(self, records: Any) -> None:
+        self._records = records
+        self.pages = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._records, name)
+
+    def files(self, *arguments: Any) -> Any:
+        self.pages += 1
+        return self._records.files(*arguments)
+
+
+async def test_files_are_exported_as_csv_and_ndjson_by_each_filter(filled: Filled) -> None:
+    async def exported(**parameters: Any) -> list[dict[str, str]]:
+        answer = await filled.daemon.get("/api/v1/export", params=parameters)
+        assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
+        assert answer.headers["Content-Disposition"] == 'attachment; filename="files.csv"'
+        return list(csv.DictReader(io.StringIO(answer.body.decode(), newline="")))
+
+    everything = await exported()
+    assert len(everything) == 9
+    assert list(everything[0]) == list(FileItem.__struct_fields__)
+    assert len(await exported(batch=filled.id_of(filled.incomplete))) == 4
+    assert len(await exported(state="available")) == 4
+    assert len(await exported(reason="http_404")) == 2
+    assert len(await exported(host="elsewhere.test")) == 1
+    assert await exported(batch=4711) == []
+    answer = await filled.daemon.get("/api/v1/export", params={"format": "ndjson", "reason": "http_410"})
+    assert answer.headers["Content-Type"] == "application/x-ndjson"
+    (line,) = answer.body.splitlines()
+    gone = msgspec.json.decode(line, type=FileItem)
+    (row,) = await exported(reason="http_410")
+    assert (row["id"], row["http_status"], row["state"]) == (str(gone.id), "410", "unavailable")
+    assert gone.verified_at is not None
+    assert row["verified_at"] == gone.verified_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@pytest.mark.parametrize("first", list("=+-@\t\r\n\0＝＋－＠"))
+def test_a_cell_that_a_spreadsheet_would_calculate_is_made_text(first: str) -> None:
+    """Threat row 89."""
+    formula = f"{first}HYPERLINK(1)"
+    line = csv_lines([_item(formula)]).decode()
+    (row,) = csv.reader(io.StringIO(line, newline=""))
+    cells = dict(zip(FileItem.__struct_fields__, row, strict=True))
+    for column in ("oss_object_name", "content_type", "etag"):
+        assert cells[column] == "'" + formula.replace("\0", "")
+    assert cells["host"] == "a.test" and cells["reason"] == "" and cells["id"] == "1"
+
+
+@pytest.mark.parametrize("text", ['a"b,c\r\nd', " =1", "名;x", "'=1"])
+def test_other_cells_come_as_they_are(text: str) -> None:
+    (row,) = csv.reader(io.StringIO(csv_lines([_item(text)]).decode(), newline=""))
+    assert row[FileItem.__struct_fields__.index("oss_object_name")] == text
+
+
+def _item(text: str) -> FileItem:
+    fields: dict[str, Any] = dict.fromkeys(FileItem.__struct_fields__)
+    fields |= {"id": 1, "batch": 1, "batch_id": "b", "api_code": "c", "oss_object_name": text, "host": "a.test"}
+    fields |= {"content_type": text, "etag": text, "reported_status": "FINISHED", "state": "available", "attempts": 1}
+    return FileItem(**fields)
+
+
+async def test_an_export_ends_with_its_client(start: Start, tmp_path: Path) -> None:
+    """Threat row 56."""
+    make_record(tmp_path / "notify.db", 30_000)
+    daemon = await start()
+    served = served_api(daemon)
+    served.records = records = Counted(served.records)  # type: ignore[assignment]
+    pages = 30_000 // api.EXPORT_ROWS
+    connection = await daemon.connect()
+    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await connection._reader.readuntil(b"\r\n\r\n")
+    await connection.close()
+    answer = await daemon.get("/api/v1/export")
+    ids = [int(line.partition(b",")[0]) for line in answer.body.splitlines()[1:]]
+    assert ids == list(range(1, 30_001))
+    # One that had gone on meanwhile would have come about as far.
+    assert pages <= records.pages < 1.5 * pages
+
+
+async def test_an_export_that_nobody_reads_waits_and_is_given_up(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "STALLED_SECONDS", 0.3)
+    make_record(tmp_path / "notify.db", 30_000)
+    daemon = await start()
+    served = served_api(daemon)
+    served.records = records = Counted(served.records)  # type: ignore[assignment]
+    connection = await daemon.connect()
+    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await connection._reader.readuntil(b"\r\n\r\n")
+    # The reader stops taking at its limit; then the sockets fill up.
+    await daemon.events.seen("client takes nothing, cut off", path="/api/v1/export")
+    assert records.pages < 30_000 // api.EXPORT_ROWS
+    rest = await connection.rest()
+    assert not rest.endswith(b"0\r\n\r\n")
+
+
+async def test_an_export_that_cannot_be_finished_is_broken_off(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_record(tmp_path / "notify.db", 2_000)
+    daemon = await start()
+    served = served_api(daemon)
+
+    class Closing(Counted):
+        def files(self, *arguments: Any) -> Any:
+            if self.pages:
+                monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
+                monkeypatch.setattr(sqlite_records, "STEPS", 1)
+            return super().files(*arguments)
+
+    served.records = Closing(served.records)  # type: ignore[assignment]
+    connection = await daemon.connect()
+    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    everything = await connection.rest()
+    assert everything.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"HTTP/1.1 503" not in everything
+    assert not everything.endswith(b"0\r\n\r\n")
+    assert daemon.events.find("export broken off") is not None
+
+
+# --- What is described ---
+
+
+async def test_the_description_is_valid_and_of_all_that_is_served(filled: Filled) -> None:
+    answer = await filled.daemon.get("/openapi.json")
+    document = answer.json
+    OpenAPIV31SpecValidator(document).validate()
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(endpoint.method, endpoint.path) for endpoint in ENDPOINTS}
+    assert filled.daemon.app is not None
+    routed = {
+        re.sub(r"{(\w+):[^}]*}}?", r"{\1}", resource.canonical)
+        for resource in filled.daemon.app.router.resources()
+        if resource.canonical.startswith("/api/")
+    }
+    assert routed == {endpoint.path for endpoint in ENDPOINTS}
+    assert document["security"] == []
