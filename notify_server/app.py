@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
+import math
 import random
+import sqlite3
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,21 +15,24 @@ from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 import certifi
 import structlog
 from aiohttp import web
+from cryptography.x509 import load_pem_x509_certificates
 
 from notify_server.actions import Actions
 from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, ServerConfig, version
+from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult
-from notify_server.observe import Metrics, report_end
+from notify_server.observe import Metrics, report_end, tracing_wanted
 from notify_server.store.base import Store
 from notify_server.store.expander import Expander
+from notify_server.store.records import Records
 from notify_server.store.sqlite import SqliteStore
 from notify_server.store.sqlite_records import SqliteRecords
 from notify_server.timeline import HostRates, Timeline
@@ -43,6 +50,9 @@ from notify_server.web.health import Health
 from notify_server.web.openapi import Endpoint
 from notify_server.web.stream import Stream
 
+if TYPE_CHECKING:
+    from notify_server.tracing import Tracing
+
 log = structlog.get_logger("notify_server")
 
 STORE = web.AppKey("store", Store)
@@ -56,12 +66,18 @@ API = web.AppKey("api", Api)
 STREAM = web.AppKey("stream", Stream)
 DASHBOARD = web.AppKey("dashboard", Dashboard)
 DRAINING = web.AppKey("draining", asyncio.Event)
+TRACING: web.AppKey[Tracing | None] = web.AppKey("tracing")
 
 PRUNE_SECONDS = 600.0
 PRUNE_ROWS = 500
 PRUNE_PAUSE = 0.05
+# What is counted over the whole record is counted so often, and for no more than this share of the time.
+SURVEY_SECONDS = 5.0
+SURVEY_SHARE = 0.05
 # Of shutdown_grace, what probes in flight may take; the rest is for recording them and closing the store.
 PROBES_SHARE = 0.5
+# Turns of the event loop that it takes to have all connections that wait to be accepted.
+ACCEPTING_TURNS = 3
 
 
 def make_app(
@@ -82,13 +98,21 @@ def make_app(
     admin = app[ADMIN] = Admin(config, now)
     rates = HostRates()
     started_at = datetime.fromtimestamp(now() / 1000, UTC)
+    app[METRICS].watch_survey(lambda: now() / 1000)
     guard = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
+
+    async def traces(app: web.Application) -> AsyncIterator[None]:
+        tracing = app[TRACING] = _tracing()
+        yield
+        if tracing is not None:
+            await tracing.close(config.server.shutdown_grace / 8)
 
     async def store(app: web.Application) -> AsyncIterator[None]:
         (commits,) = app[METRICS].commit_seconds.series.values()
         on_commit = commits.observe
         opened = app[STORE] = await SqliteStore.open(config.store.path, on_commit=on_commit)
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
+        app[METRICS].watch_files(config.store.path)
         app[RECORDS] = SqliteRecords(config.store.path)
         yield
         await app[RECORDS].close()
@@ -101,7 +125,10 @@ def make_app(
         def on_recorded(results: Sequence[FileResult]) -> None:
             app[METRICS].recorded(results)
             rates.recorded(results, time.monotonic())
+            if tracing is not None:
+                tracing.probed(results)
 
+        tracing = app[TRACING]
         links = [ProberLink(prober_config(config)) for _ in range(config.verify.processes)]
         pool = app[POOL] = Pool(
             app[STORE],
@@ -115,7 +142,24 @@ def make_app(
         )
         app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
         app[METRICS].gauges("notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits)
+        app[METRICS].gauges(
+            "notify_server_probers",
+            "Prober processes, by whether they run.",
+            "state",
+            lambda: {"up": sum(link.alive for link in links), "down": sum(not link.alive for link in links)},
+        )
+        app[METRICS].counter(
+            "notify_server_prober_restarts",
+            "Probers that were started because another had ended.",
+            lambda: sum(link.restarts for link in links),
+        )
         await pool.start()
+        app[METRICS].build_info(
+            version=version(),
+            python=platform.python_version(),
+            sqlite=sqlite3.sqlite_version,
+            libcurl=next((link.libcurl for link in links if link.libcurl), ""),
+        )
         expander = Expander(
             app[STORE],
             guard,
@@ -127,18 +171,24 @@ def make_app(
         tasks = [
             asyncio.create_task(expander.run(), name="expand"),
             asyncio.create_task(_housekeeping(config, app[STORE], app[METRICS], now), name="housekeeping"),
+            asyncio.create_task(_survey(app[RECORDS], app[METRICS]), name="survey"),
         ]
+        if tracing is not None:
+            latest = partial(_latest_delivery, app[RECORDS])
+            tasks.append(asyncio.create_task(tracing.run(latest), name="tracing"))
         for task in tasks:
             task.add_done_callback(report_end)
         yield
         await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
+        if tracing is not None:
+            await tracing.caught_up()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def web_side(app: web.Application) -> AsyncIterator[None]:
         pool = app[POOL]
-        app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now, wall)
+        app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now, wall, app[TRACING])
         app[HEALTH] = Health(app[STORE], app[METRICS], now, lambda: pool.alive, app[DRAINING].is_set)
         timeline = Timeline(app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: pool.in_flight)
         live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts)
@@ -151,7 +201,7 @@ def make_app(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    app.cleanup_ctx.extend([store, verify, web_side])
+    app.cleanup_ctx.extend([traces, store, verify, web_side])
     app.router.add_route("*", config.server.callback_path, _callback, expect_handler=_expect)
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
@@ -228,6 +278,8 @@ def _tell(verdicts: Sequence[BatchVerdict], metrics: Metrics, stream: Stream) ->
             verdict=verdict.verdict,
             files=verdict.files,
             available=verdict.available,
+            request_id=verdict.request_id,
+            **trace_fields(verdict.traceparent),
             seconds=(verdict.completed_at - verdict.first_received_at) / 1000,
         )
 
@@ -235,8 +287,53 @@ def _tell(verdicts: Sequence[BatchVerdict], metrics: Metrics, stream: Stream) ->
 async def _sample(timeline: Timeline, stream: Stream) -> None:
     """Note what has happened, every second."""
     while True:
-        stream.publish("sample", timeline.sample(time.monotonic()))
-        await asyncio.sleep(1.0 - time.monotonic() % 1.0)
+        now = time.monotonic()
+        stream.publish("sample", timeline.sample(now))
+        # A timer may ring a little early: that is this second's, not another.
+        await asyncio.sleep(math.floor(now + 1.5) - now)
+
+
+async def _survey(records: Records, metrics: Metrics) -> None:
+    """Note what only a walk over the record tells, so that nobody who asks for metrics has to wait for it."""
+    while True:
+        began = time.monotonic()
+        try:
+            totals = await records.totals()
+        except StoreUnavailableError as error:
+            log.debug("cannot survey the record, trying again later", error=str(error))
+        else:
+            oldest = totals.oldest_pending_at
+            metrics.surveyed(oldest.timestamp() if oldest is not None else None, totals.rejections)
+        await asyncio.sleep(max(SURVEY_SECONDS, (time.monotonic() - began) / SURVEY_SHARE))
+
+
+def _tracing() -> Tracing | None:
+    """Traces, where the environment says that they are wanted; what is wrong with it does not stop the daemon."""
+    if not tracing_wanted(os.environ):
+        return None
+    try:
+        from notify_server.tracing import Tracing
+
+        tracing = Tracing.to_collector(version())
+    except ImportError as error:
+        log.warning(
+            "no traces: OTEL_… asks for them, `pip install 'notify-server[otel]'` brings them", error=str(error)
+        )
+        return None
+    except Exception as error:
+        log.warning("no traces: what OTEL_… says cannot be used", error=str(error))
+        return None
+    log.info("traces are exported over OTLP/HTTP")
+    return tracing
+
+
+async def _latest_delivery(records: Records, batch: int) -> tuple[str, str | None] | None:
+    try:
+        found = await records.batch(batch)
+    except StoreUnavailableError:
+        return None
+    delivery = found.last_delivery if found is not None else None
+    return (delivery.request_id, delivery.traceparent) if delivery is not None else None
 
 
 def prober_config(config: Config) -> ProberConfig:
@@ -265,11 +362,13 @@ async def _housekeeping(config: Config, store: Store, metrics: Metrics, now: Cal
     completed_ms = round(config.retention.completed * 1000)
     rejections_ms = round(config.retention.rejections * 1000)
     while True:
+        began = time.monotonic()
         try:
             while deleted := await store.prune(now() - completed_ms, now() - rejections_ms, PRUNE_ROWS):
                 metrics.pruned_rows.add_plain(deleted)
                 log.debug("pruned", rows=deleted)
                 await asyncio.sleep(PRUNE_PAUSE)
+            metrics.pruned(now() / 1000, time.monotonic() - began)
         except StoreUnavailableError as error:
             log.warning("cannot prune, trying again later", error=str(error))
         await asyncio.sleep(PRUNE_SECONDS)
@@ -312,11 +411,26 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         handlers = runner.server
         assert handlers is not None
 
+        metrics = app[METRICS]
+        metrics.gauge(
+            "notify_server_connections", "Connections of callers that are open.", lambda: len(handlers.connections)
+        )
+
         def connection() -> asyncio.Protocol:
-            return handlers() if len(handlers.connections) < server.max_connections else _Full()
+            if len(handlers.connections) < server.max_connections:
+                return handlers()
+            metrics.connections_refused.add_plain()
+            return _Full()
 
         try:
             tls = _tls(server)
+            if server.ssl_certificate is not None:
+                ends_at = _certificate_ends(server.ssl_certificate)
+                metrics.gauge(
+                    "notify_server_certificate_expiry_timestamp_seconds",
+                    "When the certificate in use ends, in Unix time; missing without one.",
+                    lambda: ends_at,
+                )
             listener = await asyncio.get_running_loop().create_server(
                 connection,
                 server.host,
@@ -334,8 +448,13 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         _announce(config, listener)
         await stop.wait()
         log.info("stopping", grace_seconds=grace)
+        if (tracing := app[TRACING]) is not None:
+            tracing.deadline = asyncio.get_running_loop().time() + grace
         app[DRAINING].set()
         app[POOL].finish()
+        for _ in range(ACCEPTING_TURNS):
+            # What the kernel has accepted already would be reset.
+            await asyncio.sleep(0)
         listener.close()
         app[STREAM].close()
         await app[CALLBACK].drain(grace / 4)
@@ -356,6 +475,11 @@ def _tls(server: ServerConfig) -> ssl.SSLContext | None:
             f"[server] ssl_certificate and ssl_key: cannot be used ({error}): check that they belong together"
         ) from error
     return context
+
+
+def _certificate_ends(path: Path) -> float:
+    # The server's own is the first of the chain, and has been loaded by now.
+    return load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc.timestamp()
 
 
 def _announce(config: Config, listener: asyncio.Server) -> None:

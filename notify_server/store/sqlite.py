@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -45,6 +46,7 @@ RECENT_BYTES = 8 * 1024 * 1024
 
 # Statements carry at most this many rows; SQLite takes 32,766 parameters in one.
 _ROWS = 256
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, _ROWS)
 
 _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
 
@@ -379,9 +381,16 @@ def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
 def _insert(
     connection: sqlite3.Connection, query: str, rows: Sequence[tuple[object, ...]], *more: object
 ) -> sqlite3.Cursor:
-    """Run a `:rows` query with at most _ROWS rows, and `more` parameters behind them, in one step."""
+    """Run a `:rows` query with at most _ROWS rows, and `more` parameters behind them, in one step.
+
+    Rows of NULLs are added, which the queries leave out: one statement for every number of rows would mostly be
+    prepared anew, which costs as much as it does, or fill the memory if it were kept.
+    """
+    columns = len(rows[0])
+    size = _SIZES[bisect_left(_SIZES, len(rows))]
     parameters = [value for row in rows for value in row]
-    return connection.execute(with_rows(SQL[query], len(rows[0]), len(rows)), [*parameters, *more])
+    parameters += [None] * (columns * (size - len(rows)))
+    return connection.execute(with_rows(SQL[query], columns, size), [*parameters, *more])
 
 
 def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Delivery]) -> dict[int, NotifyServerError]:

@@ -22,6 +22,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from notify_server import actions
 from notify_server.actions import Pruned, Rechecked, Replayed
 from notify_server.app import API
+from notify_server.clock import unix_ms
 from notify_server.store import sqlite_records
 from notify_server.store.export import csv_lines
 from notify_server.store.records import (
@@ -36,6 +37,7 @@ from notify_server.store.records import (
     RejectionItem,
     Totals,
 )
+from notify_server.store.sqlite_records import SqliteRecords
 from notify_server.store.sqlite_writer import connect
 from notify_server.timeline import Sample
 from notify_server.web import api
@@ -417,18 +419,22 @@ async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch
     assert answer.headers["Connection"] == "close"
 
 
-async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_it_can_be(start: Start) -> None:
+async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_it_can_be(
+    start: Start, tmp_path: Path
+) -> None:
     daemon = await start()
-    await daemon.serves()
-    # Nobody has read yet: the connections are still to be made.
-    hidden = daemon.path.rename(daemon.path.with_suffix(".away"))
+    served = served_api(daemon)
+    there, away = served.records, SqliteRecords(tmp_path / "elsewhere.db")
+    served.records = away
     for path in ("batches", "totals", "files/1", "export", "search?q=x"):
         answer = await daemon.get(f"/api/v1/{path}")
         assert "there is no record" in answer.refusal(503, "503")
         assert answer.headers["Retry-After"] == "5"
     assert (await daemon.get("/api/v1/status")).status == 200
-    hidden.rename(daemon.path)
+    make_record(tmp_path / "elsewhere.db", 1)
     assert (await daemon.get("/api/v1/totals")).json["batches"] == 1
+    served.records = there
+    await away.close()
 
 
 async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,8 +601,8 @@ def make_record(path: Path, files: int) -> None:
     connection = connect(path)
     connection.execute(
         "INSERT INTO batch (id, batch_id, api_code, first_received_at, last_received_at, deliveries, verdict,"
-        " completed_at, files, available) VALUES (1, 'large', 'code', 1, 1, 1, 'complete', 2, ?, ?)",
-        (files, files),
+        " completed_at, files, available) VALUES (1, 'large', 'code', ?1, ?1, 1, 'complete', ?1, ?2, ?2)",
+        (unix_ms(), files),
     )
     connection.execute(
         "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < ?)"

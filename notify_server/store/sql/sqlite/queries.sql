@@ -6,7 +6,8 @@
 -- name: accept
 INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, traceparent, body)
 SELECT column1, column2, column3, column4, column5, column6, column7, column8, CAST(column9 AS TEXT)
-FROM (VALUES :rows);
+FROM (VALUES :rows)
+WHERE column1 IS NOT NULL;
 
 -- name: nonce_purge
 DELETE FROM nonce WHERE expires_at < ?;
@@ -15,7 +16,8 @@ DELETE FROM nonce WHERE expires_at < ?;
 INSERT OR IGNORE INTO nonce (key, expires_at) VALUES (?, ?);
 
 -- name: reject
-INSERT INTO rejection (received_at, remote_addr, code, detail, body, request_id) VALUES :rows;
+INSERT INTO rejection (received_at, remote_addr, code, detail, body, request_id)
+SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: rejection_replayed
 DELETE FROM rejection WHERE id = ?;
@@ -63,7 +65,8 @@ WHERE notification.id = ? AND batch.expanding = notification.id;
 UPDATE batch SET expanding = NULL WHERE id = ?;
 
 -- name: batch_insert
-INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at) VALUES :rows;
+INSERT OR IGNORE INTO batch (batch_id, api_code, first_received_at, last_received_at)
+SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: batch_find
 WITH wanted (batch_id, api_code) AS (VALUES :rows)
@@ -100,7 +103,7 @@ WHERE batch = ? AND oss_object_name IN (SELECT value FROM json_each(?));
 
 -- name: files_insert
 INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at)
-VALUES :rows;
+SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: file_replace
 UPDATE file
@@ -212,7 +215,7 @@ WHERE file.id = result.id;
 INSERT INTO attempt (
     file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr
 )
-VALUES :rows;
+SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: attempts_trim
 WITH bound (file, oldest) AS (
