@@ -40,8 +40,8 @@ class ActionRefusedError(NotifyServerError):
 
 
 class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which files to ask for anew: one file, those of a batch, or those that fail for a reason (at a host); of these
-    the ones in `states`. With `dry_run` they are only counted.
+    """Which files to ask for anew: one file, whatever its state; or those of a batch, or those that fail for a reason
+    (at a host), and of these the ones in `states`. With `dry_run` they are only counted.
     """
 
     file: Id | None = None
@@ -102,9 +102,15 @@ class Actions:
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
         """Ask for files anew; None when there is no such file or batch. Raises ActionRefusedError."""
         if wanted.file is not None:
-            if await self._records.file(wanted.file) is None:
+            if wanted.batch is not None or wanted.reason is not None or wanted.host is not None:
+                raise ActionRefusedError("file: name it alone, without batch, reason or host")
+            file = await self._records.file(wanted.file)
+            if file is None:
                 return None
-            return Rechecked(1 if wanted.dry_run else await self._restart([wanted.file]))
+            if wanted.dry_run:
+                asked = file.state is not FileState.UPLOAD_FAILED and file.reason != Reason.INVALID_URL
+                return Rechecked(int(asked))
+            return Rechecked(await self._restart([file.id]))
         if wanted.batch is None and wanted.reason is None:
             raise ActionRefusedError("file, batch or reason: name one of them, to say which files")
         if wanted.batch is not None and await self._records.batch(wanted.batch) is None:

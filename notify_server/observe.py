@@ -245,7 +245,7 @@ class Metrics:
             "notify_server_probes", 'Requests made to hosts, by the reason they failed for, or "ok".', "reason", "ok"
         )
         self.probe_seconds = self._durations(
-            "notify_server_probe_seconds", "The phases of requests to hosts, where they took place.", "phase",
+            "notify_server_probe_seconds", "Requests to hosts, in all and phase by phase where a phase took place.", "phase",
             "dns", "connect", "tls", "first_byte", "total",
         )  # fmt: skip
         self._surveyed: tuple[float | None, int] | None = None
@@ -258,7 +258,7 @@ class Metrics:
         )
         self.gauge(
             "notify_server_prune_last_run_duration_seconds",
-            "How long that took.",
+            "How long retention took when it was last gone through to its end.",
             lambda: self._prune[1] if self._prune else None,
         )
 
@@ -267,8 +267,8 @@ class Metrics:
         self._prune = at, seconds
 
     def surveyed(self, oldest_pending_at: float | None, rejections: int) -> None:
-        """What only a walk over the record tells: when its oldest batch without a verdict came, in Unix seconds, and how
-        many refused bodies it has."""
+        """What only a walk over the record tells: when its oldest batch without a verdict came, in Unix seconds, and
+        how many refused bodies it has."""
         self._surveyed = oldest_pending_at, rejections
 
     def watch_survey(self, now: Callable[[], float]) -> None:

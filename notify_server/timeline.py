@@ -158,12 +158,11 @@ class HostRates:
         end = (now // STEP_SECONDS + 1) * STEP_SECONDS
         for result in results:
             host = result.file.host
-            steps = self._hosts.get(host)
-            if steps is None or steps[-1][0] != end:
-                steps = self._hosts.pop(host, None) or deque(maxlen=STEPS_KEPT)
+            # Asked last stands last.
+            steps = self._hosts.pop(host) if host in self._hosts else deque(maxlen=STEPS_KEPT)
+            self._hosts[host] = steps
+            if not steps or steps[-1][0] != end:
                 steps.append([end, 0, 0, 0.0])
-                # Asked last stands last.
-                self._hosts[host] = steps
                 if len(self._hosts) > HOSTS_KEPT:
                     del self._hosts[next(iter(self._hosts))]
             step = steps[-1]
@@ -173,7 +172,8 @@ class HostRates:
 
     def rates(self, now: float) -> dict[str, HostRate]:
         """By host; hosts that have not been asked in the last minute are left out."""
-        oldest = now - STEPS_KEPT * STEP_SECONDS
+        # As many steps as are kept of a host that is asked all the time: none of what they tell is older than a minute.
+        oldest = (now // STEP_SECONDS + 1 - STEPS_KEPT) * STEP_SECONDS
         rates: dict[str, HostRate] = {}
         for host, steps in self._hosts.items():
             recent = [step for step in steps if step[0] > oldest]

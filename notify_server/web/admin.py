@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
+import secrets
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from uuid import uuid4
 
 import structlog
 import yarl
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from notify_server.config import Config
-from notify_server.web.callback import client_address
+from notify_server.web.callback import client_address, within
 from notify_server.web.errors import RefusedError, error_response
 from notify_server.web.rate_limit import RateLimit, source_of
 
@@ -36,7 +38,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOCAL_NAMES = frozenset({"localhost", "localhost."})
-FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+# What proxies add. One that adds nothing, as nginx unless it is told to, still speaks HTTP/1.0 to us.
+_FORWARDED = re.compile(
+    "forwarded|via|x-forwarded-.+|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip", re.IGNORECASE
+)
 
 
 def _is_loopback(host: str) -> bool:
@@ -60,7 +65,8 @@ class Admin:
     def __init__(self, config: Config, now: Callable[[], int]) -> None:
         token = config.auth.admin_token
         self._token = token.get_secret_value().encode() if token is not None else None
-        self._key = hmac.digest(self._token or b"", b"notify_server log-in", hashlib.sha256)
+        # Without a token nobody logs in, and nobody can know the key.
+        self._key = hmac.digest(self._token or secrets.token_bytes(), b"notify_server log-in", hashlib.sha256)
         self._trusted = config.server.trusted_proxies
         self._secure = config.server.ssl_certificate is not None
         self._logins = RateLimit(LOGINS_A_SECOND)
@@ -90,36 +96,57 @@ class Admin:
 
         `csrf` is the token of a form; a script sends it in a header.
         """
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if self._token is None:
             self._check_local(request)
-        elif "Authorization" in request.headers:
-            scheme, _, credentials = request.headers["Authorization"].partition(" ")
-            presented = credentials.strip().encode("utf-8", "surrogatepass")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(presented, self._token):
-                raise _unauthorized("this is not the admin_token")
+        elif scheme.lower() == "bearer":
             # A page of another site cannot make a browser send this header.
+            if not hmac.compare_digest(credentials.strip().encode("utf-8", "surrogatepass"), self._token):
+                raise _unauthorized("this is not the admin_token")
             return
         elif not self.logged_in(request):
             raise _unauthorized("send the admin_token as Authorization: Bearer, or log in")
-        if request.method not in SAFE_METHODS:
-            self._check_same_site(request)
-            presented_csrf = csrf if csrf is not None else request.headers.get(CSRF_HEADER, "")
-            if self._token is not None and not hmac.compare_digest(
-                presented_csrf.encode("utf-8", "surrogatepass"), self.csrf(request).encode()
-            ):
-                raise RefusedError(403, "403", f"{CSRF_HEADER}: is missing or stale, load the page again")
+        if request.method in SAFE_METHODS:
+            self._check_not_embedded(request)
+            return
+        self.check_same_site(request)
+        presented = csrf if csrf is not None else request.headers.get(CSRF_HEADER, "")
+        if self._token is not None and not hmac.compare_digest(
+            presented.encode("utf-8", "surrogatepass"), self.csrf(request).encode()
+        ):
+            raise RefusedError(403, "403", f"{CSRF_HEADER}: is missing or stale, load the page again")
 
     def _check_local(self, request: web.Request) -> None:
         # Whoever comes through a proxy, or under a name that a page of another site has made point here, is not local.
-        local = _is_loopback(request.remote or "") and not any(name in request.headers for name in FORWARDED)
-        host = _host_of(request)
-        if not local or not (_is_loopback(host) or host in LOCAL_NAMES):
+        peer, host = request.remote or "", _host_of(request)
+        forwarded = (
+            within(peer, self._trusted)
+            or request.version < HttpVersion11
+            or any(_FORWARDED.fullmatch(name) for name in request.headers)
+        )
+        if forwarded or not _is_loopback(peer) or not (_is_loopback(host) or host in LOCAL_NAMES):
             raise RefusedError(403, "403", "without [auth] admin_token this is answered on this machine only: set one")
 
-    def _check_same_site(self, request: web.Request) -> None:
-        site = request.headers.get("Sec-Fetch-Site", "same-origin")
+    @staticmethod
+    def _check_not_embedded(request: web.Request) -> None:
+        """A page of another site may lead here, but neither fetch nor frame what is here (W3C Fetch Metadata)."""
+        led = (
+            request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
+        )
+        if not led and not _is_same_site(request):
+            raise RefusedError(403, "403", "other sites cannot look at this")
+
+    def check_same_site(self, request: web.Request) -> None:
+        """Raises RefusedError when a page of another site has made the browser send this. Programs send neither of the
+        headers that tell.
+        """
         origin = request.headers.get("Origin")
-        if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != request.host):
+        # Browsers tell the site on https and on this machine only. A proxy may have changed the host.
+        if "Sec-Fetch-Site" in request.headers:
+            same = _is_same_site(request)
+        else:
+            same = origin is None or origin.partition("://")[2] == request.host
+        if not same:
             raise RefusedError(403, "403", "requests from other sites are not taken")
 
     # Log-in
@@ -140,7 +167,7 @@ class Admin:
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="Strict",
-            secure=self._secure or request.secure,
+            secure=self._secure or self._came_by_tls(request),
             path="/",
         )
         log.info("logged in", remote=peer)
@@ -153,6 +180,8 @@ class Admin:
 
     def logged_in(self, request: web.Request) -> bool:
         """Whether the request has a cookie of ours that has not ended."""
+        if self._token is None:
+            return False
         ends, _, mac = request.cookies.get(COOKIE, "").partition(".")
         if not (ends.isascii() and ends.isdigit() and len(ends) < 16):
             return False
@@ -164,8 +193,17 @@ class Admin:
         """What forms and scripts of a page send back, so that it is known to be ours."""
         return self._mac(f"csrf {request.cookies.get(COOKIE, '')}")
 
+    def _came_by_tls(self, request: web.Request) -> bool:
+        """Whether a trusted proxy says that the browser spoke TLS to it."""
+        told = request.headers.get("X-Forwarded-Proto", "").strip().lower()
+        return told == "https" and within(request.remote or "", self._trusted)
+
     def _mac(self, text: str) -> str:
         return hmac.new(self._key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _is_same_site(request: web.Request) -> bool:
+    return request.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
 
 
 def _unauthorized(message: str) -> RefusedError:

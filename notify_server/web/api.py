@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar, cast
 from uuid import uuid4
@@ -52,6 +53,7 @@ from notify_server.timeline import HostRate, HostRates, Sample, Timeline
 from notify_server.web.admin import Admin
 from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.openapi import Endpoint, document
+from notify_server.web.parameters import from_json, from_query, refuse_all
 from notify_server.web.stream import Stream
 
 log = structlog.get_logger("notify_server.web")
@@ -59,6 +61,14 @@ log = structlog.get_logger("notify_server.web")
 T = TypeVar("T")
 
 BODY_LIMIT = 64 * 1024
+# What a client takes for a body, or nothing of what is sent to it, before it is given up.
+STALLED_SECONDS = 30.0
+HEADERS = {
+    "Cache-Control": "no-store",
+    # No page of another site can have the answer among its own parts.
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 # What is counted over the whole record is good for this long, and for this many times what counting it took.
 FRESH_SECONDS = 1.0
 FRESH_FACTOR = 20.0
@@ -209,21 +219,25 @@ class Remembered:
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[float, Any]] = {}
-        self._lock = asyncio.Lock()
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._changes = 0
 
     async def get(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
         """The answer under this name, asked for when there is none that is fresh."""
-        async with self._lock:
+        async with self._locks[name]:
             until, answer = self._answers.get(name, (0.0, None))
             if time.monotonic() >= until:
-                began = time.monotonic()
+                began, changes = time.monotonic(), self._changes
                 answer = await ask()
                 ended = time.monotonic()
-                self._answers[name] = ended + max(FRESH_SECONDS, FRESH_FACTOR * (ended - began)), answer
+                # What was asked before a change may not show it.
+                if changes == self._changes:
+                    self._answers[name] = ended + max(FRESH_SECONDS, FRESH_FACTOR * (ended - began)), answer
             return cast("T", answer)
 
     def forget(self) -> None:
         """Something has been changed by hand: the next answers show it."""
+        self._changes += 1
         self._answers.clear()
 
 
@@ -248,11 +262,11 @@ class Api:
         self._rates = rates
         self._stream = stream
         self._remembered = Remembered()
-        self._document = msgspec.json.encode(document(ENDPOINTS, live.version))
+        self._document = msgspec.json.encode(document(ENDPOINTS, live.version, guarded=admin.needs_login))
 
     async def describe(self, request: web.Request) -> web.Response:
         """The OpenAPI document."""
-        return web.Response(body=self._document, content_type="application/json")
+        return web.Response(body=self._document, content_type="application/json", headers=HEADERS)
 
     async def handle(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         """Answer a request to the endpoint's path, whatever its method."""
@@ -267,7 +281,9 @@ class Api:
             refused = busy(str(error))
         if refused.status >= 500:
             log.warning("not answered", request_id=request_id, path=request.path, error=refused.message)
-        return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
+        elif refused.status in (401, 403):
+            log.info("refused", request_id=request_id, path=request.path, status=refused.status, detail=refused.message)
+        return error_response(request_id, refused.status, refused.code, refused.message, {**HEADERS, **refused.headers})
 
     async def _answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         if request.method not in (endpoint.method, "HEAD" if endpoint.method == "GET" else endpoint.method):
@@ -277,17 +293,17 @@ class Api:
         arguments: list[Any] = [request] if endpoint.media else []
         arguments += [self._id(request.match_info[name]) for name in endpoint.parameters]
         if endpoint.query is not None:
-            arguments.append(_convert(dict(request.query), endpoint.query))
+            arguments.append(from_query(request.query, endpoint.query))
+        else:
+            refuse_all(request.query)
         if endpoint.body is not None:
-            arguments.append(await _body(request, endpoint.body))
+            arguments.append(from_json(await _body(request), endpoint.body))
         answer = await getattr(self, endpoint.handler)(*arguments)
         if isinstance(answer, web.StreamResponse):
             return answer
         if answer is None:
             raise RefusedError(404, "404", "there is none with this id: it may have been deleted")
-        return web.Response(
-            body=msgspec.json.encode(answer), content_type="application/json", headers={"Cache-Control": "no-store"}
-        )
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json", headers=HEADERS)
 
     @staticmethod
     def _id(text: str) -> int:
@@ -367,39 +383,46 @@ class Api:
     async def export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
         """A page at a time, so that memory is bounded, and nothing goes on once the client has gone."""
         wanted = FileFilter(query.batch, query.state, query.reason, query.host)
-        page = await _paged(self.records.files(wanted, None, EXPORT_ROWS))
         csv = query.format == "csv"
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/csv; charset=utf-8" if csv else "application/x-ndjson",
-                "Content-Disposition": f'attachment; filename="files.{query.format}"',
-                "Cache-Control": "no-store",
-            }
+        lines = csv_lines if csv else ndjson_lines
+        page = await self.records.files(wanted, None, EXPORT_ROWS)
+        response = await _begin(
+            request,
+            "text/csv; charset=utf-8" if csv else "application/x-ndjson",
+            {"Content-Disposition": f'attachment; filename="files.{query.format}"'},
         )
-        await response.prepare(request)
-        if csv:
-            await response.write(csv_header())
-        while True:
-            await response.write((csv_lines if csv else ndjson_lines)(page.items))
-            if page.next is None:
+        if request.method == "HEAD":
+            return response
+        await _send(request, response, (csv_header() if csv else b"") + lines(page.items))
+        while page.next is not None:
+            try:
+                page = await self.records.files(wanted, page.next, EXPORT_ROWS)
+            except StoreUnavailableError as error:
+                # What has been sent cannot be taken back: only a connection that breaks off says that it is not all.
+                log.warning("export broken off", error=str(error))
+                _break_off(request)
                 break
-            page = await self.records.files(wanted, page.next, EXPORT_ROWS)
-        await response.write_eof()
+            await _send(request, response, lines(page.items))
         return response
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         if self._stream.full:
-            raise busy("too many are listening already")
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await response.prepare(request)
+            raise busy("too many are listening already, or this is on its way out")
+        # nginx would keep events until it has many.
+        headers = {"X-Accel-Buffering": "no"}
+        if request.method == "HEAD":
+            return await _begin(request, "text/event-stream", headers)
         with self._stream.listen() as messages:
+            response = await _begin(request, "text/event-stream", headers)
             async for message in messages:
-                await response.write(message)
+                await _send(request, response, message)
         return response
 
     # Actions
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
+        if wanted.dry_run:
+            return await _refusable(self._actions.recheck(wanted))
         return await self._act(self._actions.recheck(wanted))
 
     async def replay(self, id: int) -> Replayed | None:
@@ -410,11 +433,16 @@ class Api:
 
     async def _act(self, action: Awaitable[T]) -> T:
         try:
-            return await action
-        except ActionRefusedError as error:
-            raise RefusedError(400, "400", str(error)) from error
+            return await _refusable(action)
         finally:
             self._remembered.forget()
+
+
+async def _refusable(action: Awaitable[T]) -> T:
+    try:
+        return await action
+    except ActionRefusedError as error:
+        raise RefusedError(400, "400", str(error)) from error
 
 
 async def _paged(page: Awaitable[Page[T]]) -> Page[T]:
@@ -424,33 +452,40 @@ async def _paged(page: Awaitable[Page[T]]) -> Page[T]:
         raise RefusedError(400, "400", str(error)) from error
 
 
-def _convert(values: dict[str, str], kind: type[T]) -> T:
-    """Parameters of an address as the type they are to have. Raises RefusedError naming the one that is wrong."""
-    try:
-        return msgspec.convert(values, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise _wrong(error) from error
-
-
-async def _body(request: web.Request, kind: type[T]) -> T:
-    """The body as its type. Raises RefusedError."""
+async def _body(request: web.Request) -> bytes:
+    """The body. Raises RefusedError."""
     if request.content_type != "application/json" or "Content-Encoding" in request.headers:
         # A form of another site could not send this without asking first.
         raise RefusedError(415, "415", "Content-Type: must be application/json")
-    body = await request.content.read(BODY_LIMIT + 1)
-    while len(body) <= BODY_LIMIT and (part := await request.content.read(BODY_LIMIT + 1 - len(body))):
-        body += part
-    if len(body) > BODY_LIMIT:
-        raise RefusedError(413, "413", f"body: larger than {BODY_LIMIT} bytes", headers={"Connection": "close"})
+    body = b""
     try:
-        return msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.ValidationError as error:
-        raise _wrong(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError(400, "400", f"body: is not JSON ({error})") from error
+        async with asyncio.timeout(STALLED_SECONDS):
+            while part := await request.content.read(BODY_LIMIT + 1):
+                body += part
+                if len(body) > BODY_LIMIT:
+                    raise RefusedError(413, "413", f"body: larger than {BODY_LIMIT} bytes")
+    except TimeoutError:
+        raise RefusedError(408, "408", "body: did not come in time", headers={"Connection": "close"}) from None
+    return body
 
 
-def _wrong(error: msgspec.ValidationError) -> RefusedError:
-    what, _, where = str(error).partition(" - at `$")
-    place = where.rstrip("`").lstrip(".") or "parameters"
-    return RefusedError(400, "400", f"{place}: {what[:1].lower()}{what[1:]}")
+async def _begin(request: web.Request, content_type: str, headers: Mapping[str, str]) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": content_type, **HEADERS, **headers})
+    await response.prepare(request)
+    return response
+
+
+async def _send(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Send a part of the body. Raises ConnectionError when the client has gone, or takes nothing."""
+    try:
+        async with asyncio.timeout(STALLED_SECONDS):
+            await response.write(data)
+    except TimeoutError:
+        log.info("client takes nothing, cut off", path=request.path, remote=request.remote)
+        _break_off(request)
+        raise ConnectionResetError("the client takes nothing") from None
+
+
+def _break_off(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
 from random import getrandbits
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
 
 from notify_server.config import Config, IPNetwork
 from notify_server.contract import signature, wire
+from notify_server.contract.trace_context import TraceParent, parse_traceparent
 from notify_server.errors import (
     ContractError,
     NonceReusedError,
@@ -27,6 +29,9 @@ from notify_server.observe import ACCEPTED, Metrics
 from notify_server.store.base import Store
 from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.rate_limit import RateLimit, source_of
+
+if TYPE_CHECKING:
+    from notify_server.tracing import CallbackSpan, Tracing
 
 log = structlog.get_logger("notify_server.web")
 
@@ -92,7 +97,13 @@ class Callback:
     """The handler of the callback path. Both clocks give Unix ms; what is signed is checked against `wall`."""
 
     def __init__(
-        self, config: Config, store: Store, metrics: Metrics, now: Callable[[], int], wall: Callable[[], int]
+        self,
+        config: Config,
+        store: Store,
+        metrics: Metrics,
+        now: Callable[[], int],
+        wall: Callable[[], int],
+        tracing: Tracing | None = None,
     ) -> None:
         self._server, self._auth = config.server, config.auth
         self._max_files = config.contract.max_files
@@ -104,6 +115,7 @@ class Callback:
         self._loud_at = 0.0
         self._now = now
         self._wall = wall
+        self._tracing = tracing
         # Bodies that were not there with their headers, and are being waited for.
         self._arriving = 0
         self._arrived = asyncio.Event()
@@ -116,7 +128,26 @@ class Callback:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer a request to the callback path, whatever its method."""
-        request_id = new_request_id()
+        caller = None
+        # What every line of the log has that concerns this request.
+        about = {"request_id": new_request_id()}
+        if "traceparent" in request.headers:
+            caller = parse_traceparent(request.headers.getall("traceparent"))
+            if caller is not None:
+                about["trace_id"] = caller.trace_id
+        if self._tracing is None:
+            return await self._answer(request, about, caller, None)
+        path = self._server.callback_path
+        with self._tracing.callback(about["request_id"], caller, request.method, path, request.remote or "") as span:
+            about["trace_id"] = span.trace_id
+            response = await self._answer(request, about, caller, span)
+            span.answered(response.status)
+            return response
+
+    async def _answer(
+        self, request: web.Request, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
+    ) -> web.Response:
+        request_id = about["request_id"]
         started = asyncio.get_running_loop().time()
         body = b""
         remote = request.remote or ""
@@ -127,36 +158,38 @@ class Callback:
                 raise RefusedError(
                     415, "415", f"Content-Type: must be application/json, not {content_type[:80]}", keep=True
                 )
-            delivery = self._check(body, request_id, remote)
+            delivery = self._check(body, request_id, remote, caller)
             await self._store.accept(delivery)
         except ConnectionError:
             # The caller has hung up half-way through its body; nobody reads this.
-            self._debug("hung up", request_id=request_id, remote=remote)
+            self._debug("hung up", **about, remote=remote)
             return error_response(request_id, 400, "400", "the body is not complete")
         except RefusedError as error:
-            return await self._refuse(request_id, remote, body, error)
+            return await self._refuse(about, remote, body, error)
         except ContractError as error:
             # An envelope that cannot be opened.
-            return await self._refuse(request_id, remote, body, RefusedError(400, "400", str(error), keep=True))
+            return await self._refuse(about, remote, body, RefusedError(400, "400", str(error), keep=True))
         except SignatureError as error:
-            log.warning("signature refused", request_id=request_id, remote=remote, error=str(error))
+            log.warning("signature refused", **about, remote=remote, error=str(error))
             if error.code == signature.TIMESTAMP_EXPIRED:
                 refused = RefusedError(403, "403001", "请求时间非法或已过期 timestamp invalid or expired")
             else:
                 refused = RefusedError(401, "401001", SIGNATURE_MESSAGE)
-            return await self._refuse(request_id, remote, body, refused)
+            return await self._refuse(about, remote, body, refused)
         except NonceReusedError as error:
-            log.warning("nonce refused", request_id=request_id, remote=remote, error=str(error))
+            log.warning("nonce refused", **about, remote=remote, error=str(error))
             refused = RefusedError(403, "403002", "请勿重复请求 duplicate request")
-            return await self._refuse(request_id, remote, body, refused)
+            return await self._refuse(about, remote, body, refused)
         except StoreUnavailableError as error:
-            log.error("not accepted, the store cannot commit", request_id=request_id, error=str(error))
-            return await self._refuse(request_id, remote, body, busy("the store cannot commit, send it again"))
+            log.error("not accepted, the store cannot commit", **about, error=str(error))
+            return await self._refuse(about, remote, body, busy("the store cannot commit, send it again"))
         except Exception as error:
-            return await self._refuse(request_id, remote, body, _failed(request_id, error))
+            return await self._refuse(about, remote, body, _failed(about, error))
         self._acks.observe(asyncio.get_running_loop().time() - started)
         self._callbacks.add(ACCEPTED)
-        self._debug("accepted", request_id=request_id, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
+        if span is not None:
+            span.accepted(delivery)
+        self._debug("accepted", **about, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
         return web.Response(
             body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
         )
@@ -239,7 +272,7 @@ class Callback:
             keep=True,
         )
 
-    def _check(self, body: bytes, request_id: str, remote: str) -> Delivery:
+    def _check(self, body: bytes, request_id: str, remote: str, caller: TraceParent | None) -> Delivery:
         """The body as a delivery. Raises ContractError, SignatureError."""
         now = self._now()
         wall = self._wall()
@@ -271,9 +304,11 @@ class Callback:
             proven_by,
             request_id,
             nonce,
+            caller.text if caller is not None else None,
         )
 
-    async def _refuse(self, request_id: str, remote: str, body: bytes, refused: RefusedError) -> web.Response:
+    async def _refuse(self, about: dict[str, str], remote: str, body: bytes, refused: RefusedError) -> web.Response:
+        request_id = about["request_id"]
         # Where a signature is required, whatever comes before its proof may be anybody's.
         if refused.keep and (refused.proven or self._auth.signature != "required"):
             detail = refused.message[:DETAIL_LIMIT]
@@ -281,19 +316,19 @@ class Callback:
                 await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body, request_id))
             except StoreUnavailableError as error:
                 # Not kept, so not to be given up by the sender either.
-                log.error("not kept, the store cannot commit", request_id=request_id, error=str(error))
+                log.error("not kept, the store cannot commit", **about, error=str(error))
                 refused = busy("the store cannot commit, send it again")
             except Exception as error:
-                refused = _failed(request_id, error)
+                refused = _failed(about, error)
         self._callbacks.add(refused.code)
         # One of a flood that is kept out is no news.
         tell = self._debug if refused.status == 429 else log.info
-        tell("refused", request_id=request_id, remote=remote, status=refused.status, detail=refused.message)
+        tell("refused", **about, remote=remote, status=refused.status, detail=refused.message)
         return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
 
 
-def _failed(request_id: str, error: Exception) -> RefusedError:
-    log.error("a request failed, please report this", request_id=request_id, exc_info=error)
+def _failed(about: dict[str, str], error: Exception) -> RefusedError:
+    log.error("a request failed, please report this", **about, exc_info=error)
     return RefusedError(500, "500", "系统异常 system error, try again")
 
 

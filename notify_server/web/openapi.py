@@ -47,8 +47,8 @@ class Endpoint(NamedTuple):
         return re.findall(r"{(\w+)}", self.path)
 
 
-def document(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
-    """The OpenAPI document."""
+def document(endpoints: Sequence[Endpoint], version: str, *, guarded: bool = True) -> dict[str, Any]:
+    """The OpenAPI document; `guarded` tells whether there is an admin_token."""
     types = [kind for e in endpoints for kind in (e.query, e.body, e.answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
@@ -99,7 +99,7 @@ def document(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
             "schemas": {**{name: schema for name, schema in components.items() if name not in queries}, "Error": ERROR},
             "securitySchemes": {"admin_token": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{"admin_token": []}, {}],
+        "security": [{"admin_token": []}] if guarded else [],
     }
 
 
@@ -111,13 +111,14 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
         content = {"application/json": {"schema": of_type[id(endpoint.answer)]}}
     responses: dict[str, Any] = {
         "200": {"description": "The answer.", "content": content},
+        "400": {"description": "A parameter is wrong; msg names it.", "content": refused},
         "401": {"description": "The admin_token is missing or wrong.", "content": refused},
         "403": {"description": "Not from here.", "content": refused},
+        "405": {"description": "Not with this method; Allow tells which.", "content": refused},
         "503": {"description": "The record cannot be read or changed now, try again.", "content": refused},
     }
-    if endpoint.query is not None or endpoint.body is not None:
-        responses["400"] = {"description": "A parameter is wrong; msg names it.", "content": refused}
     if endpoint.body is not None:
+        responses["408"] = {"description": "The body did not come in time.", "content": refused}
         responses["413"] = {"description": "The body is too large.", "content": refused}
         responses["415"] = {"description": "The body is not JSON.", "content": refused}
     if endpoint.parameters:

@@ -19,11 +19,12 @@ class Stream:
 
     def __init__(self) -> None:
         self._listeners: set[asyncio.Queue[bytes | None]] = set()
+        self._closed = False
 
     @property
     def full(self) -> bool:
-        """Whether there are as many listeners as there may be."""
-        return len(self._listeners) >= LISTENERS_MOST
+        """Whether nobody more may listen: there are as many as there may be, or it is closed."""
+        return self._closed or len(self._listeners) >= LISTENERS_MOST
 
     def publish(self, event: str, data: object) -> None:
         """Send an event; `data` becomes JSON."""
@@ -47,7 +48,8 @@ class Stream:
             self._listeners.discard(queue)
 
     def close(self) -> None:
-        """End every listener's events, after those that are on their way."""
+        """End every listener's events, after those that are on their way, for good."""
+        self._closed = True
         for queue in list(self._listeners):
             self._end(queue)
 

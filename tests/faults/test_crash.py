@@ -18,7 +18,7 @@ async def test_a_batch_resent_after_a_crash_is_merged_with_what_was_committed(tm
             await daemon.kill()
             await daemon.start()
         assert (await daemon.post(body)).status == 200
-        await daemon.eventually("SELECT deliveries = 4 FROM batch")
+        await daemon.eventually("SELECT sum(deliveries) = 4 FROM batch")
         await daemon.eventually(SETTLED)
         (row,) = daemon.sql("SELECT verdict, files FROM batch")
         assert tuple(row) == ("complete", 2)

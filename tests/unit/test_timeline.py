@@ -73,7 +73,7 @@ happenings = st.fixed_dictionaries(
     {
         "codes": st.lists(st.sampled_from(CODES), max_size=9),
         "reasons": st.lists(st.sampled_from(REASONS), max_size=9),
-        "states": st.lists(st.sampled_from(list(timeline.FileState)), max_size=9),
+        "states": st.lists(st.sampled_from(list(FileState)), max_size=9),
         "verdicts": st.lists(st.sampled_from([Verdict.COMPLETE, Verdict.INCOMPLETE]), max_size=9),
         "acks": st.lists(durations, max_size=9),
         "seconds": st.floats(0.5, 90.0),
