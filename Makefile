@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
+STAMP_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format demo bench torture clean
@@ -31,9 +32,11 @@ format: $(STAMP_DEV) ## Format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(STAMP_DEV) ## Measure acks and probes beside what could be had at best; PARTS="acks probes backlog"
+bench: $(STAMP_DEV) ## Measure it beside others for half an hour; PARTS="acks latency probes together growth …", QUICK=1, JSON=, PLOTS=
+	@$(MAKE) --no-print-directory $(STAMP_BENCH) || echo "what is missing is told in the tables" >&2
 	@$(PYTHON) tests/debian.py nginx wrk
-	@$(BIN)/python -m tests.bench $(PARTS)
+	@$(PYTHON) tests/debian.py curl webhook || echo "what is missing is told in the tables" >&2
+	@$(BIN)/python -m tests.bench $(PARTS) $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON)) $(if $(PLOTS),--plots $(PLOTS))
 
 torture: $(STAMP_DEV) ## Kill, stop, soak and deceive it for 20 minutes; PARTS="crash fsync stop soak …", SCALE=0.1, SEED=1
 	@$(PYTHON) tests/debian.py strace nginx
@@ -50,4 +53,8 @@ $(STAMP): pyproject.toml
 
 $(STAMP_DEV): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(STAMP_BENCH): $(STAMP_DEV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import platform
-import math
 import random
 import sqlite3
 import ssl
@@ -40,9 +40,9 @@ from notify_server.verify.frames import ProberConfig
 from notify_server.verify.guard import Guard
 from notify_server.verify.link import ProberLink
 from notify_server.verify.pool import Pool
+from notify_server.web import rendering
 from notify_server.web.admin import Admin
 from notify_server.web.api import ENDPOINTS, Api, Live
-from notify_server.web import rendering
 from notify_server.web.callback import Callback
 from notify_server.web.dashboard import VIEWS, Dashboard, View
 from notify_server.web.errors import error_response
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("notify_server")
 
 STORE = web.AppKey("store", Store)
-RECORDS = web.AppKey("records", SqliteRecords)
+RECORDS = web.AppKey("records", Records)
 POOL = web.AppKey("pool", Pool)
 METRICS = web.AppKey("metrics", Metrics)
 CALLBACK = web.AppKey("callback", Callback)
@@ -110,10 +110,12 @@ def make_app(
     async def store(app: web.Application) -> AsyncIterator[None]:
         (commits,) = app[METRICS].commit_seconds.series.values()
         on_commit = commits.observe
-        opened = app[STORE] = await SqliteStore.open(config.store.path, on_commit=on_commit)
+        opened, records = await _open_store(config, on_commit, lambda: app[POOL].look() if POOL in app else None)
+        app[STORE] = opened
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
-        app[METRICS].watch_files(config.store.path)
-        app[RECORDS] = SqliteRecords(config.store.path)
+        if not config.store.is_postgres:
+            app[METRICS].watch_files(config.store.path)
+        app[RECORDS] = records
         yield
         await app[RECORDS].close()
         await opened.close()
@@ -218,6 +220,20 @@ def make_app(
     return app
 
 
+async def _open_store(
+    config: Config, on_commit: Callable[[float], object], on_work: Callable[[], object]
+) -> tuple[Store, Records]:
+    if not config.store.is_postgres:
+        store = await SqliteStore.open(config.store.path, on_commit=on_commit)
+        return store, SqliteRecords(config.store.path)
+    # Its driver is loaded by those who use it.
+    from notify_server.store.postgres import PostgresStore
+    from notify_server.store.postgres_records import PostgresRecords
+
+    shared = await PostgresStore.open(config.store.url, lease=config.store.lease, on_commit=on_commit, on_work=on_work)
+    return shared, await PostgresRecords.open(config.store.url)
+
+
 async def _callback(request: web.Request) -> web.Response:
     response = await request.app[CALLBACK].handle(request)
     if request.app[DRAINING].is_set():
@@ -263,8 +279,9 @@ async def _openapi(request: web.Request) -> web.StreamResponse:
 
 
 async def _not_found(request: web.Request) -> web.Response:
-    log.debug("nothing there", method=request.method, path=request.path, remote=request.remote)
-    return error_response(str(uuid4()), 404, "404", "nothing is served at this path")
+    request_id = str(uuid4())
+    log.debug("nothing there", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
+    return error_response(request_id, 404, "404", "nothing is served at this path")
 
 
 def _tell(verdicts: Sequence[BatchVerdict], metrics: Metrics, stream: Stream) -> None:
@@ -488,7 +505,7 @@ def _announce(config: Config, listener: asyncio.Server) -> None:
     urls = [
         f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.server.callback_path}" for host, port in hosts
     ]
-    log.info("ready for notifications", url=urls[0], store=str(config.store.path))
+    log.info("ready for notifications", url=urls[0], store=config.store.place)
     auth = config.auth
     protected = auth.callback_token or auth.callback_networks or auth.signature == "required"
     if not protected and not all(ip_address(host).is_loopback for host, _ in hosts):

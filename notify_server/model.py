@@ -264,8 +264,8 @@ class FileResult(msgspec.Struct, frozen=True, gc=False):
 
 
 class BatchVerdict(msgspec.Struct, frozen=True):
-    """A verdict that has just been reached and committed. `request_id` and `traceparent` are those of the batch's latest
-    delivery, None when it is not kept any more.
+    """A verdict that has just been reached and committed. `request_id` and `traceparent` are those of the batch's
+    latest delivery, None when it is not kept any more.
     """
 
     batch: int

@@ -245,8 +245,8 @@ class Metrics:
             "notify_server_probes", 'Requests made to hosts, by the reason they failed for, or "ok".', "reason", "ok"
         )
         self.probe_seconds = self._durations(
-            "notify_server_probe_seconds", "Requests to hosts, in all and phase by phase where a phase took place.", "phase",
-            "dns", "connect", "tls", "first_byte", "total",
+            "notify_server_probe_seconds", "Requests to hosts, in all and phase by phase where a phase took place.",
+            "phase", "dns", "connect", "tls", "first_byte", "total",
         )  # fmt: skip
         self._surveyed: tuple[float | None, int] | None = None
         self.pruned_rows = self._counts("notify_server_pruned_rows", "Rows that retention has deleted.", "")

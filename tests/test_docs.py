@@ -13,13 +13,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 
+from notify_server.cli.main import app as cli
 from notify_server.config import Config, VerifyConfig
 from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError
 from notify_server.model import FileState, Reason, Verdict
 from notify_server.store.queries import load_migrations
 from notify_server.store.sqlite import ATTEMPTS_KEPT, REJECTION_BYTES_KEPT, REJECTIONS_KEPT
+from notify_server.web.api import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
@@ -130,7 +133,31 @@ def test_both_languages_show_the_same_commands_and_output() -> None:
 
 def test_files_that_the_readmes_link_to_exist(readme: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", readme)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_routes_of_the_api_that_are_shown_exist(readme: str) -> None:
+    shown = set(re.findall(r"8080(/api/v1/[a-z0-9/]+)", readme))
+    served = {re.sub(r"{\w+}", "1", endpoint.path) for endpoint in ENDPOINTS}
+    assert shown
+    assert shown <= served
+
+
+def test_the_metrics_named_are_those_of_the_dashboard_that_is_checked_against_the_server(readme: str) -> None:
+    table = readme.partition("| `notify_server_…` |")[2].partition("\n\n")[0]
+    firsts = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = {name for first in firsts for name in re.findall(r"`([a-z_]+)", first)}
+    dashboard = (ROOT / "deploy" / "grafana-dashboard.json").read_text(encoding="utf-8")
+    assert len(named) > 20
+    assert {name for name in named if f"notify_server_{name}" not in dashboard} == set()
+
+
+def test_every_command_is_told(readme: str) -> None:
+    table = readme.partition("| `serve` |")[2].partition("\n\n")[0] + "`serve`"
+    told = set(re.findall(r"`(?:config )?([a-z]+)[^`]*`", table))
+    commands = typer.main.get_command(cli)
+    names = set(getattr(commands, "commands", {})) - {"config"}
+    assert names - told == set()
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["simulate"]])

@@ -242,7 +242,7 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Show it once, also on a terminal.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is going on, every second on a terminal, and the record in numbers."""
+    """Show what is going on, every second on a terminal until Ctrl-C (exit status 130), and the record in numbers."""
     from notify_server.cli import record
 
     record.run(config or context.obj, url, lambda _, source: record.status(source, once=once, as_json=as_json))

@@ -9,9 +9,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import msgspec
+import structlog
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -20,14 +21,15 @@ from rich.text import Text
 from notify_server.actions import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
 from notify_server.cli.source import Acting, Remote, Source, SourceError, acting, reading
-from notify_server.config import Config, LogConfig, duration
+from notify_server.config import Config, duration
 from notify_server.errors import NotifyServerError
 from notify_server.model import CircuitState, FileState, Verdict
-from notify_server.observe import set_up_logging
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.records import BatchDetail, BatchFilter, BatchItem, FileFilter, FileItem, Page, Totals
-from notify_server.timeline import Sample
-from notify_server.web.api import Host, Status
+
+if TYPE_CHECKING:
+    from notify_server.timeline import Sample
+    from notify_server.web.api import Host, Status
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -51,7 +53,11 @@ class UsageError(NotifyServerError):
 def run(config_path: Path | None, url: str | None, work: Callable[[Config, Source], Awaitable[int]]) -> None:
     """Do the work with the record that is named, say on standard error which that is, and exit with what it returns."""
     config = read_config(config_path)
-    set_up_logging(LogConfig(level="warning"))
+    # What a daemon would log is no news here, but what goes wrong is.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("warning"),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
     async def do() -> int:
         async with reading(config, url) as source:
@@ -70,7 +76,7 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
     except UsageError as error:
         print(error, file=sys.stderr)
         code = EXIT_USAGE
-    except NotifyServerError as error:
+    except (NotifyServerError, OSError) as error:
         print(f"notify_server: {error}", file=sys.stderr)
         code = EXIT_FAILED
     raise SystemExit(code)
@@ -82,16 +88,18 @@ def _print_json(item: object) -> None:
 
 def moment(text: str) -> datetime:
     """A time given to a command: RFC 3339, a date, or how long ago, like "2h". Raises UsageError."""
-    with contextlib.suppress(ValueError):
-        return datetime.now(UTC) - timedelta(seconds=duration(text))
     try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError:
+        with contextlib.suppress(ValueError):
+            parsed = datetime.fromisoformat(text)
+            # Without an offset it is this machine's time, as everything that people write is.
+            return parsed if parsed.tzinfo is not None else parsed.astimezone()
+        if text[-1:].isdigit():
+            raise ValueError("a time has a unit")
+        return datetime.now(UTC) - timedelta(seconds=duration(text))
+    except (ValueError, OverflowError):
         raise UsageError(
             f'"{printable(text)}" is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for so long ago'
         ) from None
-    # Without an offset it is this machine's time, as everything that people write is.
-    return parsed if parsed.tzinfo is not None else parsed.astimezone()
 
 
 def _ms(text: str | None) -> int | None:
@@ -190,7 +198,8 @@ async def show(
     """A batch, and its files: those that are not available, unless others are asked for. 1 when it is incomplete."""
     item = await find_batch(source, batch_id, api_code)
     batch = await source.records.batch(item.id)
-    assert batch is not None
+    if batch is None:
+        raise SourceError("the batch has just been deleted")
     states = (
         [state] if state is not None else [None] if every else [s for s in FileState if s is not FileState.AVAILABLE]
     )
@@ -295,14 +304,18 @@ async def export(
     """Write files as CSV or NDJSON, a page at a time."""
     batch = None if batch_id is None else (await find_batch(source, batch_id, api_code)).id
     wanted = FileFilter(batch, state, reason, host)
-    if isinstance(source.records, Remote) and batch is None and reason is None:
-        raise UsageError("over --url name a --batch or a --reason, or fetch /api/v1/export")
     lines = csv_lines if form == "csv" else ndjson_lines
     with contextlib.ExitStack() as stack:
         try:
             file = sys.stdout.buffer if target is None else stack.enter_context(target.open("wb"))
         except OSError as error:
             raise UsageError(f"{target}: cannot be written ({error.strerror})") from error
+        if isinstance(source.records, Remote):
+            async with contextlib.aclosing(source.records.export(wanted, form)) as pieces:
+                async for piece in pieces:
+                    file.write(piece)
+            file.flush()
+            return 0
         if form == "csv":
             file.write(csv_header())
         async for files in _pages(lambda cursor: source.records.files(wanted, cursor, PAGE)):
@@ -314,12 +327,20 @@ async def export(
 # --- actions ---
 
 
-def _confirm(question: str, *, yes: bool) -> bool:
+async def _confirm(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
         raise UsageError("nobody is there to confirm it: add --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes", "是")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    # Reading would keep Ctrl-C waiting; a terminal has whole lines to be read.
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
 
 
 @contextlib.asynccontextmanager
@@ -363,7 +384,7 @@ async def recheck(config: Config, source: Source, chosen: Chosen, *, yes: bool, 
         if wanted.dry_run or not counted.files:
             _print_json(counted) if as_json else print(f"{counted.files:,} files would be asked for anew")
             return 0
-        if not _confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
+        if not await _confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
             return EXIT_FAILED
         files = 0
         while True:
@@ -408,7 +429,7 @@ async def prune(
     """Delete what is old, after saying what that is."""
     wanted = Prune(None if completed is None else moment(completed), None if refused is None else moment(refused))
     now = datetime.now(UTC)
-    if wanted.completed_before is None and wanted.rejections_before is None:
+    if wanted.completed_before is None and wanted.rejections_before is None and source.daemon is not source.records:
         wanted = Prune(
             now - timedelta(seconds=config.retention.completed), now - timedelta(seconds=config.retention.rejections)
         )
@@ -418,8 +439,8 @@ async def prune(
             ("batches completed", wanted.completed_before), ("rejections received", wanted.rejections_before)
         )
         if before is not None
-    ]  # fmt: skip
-    if not _confirm(f"Delete {' and '.join(what)}?", yes=yes):
+    ] or ["what the daemon's [retention] says"]  # fmt: skip
+    if not await _confirm(f"Delete {' and '.join(what)}?", yes=yes):
         return EXIT_FAILED
     rows = 0
     async with _by(config, source) as actor:
@@ -438,32 +459,46 @@ async def prune(
 async def status(source: Source, *, once: bool, as_json: bool) -> int:
     """The record in numbers, and what a running daemon is at; on a terminal again every second until it is stopped."""
     if as_json:
-        totals, live = await _look(source)
-        _print_json({"totals": totals, "status": live[0] if live else None, "hosts": live[1] if live else None})
+        look = await _look(source)
+        if look.problem:
+            print(look.problem, file=sys.stderr)
+        _print_json({"totals": look.totals, "status": look.status, "hosts": look.hosts})
         return 0
     console = output()
     if once or not console.is_terminal:
-        console.print(_screen(source, *await _look(source), width=console.width))
+        console.print(_screen(source, await _look(source)))
         return 0
     with Live(console=console, screen=True, auto_refresh=False) as screen:
         while True:
             began = time.monotonic()
-            screen.update(_screen(source, *await _look(source), width=console.width), refresh=True)
+            screen.update(_screen(source, await _look(source)), refresh=True)
             await asyncio.sleep(max(0.1, 1.0 - (time.monotonic() - began)))
 
 
-async def _look(source: Source) -> tuple[Totals, tuple[Status, list[Host]] | None]:
+class Look(NamedTuple):
+    """The record in numbers, and what the daemon is at, unless none runs or there is a problem with it."""
+
+    totals: Totals
+    status: Status | None = None
+    hosts: list[Host] | None = None
+    problem: str = ""
+
+
+async def _look(source: Source) -> Look:
     totals = await source.records.totals()
     if source.daemon is None:
-        return totals, None
-    return totals, (await source.daemon.status(), (await source.daemon.hosts()).items)
+        return Look(totals)
+    try:
+        return Look(totals, await source.daemon.status(), (await source.daemon.hosts()).items)
+    except SourceError as error:
+        return Look(totals, problem=str(error))
 
 
-def _screen(source: Source, totals: Totals, live: tuple[Status, list[Host]] | None, *, width: int) -> RenderableType:
+def _screen(source: Source, look: Look) -> RenderableType:
+    totals = look.totals
     parts: list[RenderableType] = [Text(source.name, "bold")]
-    if live is not None:
-        status, hosts = live
-        parts += [_now(status.last), _hosts_table(hosts)]
+    if look.status is not None:
+        parts += [_now(look.status.last), _hosts_table(look.hosts or ())]
     counts = Table(title="the record", title_justify="left")
     counts.add_column("")
     for heading in ("all", "pending", "complete", "incomplete"):
@@ -475,12 +510,13 @@ def _screen(source: Source, totals: Totals, live: tuple[Status, list[Host]] | No
         files.add_column(heading, justify="right")
     files.add_row(f"{totals.files:,}", *(f"{getattr(totals, state.value):,}" for state in FileState))
     parts += [counts, files]
-    notes = []
+    if look.problem:
+        parts.append(Text(f"what the daemon is at cannot be told: {printable(look.problem)}", "yellow"))
     if totals.oldest_pending_at is not None:
-        notes.append(f"the oldest batch without a verdict was received {_local(totals.oldest_pending_at)}")
+        parts.append(Text(f"the oldest batch without a verdict was received {_local(totals.oldest_pending_at)}"))
     if totals.rejections:
-        notes.append(f"{totals.rejections:,} refused bodies are kept: `notify-server rejections`")
-    return Group(*parts, *(Text(note) for note in notes))
+        parts.append(Text(f"{totals.rejections:,} refused bodies are kept: `notify-server rejections`"))
+    return Group(*parts)
 
 
 def _now(sample: Sample | None) -> Table:

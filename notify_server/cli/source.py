@@ -5,18 +5,22 @@ Reading never needs the daemon, whether it runs or not. While it runs, it alone 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-import aiohttp
 import msgspec
 
 from notify_server.actions import Actions, Prune, Pruned, Recheck, Rechecked, Replayed
 from notify_server.clock import unix_ms
 from notify_server.config import Config
-from notify_server.errors import NotifyServerError
+from notify_server.errors import NotifyServerError, StoreRefusedError
+from notify_server.store.queries import load_migrations
+from notify_server.store.reader import connect_read_only
 from notify_server.store.records import (
     BatchDetail,
     BatchFilter,
@@ -32,12 +36,18 @@ from notify_server.store.records import (
 )
 from notify_server.store.sqlite import SqliteStore
 from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import holder
-from notify_server.web.api import Host, Status
+from notify_server.store.sqlite_writer import holder, schema_version
+
+if TYPE_CHECKING:
+    # Loaded when a daemon is asked: reading the file should not have to wait for it.
+    import aiohttp
+
+    from notify_server.web.api import Host, Status
 
 T = TypeVar("T")
 
-PATIENCE = aiohttp.ClientTimeout(total=60.0, sock_connect=5.0)
+PATIENCE = 60.0
+CONNECT_PATIENCE = 5.0
 
 
 class SourceError(NotifyServerError):
@@ -77,42 +87,68 @@ class Acting(Protocol):
 class Remote:
     """A running daemon, asked over its API."""
 
-    def __init__(self, url: str, token: str | None, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, token: str | None, trusted: ssl.SSLContext | None = None) -> None:
         self.url = url.rstrip("/")
-        self._session = session
+        self._session: aiohttp.ClientSession | None = None
+        self._ssl: ssl.SSLContext | bool = trusted or True
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def close(self) -> None:
-        await self._session.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def _ask(self, kind: type[T], method: str, path: str, body: object = None, **query: object) -> T | None:
         """The answer, None for 404. Raises SourceError with the daemon's own words."""
+        content = {"Content-Type": "application/json"} if method == "POST" else {}
+        data = msgspec.json.encode(body if body is not None else {}) if method == "POST" else None
+        async with self._request(method, path, query, headers=content, data=data) as response:
+            answer = await response.read()
+        if response.status == 404:
+            return None
+        self._check(response.status, answer)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.MsgspecError as error:
+            raise self._another(response.status) from error
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, query: Mapping[str, object], **options: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response while it lasts. Raises SourceError when it cannot be had, or not to its end."""
+        import aiohttp
+
+        if self._session is None:
+            # However long it takes, as long as something comes.
+            patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_PATIENCE, sock_read=PATIENCE)
+            self._session = aiohttp.ClientSession(timeout=patience)
         parameters = {name: str(value) for name, value in query.items() if value is not None}
-        headers = self._headers | ({"Content-Type": "application/json"} if method == "POST" else {})
+        headers = self._headers | options.pop("headers", {})
+        url = f"{self.url}/api/v1/{path}"
         try:
             async with self._session.request(
-                method,
-                f"{self.url}/api/v1/{path}",
-                params=parameters,
-                headers=headers,
-                data=msgspec.json.encode(body if body is not None else {}) if method == "POST" else None,
-                allow_redirects=False,
+                method, url, params=parameters, headers=headers, ssl=self._ssl, allow_redirects=False, **options
             ) as response:
-                answer = await response.read()
-                status = response.status
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                yield response
+        except aiohttp.ClientPayloadError as error:
+            raise SourceError(f"{self.url}: the answer broke off, what has come of it is not all") from error
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
             raise SourceError(f"{self.url}: no daemon answers there ({error or type(error).__name__})") from error
+
+    def _check(self, status: int, answer: bytes) -> None:
+        """Raises SourceError with the daemon's own words unless the status is 200."""
+        if status == 200:
+            return
         try:
-            if status == 200:
-                return msgspec.json.decode(answer, type=kind)
-            refused = msgspec.json.decode(answer)["msg"]
+            refused = str(msgspec.json.decode(answer)["msg"])
         except (msgspec.MsgspecError, KeyError, TypeError) as error:
-            raise SourceError(f"{self.url}: answers {status}, and not as a notify_server of this version") from error
-        if status == 404:
-            return None
+            raise self._another(status) from error
         if status == 401:
             refused += ": set [auth] admin_token here, or NOTIFY_SERVER__AUTH__ADMIN_TOKEN, as the daemon has it"
         raise SourceError(f"{self.url}: {refused}")
+
+    def _another(self, status: int) -> SourceError:
+        return SourceError(f"{self.url}: answers {status}, and not as a notify_server of this version")
 
     async def _have(self, kind: type[T], path: str, **query: object) -> T:
         answer = await self._ask(kind, "GET", path, **query)
@@ -121,9 +157,13 @@ class Remote:
         return answer
 
     async def status(self) -> Status:
+        from notify_server.web.api import Status
+
         return await self._have(Status, "status")
 
     async def hosts(self) -> Page[Host]:
+        from notify_server.web.api import Host
+
         return await self._have(Page[Host], "hosts")
 
     async def totals(self) -> Totals:
@@ -147,6 +187,15 @@ class Remote:
         if wanted.batch is not None:
             return await self._have(Page[FileItem], f"batches/{wanted.batch}/files", **query)
         return await self._have(Page[FileItem], "files", host=wanted.host, **query)
+
+    async def export(self, wanted: FileFilter, form: str) -> AsyncGenerator[bytes, None]:
+        """Files as the daemon exports them, in pieces."""
+        query = {"format": form, **msgspec.structs.asdict(wanted)}
+        async with self._request("GET", "export", query) as response:
+            if response.status != 200:
+                self._check(response.status, await response.read())
+            async for piece in response.content.iter_any():
+                yield piece
 
     async def file(self, id: int) -> FileDetail | None:
         return await self._ask(FileDetail, "GET", f"files/{id}")
@@ -192,24 +241,64 @@ def own_url(config: Config) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
+def _trusting(certificate: Path | None) -> ssl.SSLContext | None:
+    """Trust in the daemon's own certificate, whoever issued it to whatever name, and no other. Raises SourceError."""
+    if certificate is None:
+        return None
+    context = ssl.create_default_context(cadata=_first_of(certificate))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _first_of(certificate: Path) -> str:
+    end = "-----END CERTIFICATE-----"
+    try:
+        # What follows issued it, and much else.
+        return certificate.read_text("utf-8").partition(end)[0] + end
+    except (OSError, ValueError) as error:
+        raise SourceError(f"[server] ssl_certificate: cannot be read ({error})") from error
+
+
+def check_record(path: Path, holder_process: str | None) -> None:
+    """Raises SourceError or StoreRefusedError unless there is a record at `path` and its schema is of this version."""
+    try:
+        with contextlib.closing(connect_read_only(path)) as connection:
+            present = schema_version(connection)
+    except StoreRefusedError as error:
+        raise SourceError(str(error)) from error
+    known = len(load_migrations("sqlite"))
+    if present > known:
+        raise SourceError(
+            f"{path}: has schema version {present}, this program knows {known}: "
+            "use the newer notify_server that wrote it"
+        )
+    if present < known:
+        todo = "run `notify-server migrate`" if holder_process is None else "restart the daemon, which is an older one"
+        raise SourceError(f"{path}: has schema version {present}, this program needs {known}: {todo}")
+
+
 @asynccontextmanager
 async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
-    """The record at `url`, or the file of the configuration, which a daemon may be writing to."""
-    async with aiohttp.ClientSession(timeout=PATIENCE) as session:
-        token = config.auth.admin_token.get_secret_value() if config.auth.admin_token else None
+    """The record at `url`, or the file of the configuration, which a daemon may be writing to. Raises SourceError."""
+    token = config.auth.admin_token.get_secret_value() if config.auth.admin_token else None
+    async with contextlib.AsyncExitStack() as stack:
         if url is not None:
-            remote = Remote(url, token, session)
+            remote = Remote(url, token)
+            stack.push_async_callback(remote.close)
             yield Source(f"the daemon at {remote.url}", remote, remote)
             return
         path = config.store.path
+        running = holder(path)
+        check_record(path, running)
         records = SqliteRecords(path)
-        try:
-            running = holder(path)
-            daemon = Remote(own_url(config), token, session) if running else None
-            of = f", which process {running} has" if running else ", no daemon has it"
-            yield Source(f"{path}{of}", records, daemon)
-        finally:
-            await records.close()
+        stack.push_async_callback(records.close)
+        if running is None:
+            yield Source(f"{path}, no daemon has it", records, None)
+            return
+        daemon = Remote(own_url(config), token, _trusting(config.server.ssl_certificate))
+        stack.push_async_callback(daemon.close)
+        yield Source(f"{path}, which process {running} has", records, daemon)
 
 
 @asynccontextmanager
@@ -217,6 +306,8 @@ async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
     """Who does what is asked: the daemon when one runs, else this process, which keeps daemons out meanwhile. Raises
     StoreRefusedError when the file cannot be had."""
     if source.daemon is not None:
+        if source.daemon.url.endswith(":0"):
+            raise SourceError("[server] port is 0: name the address that the daemon has told with --url")
         yield source.daemon
         return
     store = await SqliteStore.open(config.store.path)

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -321,7 +322,7 @@ class Writer:
 
     async def _commit_group(self, group: _Group[Item, Answer]) -> None:
         items, waiting = group.take(self.GROUP_LIMIT)
-        began = self._loop.time()
+        began = time.perf_counter()
         try:
             answers = await self._in_thread(lambda: self._call(lambda c: _transact(c, lambda c: group.write(c, items))))
         except Exception as error:
@@ -329,7 +330,7 @@ class Writer:
                 if not future.done():
                     future.set_exception(_for_caller(error))
             return
-        self._on_commit(self._loop.time() - began)
+        self._on_commit(time.perf_counter() - began)
         for item, future, answer in zip(items, waiting, answers, strict=True):
             if isinstance(answer, NotifyServerError):
                 if not future.done():

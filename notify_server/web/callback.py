@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
@@ -148,7 +149,7 @@ class Callback:
         self, request: web.Request, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
     ) -> web.Response:
         request_id = about["request_id"]
-        started = asyncio.get_running_loop().time()
+        started = time.perf_counter()
         body = b""
         remote = request.remote or ""
         try:
@@ -185,7 +186,7 @@ class Callback:
             return await self._refuse(about, remote, body, busy("the store cannot commit, send it again"))
         except Exception as error:
             return await self._refuse(about, remote, body, _failed(about, error))
-        self._acks.observe(asyncio.get_running_loop().time() - started)
+        self._acks.observe(time.perf_counter() - started)
         self._callbacks.add(ACCEPTED)
         if span is not None:
             span.accepted(delivery)

@@ -121,7 +121,7 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
         responses["408"] = {"description": "The body did not come in time.", "content": refused}
         responses["413"] = {"description": "The body is too large.", "content": refused}
         responses["415"] = {"description": "The body is not JSON.", "content": refused}
-    if endpoint.parameters:
+    if endpoint.parameters or endpoint.body is not None:
         responses["404"] = {"description": "There is none with this id.", "content": refused}
     return responses
 

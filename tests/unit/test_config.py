@@ -331,16 +331,14 @@ def test_checking_signatures_takes_a_key(load: Load, problems: Problems, key: st
     assert len(loaded.fingerprint) == 16
 
 
-def test_only_a_file_of_sqlite_is_a_store(load: Load, problems: Problems) -> None:
+def test_a_store_is_a_file_of_sqlite_or_a_database_of_postgresql(load: Load, problems: Problems) -> None:
     assert load().store.path == Path("data/notify.db")
     assert load(toml_of("store.url", '"sqlite:////var/lib/n.db"')).store.path == Path("/var/lib/n.db")
-    for url in ("postgresql://u:p@h/d", "postgresql+asyncpg://h/d", "postgres://h/d"):
+    for url in ("", "notify.db", "sqlite://", "sqlite:///", "sqlite://data/n.db", "sqlite:///data/", "mysql://h/d",
+                "postgresql+asyncpg://h/d"):  # fmt: skip
         assert problems(toml_of("store.url", f'"{url}"')) == [
-            "[store] url: postgresql is not supported by this version: use sqlite:///path"
-        ]
-    for url in ("", "notify.db", "sqlite://", "sqlite:///", "sqlite://data/n.db", "sqlite:///data/", "mysql://h/d"):
-        assert problems(toml_of("store.url", f'"{url}"')) == [
-            '[store] url: must be like "sqlite:///data/notify.db", or "sqlite:////var/lib/notify.db" when absolute'
+            '[store] url: must be like "sqlite:///data/notify.db", "sqlite:////var/lib/notify.db" when absolute, '
+            'or "postgresql://user:password@host/database"'
         ]
     for url in ("sqlite:///:memory:", "sqlite:///file::memory:?cache=shared", "sqlite:///n.db?mode=ro"):
         assert problems(toml_of("store.url", f'"{url}"')) == [
@@ -571,6 +569,40 @@ def test_a_wrong_or_unknown_variable_is_named(problems: Problems, name: str, val
 # --- secrets, and what can be relied on ---
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql://u:hunter2@db.example/notify", "postgresql://db.example/notify"),
+        ("postgres://u:p%40hunter2@h:5433/d?sslmode=verify-full&connect_timeout=5", "postgresql://h:5433/d"),
+        ("postgresql://u@h1:1,h2:2/d", "postgresql://h1:1,h2:2/d"),
+        ("postgresql:///d?host=/run/postgresql&password=hunter2", "postgresql:///d?host=/run/postgresql"),
+        ("postgresql://", "postgresql://"),
+    ],
+)
+def test_a_database_of_postgresql_is_shown_without_its_secrets(load: Load, url: str, place: str) -> None:
+    store = load(toml_of("store.url", f'"{url}"')).store
+    assert (store.url, store.place, store.is_postgres) == (url, place, True)
+    with pytest.raises(ConfigError, match="works on a file of SQLite only"):
+        _ = store.path
+
+
+def test_an_address_that_is_none_is_refused_before_anything_is_opened(problems: Problems) -> None:
+    for url in ("postgresql://u:hunter2@h/d#x", "postgresql://u:hunter 2@h/d", "postgresql://[h/d"):
+        (problem,) = problems(toml_of("store.url", f'"{url}"'))
+        assert problem.startswith(
+            '[store] url: must be like "postgresql://user:password@host/database?sslmode=require"'
+        )
+    assert problems(toml_of("store.url", '"postgresql://u:hunter2@h/d?sslmode=maybe"')) == [
+        "[store] url: sslmode must be one of disable, allow, prefer, require, verify-ca, verify-full"
+    ]
+
+
+def test_a_lease_is_neither_too_short_to_be_kept_nor_too_long_to_be_waited_for(load: Load, problems: Problems) -> None:
+    assert load(toml_of("store.lease", '"2m"')).store.lease == 120.0
+    for lease in ("4s", "2h"):
+        assert problems(toml_of("store.lease", f'"{lease}"')) == ["[store] lease: must be from 5s to 1h"]
+
+
 @pytest.mark.parametrize("token", ["short-7", "with blank inside", "tab\tinside-it", "schlüssel-lang", ""])
 def test_a_token_is_long_enough_and_fits_in_a_header(problems: Problems, token: str) -> None:
     for name in ("callback_token", "admin_token"):
@@ -588,7 +620,7 @@ def test_a_token_is_long_enough_and_fits_in_a_header(problems: Problems, token: 
         ("auth.platform_keys", '["hunter2"]'),
         ("auth.platform_keys", '"hunter2"'),
         ("store.url", '"mysql://user:hunter2@host/db"'),
-        ("store.url", '"postgresql://user:hunter2@host/db"'),
+        ("store.url", '"postgresql://user:hunter2@host/db#x"'),
         ("store.url", '["sqlite:///hunter2"]'),
     ],
 )

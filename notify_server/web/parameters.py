@@ -1,0 +1,120 @@
+"""Parameters of an address and bodies of JSON as the types they are to have. What is wrong with one is said by its
+name, in words for whoever typed it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import msgspec
+from multidict import MultiMapping
+
+from notify_server.web.errors import RefusedError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# As many digits as any number has that a database can hold.
+_NUMBER = re.compile(r"-?[0-9]{1,19}")
+
+
+def from_query(query: MultiMapping[str], kind: type[T]) -> T:
+    """The parameters of an address. Raises RefusedError naming the one that is wrong."""
+    if twice := next((name for name in query if len(query.getall(name)) > 1), None):
+        raise _wrong(f"{twice}: may be given once only")
+    return convert(dict(query), kind, from_text=True)
+
+
+def from_json(body: bytes, kind: type[T]) -> T:
+    """A body, which is an object. Raises RefusedError naming the field that is wrong."""
+    try:
+        values = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _wrong("body: is needed, {} at least" if not body else f"body: is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise _wrong("body: must be an object")
+    return convert(values, kind)
+
+
+def refuse_all(names: Iterable[str]) -> None:
+    """Where there are no parameters. Raises RefusedError when there is one."""
+    for name in names:
+        raise _wrong(f"{name}: is not a parameter here, there are none")
+
+
+def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False) -> T:
+    """Values as the fields of a struct; with `from_text` numbers are text. Raises RefusedError naming what is wrong."""
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    for name in values:
+        if name not in fields:
+            near = get_close_matches(name, fields, 1)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            raise _wrong(f"{name}: is not a parameter here, {known}")
+    if missing := next((name for name, field in fields.items() if field.required and name not in values), None):
+        raise _wrong(f"{missing}: is needed")
+    converted = {}
+    for name, value in values.items():
+        wanted = _given(fields[name].type) if from_text else fields[name].type
+        schema = _schema(wanted)
+        if from_text and schema.get("type") == "integer" and _NUMBER.fullmatch(value):
+            value = int(value)
+        try:
+            converted[name] = msgspec.convert(value, wanted)
+        except msgspec.ValidationError as error:
+            raise _wrong(f"{name}: must be {_description(schema)}") from error
+    return kind(**converted)
+
+
+def _given(kind: Any) -> Any:
+    """The type of what is there: a parameter cannot be null."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    return Union[tuple(choice for choice in get_args(kind) if choice is not NoneType)]  # noqa: UP007
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    (schema,), components = msgspec.json.schema_components([kind], ref_template="{name}")
+
+    def resolved(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return components[part["$ref"]]
+        return {key: [resolved(p) for p in v] if key == "anyOf" else resolved(v) for key, v in part.items()}
+
+    found: dict[str, Any] = resolved(schema)
+    return found
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    """What the schema asks for."""
+    if "anyOf" in schema:
+        return " or ".join(_description(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    match schema["type"]:
+        case "integer":
+            low, high = schema.get("minimum"), schema.get("maximum")
+            if high is None or high >= 2**63 - 1:
+                return "a whole number" + (f", {low} or more" if low is not None else "")
+            return f"a whole number from {low} to {high}"
+        case "string" if schema.get("format") == "date-time":
+            return "a time like 2026-11-23T08:00:00Z (+ is written %2B in an address)"
+        case "string":
+            low, high = schema.get("minLength", 0), schema.get("maxLength")
+            return "text" if high is None else f"text of {low} to {high} characters"
+        case "array":
+            return f"a list, each {_description(schema['items'])}"
+        case "boolean":
+            return "true or false"
+        case "null":
+            return "null"
+        case other:
+            return f"of the type {other}"
+
+
+def _wrong(message: str) -> RefusedError:
+    return RefusedError(400, "400", message)

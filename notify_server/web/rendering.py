@@ -1,0 +1,233 @@
+"""How pages are made: templates, the two languages, files that pages load, and the headers that keep pages harmless.
+
+Whatever was stored came from strangers. Templates escape all of it, show it isolated from the text around it, and make
+links of nothing but http and https addresses; and should that ever fail, the policy lets no script but our own run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp_jinja2
+import jinja2
+from aiohttp import web
+from markupsafe import Markup, escape
+
+from notify_server.contract.object_key import decode_object_key
+from notify_server.model import FileState, Reason
+
+HERE = Path(__file__).parent
+LANGUAGE_COOKIE = "notify_server_language"
+DEFAULT_LANGUAGE = "en"
+YEAR_SECONDS = 365 * 86_400
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:{images}; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+# A bar never shows a share narrower than this, in percent: one missing file of ten thousand is what matters.
+_LEAST_SHARE = 1.5
+
+
+class Texts:
+    """What pages say in one language: `texts("count.files", n=3)`. Values are escaped; `n` chooses singular or plural.
+
+    Raises KeyError when there is no such text.
+    """
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+        tables = tomllib.loads((HERE / "texts" / f"{language}.toml").read_text(encoding="utf-8"))
+        self.by_key = _flat(tables)
+
+    def __call__(self, key: str, /, **values: object) -> Markup:
+        if values.get("n") == 1:
+            key = f"{key}_one" if f"{key}_one" in self.by_key else key
+        text = escape(self.by_key[key])
+        return text.format(**values) if values else text
+
+    def age(self, seconds: float) -> str:
+        """A duration, as long as people count it in: `12 s`, `5 min`, `3 h`, `9 d`."""
+        if seconds < 60:
+            return f"{max(seconds, 0.0):.0f} s"
+        if seconds < 3600:
+            return self("unit.minutes", n=int(seconds // 60))
+        if seconds < 48 * 3600:
+            return self("unit.hours", n=int(seconds // 3600))
+        return self("unit.days", n=int(seconds // 86_400))
+
+    def reason(self, reason: str | None, part: str, state: FileState | None = None) -> str:
+        """What a reason means (`what`), or what to do about it (`next`)."""
+        if reason is None:
+            key = FileState.UPLOAD_FAILED.value if state is FileState.UPLOAD_FAILED else "none"
+        elif f"reason.{reason}.{part}" in self.by_key:
+            key = reason
+        else:
+            family = f"{reason[:6]}xx"
+            key = family if f"reason.{family}.{part}" in self.by_key else "http_other"
+        return self(f"reason.{key}.{part}")
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, value in tables.items():
+        texts |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return texts
+
+
+LANGUAGES: Mapping[str, Texts] = {language: Texts(language) for language in ("en", "zh")}
+
+
+def texts_for(request: web.Request) -> Texts:
+    """In the language that was chosen here, else in the one that the browser likes best (RFC 9110 12.5.4)."""
+    chosen = request.cookies.get(LANGUAGE_COOKIE, "")
+    if chosen in LANGUAGES:
+        return LANGUAGES[chosen]
+    best, language = 0.0, DEFAULT_LANGUAGE
+    for item in request.headers.get("Accept-Language", "")[:1000].split(","):
+        tag, _, weight = item.partition(";q=")
+        quality = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight.strip()) else 1.0
+        primary = tag.strip().lower().partition("-")[0]
+        if primary in LANGUAGES and quality > best:
+            best, language = quality, primary
+    return LANGUAGES[language]
+
+
+# --- Files that pages load ---
+
+
+class Static:
+    """The files, in memory. Their addresses hold a digest of all of them, so that browsers may keep them for ever."""
+
+    def __init__(self, folder: Path = HERE / "static") -> None:
+        served = [path for path in sorted(folder.rglob("*")) if path.suffix in (".css", ".js", ".svg")]
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in served}
+        self.version = hashlib.sha256(b"\0".join(self.files.values())).hexdigest()[:12]
+
+    def answer(self, version: str, name: str) -> web.Response | None:
+        """The file, or None when there is none of this name."""
+        content = self.files.get(name)
+        if content is None:
+            return None
+        kept = f"public, max-age={YEAR_SECONDS}, immutable" if version == self.version else "no-cache"
+        response = web.Response(
+            body=content,
+            content_type=guess_type(name)[0],
+            charset="utf-8",
+            headers={**_HEADERS, "Cache-Control": kept, "Content-Security-Policy": "default-src 'none'"},
+        )
+        response.enable_compression()
+        return response
+
+
+# --- Templates ---
+
+
+class Segment(NamedTuple):
+    """A part of a bar: percent."""
+
+    name: str
+    start: float
+    width: float
+
+
+def bar(parts: Sequence[tuple[str, float]]) -> list[Segment]:
+    """A bar of these parts, by their amounts; what is there at all can be seen."""
+    whole = sum(amount for _, amount in parts)
+    widths = [(name, max(100 * amount / whole, _LEAST_SHARE)) for name, amount in parts if amount > 0]
+    scale = 100 / sum(width for _, width in widths) if widths else 1.0
+    segments, start = [], 0.0
+    for name, width in widths:
+        segments.append(Segment(name, round(start, 2), round(width * scale, 2)))
+        start += width * scale
+    return segments
+
+
+def milliseconds(value: float | None) -> str:
+    """`0.4 ms`, `12 ms`, `3.4 s`."""
+    if value is None:
+        return "–"
+    if value < 1000:
+        return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"
+    return f"{value / 1000:.1f} s"
+
+
+def size(value: int | None) -> str:
+    """`512 B`, `12.1 kB`, `3.4 MB`."""
+    if value is None:
+        return "–"
+    amount = float(value)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:,.1f} GB"
+
+
+def iso(moment: datetime) -> str:
+    """For programs: `2026-11-23T03:04:18.774Z`."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def utc(moment: datetime) -> str:
+    """For people: `2026-11-23 03:04:18 UTC`."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def is_link(address: str | None) -> bool:
+    """Whether a browser may be led there: an http or https address without anything that is not printable."""
+    return address is not None and bool(re.match("https?://[^/?#]", address, re.I)) and address.isprintable()
+
+
+def setup(app: web.Application) -> None:
+    """Give the application its templates."""
+    environment = aiohttp_jinja2.setup(
+        app,
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters |= {
+        "number": lambda value: f"{value:,}",
+        "rate": lambda value: f"{value:,.1f}" if value < 10 else f"{value:,.0f}",
+        "ms": milliseconds,
+        "size": size,
+        "iso": iso,
+        "utc": utc,
+        "object_key": decode_object_key,
+        "bar": bar,
+    }
+    environment.tests["link"] = is_link
+    environment.globals |= {"states": list(FileState), "reasons": list(Reason)}
+
+
+def page(
+    request: web.Request, template: str, context: Mapping[str, Any], *, status: int = 200, images: bool = False
+) -> web.Response:
+    """A page, or a part of one. With `images` it may show pictures of strangers."""
+    text = aiohttp_jinja2.render_string(template, request, dict(context))
+    return web.Response(
+        # What was asked for may hold what is no character; it is shown all the same.
+        body=text.encode("utf-8", "backslashreplace"),
+        status=status,
+        content_type="text/html",
+        charset="utf-8",
+        headers=page_headers(images=images),
+    )
+
+
+def page_headers(*, images: bool = False) -> dict[str, str]:
+    """What goes with every page and every redirect of ours."""
+    policy = _POLICY.format(images=" https: http:" if images else "")
+    return {**_HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": policy}

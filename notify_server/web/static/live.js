@@ -1,0 +1,153 @@
+// The overview as it happens: numbers and charts, a second at a time.
+
+const SECONDS = 600;
+const status = document.getElementById("live");
+const samples = { second: [], minute: [] };
+let step = "second";
+
+const styles = () => getComputedStyle(document.documentElement);
+const colours = { accent: "--accent", bad: "--bad-fill", second: "--second" };
+const number = new Intl.NumberFormat(document.documentElement.lang);
+const oneDigit = new Intl.NumberFormat(document.documentElement.lang, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
+function milliseconds(value) {
+  if (value >= 1000) return `${(value / 1000).toFixed(1)} s`;
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
+
+function showNumbers() {
+  const last = samples.second.at(-1);
+  if (!last) return;
+  for (const element of document.querySelectorAll("[data-now]")) element.textContent = number.format(last[element.dataset.now]);
+  for (const element of document.querySelectorAll("[data-rate]")) {
+    const rate = last.seconds ? last[element.dataset.rate] / last.seconds : 0;
+    element.textContent = rate < 10 ? oneDigit.format(rate) : number.format(Math.round(rate));
+  }
+  for (const element of document.querySelectorAll("[data-sum]")) {
+    const sum = samples.second.reduce((total, sample) => total + sample[element.dataset.sum], 0);
+    element.textContent = element.dataset.text.replace("%", number.format(sum));
+  }
+  for (const element of document.querySelectorAll("[data-ms]")) {
+    const value = last[element.dataset.ms];
+    if (value !== null && value !== undefined) element.textContent = milliseconds(value);
+  }
+}
+
+// Charts
+
+const charts = [];
+
+function dataOf(chart) {
+  const points = samples[step];
+  const value = (sample, field) => {
+    const amount = sample[field] ?? null;
+    return chart.kind === "rate" && amount !== null ? (sample.seconds ? amount / sample.seconds : 0) : amount;
+  };
+  return [points.map((sample) => Date.parse(sample.at) / 1000), ...chart.fields.map(({ field }) => points.map((sample) => value(sample, field)))];
+}
+
+const short = (value) => (value >= 1e6 ? `${value / 1e6}M` : value >= 1e4 ? `${value / 1e3}k` : number.format(value));
+
+function draw(chart) {
+  chart.plot?.destroy();
+  const style = styles();
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const font = `11px ${style.getPropertyValue("--sans")}`;
+  const axis = { stroke: colour("--quiet"), font, grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  chart.plot = new window.uPlot(
+    {
+      width: chart.box.clientWidth,
+      height: 150,
+      legend: { show: false },
+      cursor: { y: false, points: { size: 5 } },
+      padding: [8, 18, 0, 0],
+      scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+      axes: [
+        { ...axis, size: 28, grid: { show: false }, values: (_, times) => times.map(timeOfDay) },
+        { ...axis, size: 46, values: (_, values) => values.map(short) },
+      ],
+      series: [
+        {},
+        ...chart.fields.map(({ colour: name }, index) => ({
+          stroke: colour(colours[name]),
+          fill: index === 0 ? `${colour(colours[name])}1f` : undefined,
+          width: 1.5,
+          spanGaps: true,
+          points: { show: false },
+        })),
+      ],
+    },
+    dataOf(chart),
+    chart.box,
+  );
+}
+
+function timeOfDay(seconds) {
+  const format = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+  if (step === "second" && seconds % 60) format.second = "2-digit";
+  return new Intl.DateTimeFormat(document.documentElement.lang, format).format(new Date(seconds * 1000));
+}
+
+function showCharts() {
+  document.getElementById("no-samples").hidden = samples[step].length > 0;
+  for (const chart of charts) chart.plot?.setData(dataOf(chart));
+}
+
+function drawAll() {
+  charts.forEach(draw);
+}
+
+async function load(which) {
+  const answer = await fetch(`/api/v1/series?step=${which}`);
+  if (answer.ok) samples[which] = (await answer.json()).items;
+}
+
+// Events
+
+function listen() {
+  const source = new EventSource("/api/v1/stream");
+  const state = (on) => {
+    status.hidden = false;
+    status.classList.toggle("on", on);
+    status.querySelector(".word").textContent = on ? status.dataset.live : status.dataset.stale;
+  };
+  source.addEventListener("open", () => state(true));
+  source.addEventListener("error", () => {
+    state(false);
+    // When it was refused, the browser does not try again by itself.
+    if (source.readyState === EventSource.CLOSED) setTimeout(listen, 5000);
+  });
+  source.addEventListener("sample", (event) => {
+    samples.second.push(JSON.parse(event.data));
+    samples.second.splice(0, samples.second.length - SECONDS);
+    showNumbers();
+    if (step === "second") showCharts();
+  });
+}
+
+for (const figure of document.querySelectorAll(".chart")) {
+  const fields = [...figure.querySelectorAll("[data-field]")].map(({ dataset }) => ({ field: dataset.field, colour: dataset.colour }));
+  charts.push({ kind: figure.dataset.kind, box: figure.querySelector(".plot"), fields, plot: null });
+}
+
+for (const button of document.querySelectorAll("[data-step]")) {
+  button.addEventListener("click", async () => {
+    step = button.dataset.step;
+    for (const other of document.querySelectorAll("[data-step]")) other.setAttribute("aria-pressed", String(other === button));
+    await load(step);
+    drawAll();
+    showCharts();
+  });
+}
+
+const boxes = new ResizeObserver(() => {
+  for (const { plot, box } of charts) plot?.setSize({ width: box.clientWidth, height: 150 });
+});
+
+await load("second");
+drawAll();
+showCharts();
+for (const { box } of charts) boxes.observe(box);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+setInterval(() => step === "minute" && load("minute").then(showCharts), 60000);
+listen();

@@ -1,0 +1,509 @@
+"""The commands that look at the record and act on it, as a user runs them: beside a daemon, through it, without one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import termios
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trustme
+
+from notify_server.cli.record import UsageError, moment
+from notify_server.store.queries import load_migrations
+from notify_server.store.records import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
+from notify_server.web.api import Host, Status
+from tests.cli.running import running
+from tests.harness import (
+    SECONDS,
+    Answer,
+    Daemon,
+    Finished,
+    Origin,
+    clean_environment,
+    failed,
+    finished,
+    notification,
+    run_command,
+)
+
+TOKEN = "correct-horse-battery"
+RETRY = {"retry_schedule": ["1h"]}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+async def origin() -> AsyncIterator[Origin]:
+    async with Origin() as origin:
+        origin.on("/gone", Answer(410, close=True))
+        yield origin
+
+
+@contextlib.asynccontextmanager
+async def started(folder: Path, **config: Any) -> AsyncIterator[Daemon]:
+    """A daemon on a port that its configuration names, which is `config.toml` in the folder."""
+    sections = {"server": {"port": free_port()}, "verify": RETRY, **config}
+    base = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
+    sections["verify"] = base | sections["verify"]
+    async with Daemon(folder, sections) as daemon:
+        yield daemon
+
+
+async def fill(daemon: Daemon, origin: Origin) -> None:
+    """A complete batch `good`; an incomplete one `bad` of 4 files; `both` under two api_codes; two refused bodies."""
+    await daemon.settle("good", [finished(origin.url("/a"), "a"), finished(origin.url("/b"), "=b")])
+    await daemon.settle(
+        "bad",
+        [
+            finished(origin.url("/c"), "c"),
+            finished(origin.url("/gone"), "gone"),
+            finished("http://10.0.0.1/x", "blocked"),
+            failed("failed"),
+        ],
+    )
+    for code in ("one", "two"):
+        body = {"batch_id": "both", "api_code": code, "file_list": [finished(origin.url("/d"))]}
+        assert (await daemon.post(json.dumps(body).encode())).status == 200
+    for refused in (b'{"batch_id": "refused\\u001b[2J"}', b"{}"):
+        assert (await daemon.post(refused)).status == 400
+    await daemon.eventually("SELECT count(*) = 4 FROM batch WHERE verdict <> 'pending'")
+    await daemon.eventually("SELECT count(*) = 2 FROM rejection")
+
+
+async def command(daemon: Daemon, *arguments: str) -> Finished:
+    return await run_command(*arguments, cwd=daemon.folder)
+
+
+def lines(end: Finished, kind: type[Any]) -> list[Any]:
+    assert end.code == 0, end
+    return [msgspec.json.decode(line, type=kind) for line in end.stdout.splitlines()]
+
+
+async def test_the_record_is_shown_the_same_from_the_file_and_over_the_api(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        url = daemon.callback.removesuffix("/notify")
+        asked = [
+            ["batches", "--json", "--verdict", "incomplete"],
+            ["batches", "--json", "--api-code", "two", "--since", "1h"],
+            ["show", "bad", "--json"],
+            ["rejections", "--json"],
+            ["export"],
+            ["export", "--format", "ndjson", "--batch", "bad", "--host", "10.0.0.1"],
+        ]
+        for arguments in asked:
+            file, remote = await asyncio.gather(
+                command(daemon, *arguments), run_command(*arguments, "--url", url, cwd=tmp_path / "..")
+            )
+            assert (file.code, file.stdout) == (remote.code, remote.stdout), arguments
+            assert file.stdout
+            assert file.stderr == f"reading {daemon.database}, which process {daemon.pid} has\n"
+            assert remote.stderr == f"reading the daemon at {url}\n"
+
+
+async def test_what_is_printed_as_json_is_what_the_types_say(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        batches, bad, refused, status, exported = await asyncio.gather(
+            command(daemon, "batches", "--json", "--limit", "3"),
+            command(daemon, "show", "bad", "--json", "--limit", "2"),
+            command(daemon, "rejections", "--json"),
+            command(daemon, "status", "--json"),
+            command(daemon, "export"),
+        )
+        assert len(lines(batches, BatchItem)) == 3
+        content = json.loads(bad.stdout)
+        batch = msgspec.convert(content["batch"], BatchDetail)
+        files = msgspec.convert(content["files"], list[FileItem])
+        assert (bad.code, batch.verdict, len(files)) == (1, "incomplete", 2)
+        assert {file.state for file in files} <= {"unavailable", "blocked", "upload_failed"}
+        assert lines(refused, RejectionItem)
+        content = json.loads(status.stdout)
+        assert msgspec.convert(content["totals"], Totals).files == 8
+        assert msgspec.convert(content["status"], Status).in_flight == 0
+        assert msgspec.convert(content["hosts"], list[Host])[0].host == f"127.0.0.1:{origin.port}"
+        rows = list(csv.DictReader(io.StringIO(exported.stdout, newline="")))
+        assert {row["oss_object_name"] for row in rows} >= {"a", "'=b", "gone"}
+
+
+async def test_tables_are_for_people_and_harmless_to_terminals(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        bad, good, refused, batches, status = await asyncio.gather(
+            command(daemon, "show", "bad"),
+            command(daemon, "show", "good"),
+            command(daemon, "rejections"),
+            command(daemon, "batches", "--limit", "1"),
+            command(daemon, "status"),
+        )
+        assert bad.code == 1 and good.code == 0
+        assert all(word in bad.stdout for word in ("http_410", "private_address", "upload_failed", "4 files"))
+        assert "Every file is available." in good.stdout
+        assert "api_code" in refused.stdout
+        assert "the latest 1: --limit shows more" in batches.stdout
+        assert "refused bodies are kept" in status.stdout and "circuit" in status.stdout
+        for end in (bad, good, refused, batches, status):
+            assert "\x1b" not in end.stdout
+
+
+async def test_a_slip_is_told_in_a_line(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        nowhere = f"http://127.0.0.1:{free_port()}"
+        asked = [
+            (["show", "none\x1b"], 1, r'there is no batch "none\x1b": `notify-server batches` lists them'),
+            (["show", "both"], 2, "there are several with this batch_id: name one of two, one with --api-code"),
+            (["batches", "--since", "soon"], 2, '"soon" is not a time: write 2026-11-23T08:00:00Z, 2026-11-23'),
+            (["recheck"], 2, "name files with --file, --batch or --reason"),
+            (["recheck", "--file", "4711", "--yes"], 1, "there is no such file or batch"),
+            (["recheck", "--file", "1", "--reason", "http_410", "-y"], 1, "file: name it alone, without batch"),
+            (["recheck", "--reason", "http_410"], 2, "nobody is there to confirm it: add --yes"),
+            (["replay", "4711"], 1, "rejection 4711: is not there, it may have been replayed"),
+            (["export", "-o", "/nowhere/x.csv"], 2, "/nowhere/x.csv: cannot be written (No such file or directory)"),
+            (["batches", "--url", nowhere], 1, f"notify_server: {nowhere}: no daemon answers there"),
+            (["batches", "--url", origin.url("")], 1, f"{origin.url('')}: answers 200, and not as a notify_server"),
+        ]
+        for (arguments, code, said), end in zip(
+            asked, await asyncio.gather(*(command(daemon, *arguments) for arguments, _, _ in asked)), strict=True
+        ):
+            assert (end.code, end.stdout) == (code, ""), arguments
+            assert said in end.stderr.splitlines()[-1], end.stderr
+            assert "Traceback" not in end.stderr
+
+
+async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
+        assert (dry.code, dry.stdout) == (0, "2 files would be asked for anew\n")
+        assert f"acting through the daemon at {daemon.callback.removesuffix('/notify')}" in dry.stderr
+        origin.on("/gone", Answer())
+        end = await command(daemon, "recheck", "--reason", "http_410", "--yes", "--json")
+        assert (end.code, end.stdout) == (0, '{"files":1}\n')
+        assert (await daemon.verdict("bad", number=2))["available"] == 2
+        assert daemon.files("bad")["gone"]["state"] == "available"
+        (id,) = (row["id"] for name, row in daemon.files("bad").items() if name == "gone")
+        end = await command(daemon, "recheck", "--file", str(id), "-y")
+        assert (end.code, end.stdout) == (0, "1 files are asked for anew\n")
+        await daemon.verdict("bad", number=3)
+
+
+async def test_what_is_asked_for_anew_on_the_file_is_asked_for_when_a_daemon_runs(
+    tmp_path: Path, origin: Origin
+) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        assert await daemon.terminate() == 0
+        origin.on("/gone", Answer())
+        end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
+        assert (end.code, end.stdout) == (0, "1 files are asked for anew, as soon as a daemon runs\n")
+        assert end.stderr.splitlines() == [
+            f"reading {daemon.database}, no daemon has it",
+            "acting through this command, on the file itself",
+        ]
+        assert daemon.files("bad")["gone"]["state"] == "pending"
+        await daemon.start()
+        await daemon.verdict("bad")
+        assert daemon.files("bad")["gone"]["state"] == "available"
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["a daemon runs", "no daemon runs"])
+async def test_refused_bodies_are_replayed_and_old_ones_deleted(tmp_path: Path, origin: Origin, runs: bool) -> None:
+    strict = {"contract": {"max_files": 1}}
+    async with started(tmp_path, **strict) as daemon:
+        for name in ("x", "y"):
+            body = notification(name, [origin.url("/1"), origin.url("/2")])
+            assert (await daemon.post(body)).status == 400
+        assert (await daemon.post(b"{}")).status == 400
+        await daemon.eventually("SELECT count(*) = 3 FROM rejection")
+        ids = [str(row["id"]) for row in daemon.sql("SELECT id FROM rejection ORDER BY id")]
+        assert await daemon.terminate() == 0
+        config = tmp_path / "config.toml"
+        config.write_text(config.read_text().replace("max_files = 1", "max_files = 10"))
+        if runs:
+            await daemon.start()
+        end = await command(daemon, "replay", *ids)
+        assert end.code == 1
+        assert [line.partition(",")[0] for line in end.stdout.splitlines()] == [
+            f"rejection {ids[0]}: taken as delivery 1", f"rejection {ids[1]}: taken as delivery 2"
+        ]  # fmt: skip
+        assert "it is still refused: batch_id" in end.stderr.splitlines()[-1]
+        again = await command(daemon, "replay", "--json", ids[0])
+        assert json.loads(again.stdout)["problem"] == "is not there, it may have been replayed"
+        end = await command(daemon, "prune", "--rejections", "0s", "--yes")
+        assert (end.code, end.stdout) == (0, "1 rows deleted\n")
+        kept = await command(daemon, "prune", "--yes", "--json")
+        assert (kept.code, kept.stdout) == (0, '{"rows":0}\n')
+        if not runs:
+            await daemon.start()
+        assert (await daemon.verdict("x"))["available"] == 2
+        assert (await daemon.verdict("y"))["available"] == 2
+
+
+async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path, auth={"admin_token": TOKEN}) as daemon:
+        await fill(daemon, origin)
+        wrong = clean_environment(NOTIFY_SERVER__AUTH__ADMIN_TOKEN="another-token")
+        right, refused, shown, remote = await asyncio.gather(
+            command(daemon, "recheck", "--batch", "bad", "--dry-run"),
+            run_command("recheck", "--batch", "bad", "--dry-run", cwd=tmp_path, environ=wrong),
+            run_command("status", "--json", cwd=tmp_path, environ=wrong),
+            run_command("batches", "--url", daemon.callback.removesuffix("/notify"), cwd=tmp_path / ".."),
+        )
+        assert right.stdout == "2 files would be asked for anew\n"
+        assert (refused.code, refused.stdout) == (1, "")
+        assert "this is not the admin_token: set [auth] admin_token here" in refused.stderr
+        # The file can be read all the same.
+        assert json.loads(shown.stdout)["totals"]["batches"] >= 4 and json.loads(shown.stdout)["status"] is None
+        assert "this is not the admin_token" in shown.stderr
+        assert remote.code == 1 and "send the admin_token" in remote.stderr
+        for end in (right, refused, shown, remote):
+            assert TOKEN not in end.stdout + end.stderr
+
+
+async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path, server={"port": 0}) as daemon:
+        await fill(daemon, origin)
+        status, refused, named = await asyncio.gather(
+            command(daemon, "status"),
+            command(daemon, "recheck", "--batch", "bad", "--yes"),
+            command(daemon, "recheck", "--batch", "bad", "--yes", "--url", daemon.callback.removesuffix("/notify")),
+        )
+        assert status.code == 0 and "what the daemon is at cannot be told" in status.stdout
+        assert refused.code == 1
+        assert "[server] port is 0: name the address that the daemon has told with --url" in refused.stderr
+        assert (named.code, named.stdout) == (0, "2 files are asked for anew\n")
+
+
+async def test_the_daemon_s_own_certificate_is_trusted_and_no_other(tmp_path: Path, origin: Origin) -> None:
+    def certificate(name: str) -> dict[str, str]:
+        leaf = trustme.CA().issue_cert("notify.example.com")
+        leaf.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        for blob in leaf.cert_chain_pems:
+            blob.write_to_path(tmp_path / f"{name}.pem", append=True)
+        return {"ssl_certificate": str(tmp_path / f"{name}.pem"), "ssl_key": str(tmp_path / f"{name}.key")}
+
+    own, other = certificate("own"), certificate("other")
+    port = free_port()
+    async with Daemon(
+        tmp_path, {"server": {"port": port, **own}, "verify": {"allowed_hosts": ["nowhere.invalid"]}}
+    ) as daemon:
+        config = tmp_path / "config.toml"
+        text = config.read_text()
+        for key, path in own.items():
+            text = text.replace(path, other[key])
+        (tmp_path / "other.toml").write_text(text)
+        trusted, refused = await asyncio.gather(
+            command(daemon, "status", "--json"), command(daemon, "status", "--json", "--config", "other.toml")
+        )
+        assert json.loads(trusted.stdout)["status"]["version"]
+        assert trusted.stderr.count("\n") == 1
+        assert json.loads(refused.stdout)["status"] is None
+        assert "certificate" in refused.stderr.lower()
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["export"], ["prune", "-y"]])
+async def test_where_there_is_no_record_it_is_said_and_none_is_made(tmp_path: Path, arguments: list[str]) -> None:
+    end = await run_command(*arguments, cwd=tmp_path)
+    assert (end.code, end.stdout) == (1, "")
+    assert end.stderr == ("notify_server: data/notify.db: there is no record: start the daemon, or name its database\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["older", "newer", "another program's"])
+async def test_a_record_of_another_version_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.toml").write_text('[store]\nurl = "sqlite:///notify.db"\n')
+    path, known = tmp_path / "notify.db", len(load_migrations("sqlite"))
+    path.touch()
+    assert (await run_command("migrate", cwd=tmp_path)).code == 0
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        if kind == "another program's":
+            connection.execute("PRAGMA application_id = 1")
+        else:
+            connection.execute(f"PRAGMA user_version = {1 if kind == 'older' else 999}")
+    end = await run_command("batches", cwd=tmp_path)
+    assert (end.code, end.stdout) == (1, "")
+    assert (
+        end.stderr
+        == "notify_server: notify.db: "
+        + {
+            "older": f"has schema version 1, this program needs {known}: run `notify-server migrate`\n",
+            "newer": f"has schema version 999, this program knows {known}: use the newer notify_server that wrote it\n",
+            "another program's": "is not a record of notify_server: name the daemon's database\n",
+        }[kind]
+    )
+
+
+async def test_who_has_read_enough_ends_an_export_quietly(tmp_path: Path) -> None:
+    async with started(tmp_path) as daemon:
+        await daemon.settle("large", [failed(f"{n:04}{'x' * 900}") for n in range(2000)])
+        async with running("export", cwd=tmp_path) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert (await process.stdout.readline()).startswith(b"id,batch,")
+            process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+            said = await process.stderr.read()
+            assert await process.wait() == 1
+            assert said == f"reading {daemon.database}, which process {daemon.pid} has\n".encode()
+
+
+async def test_an_export_is_written_to_the_file_that_is_named(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        end = await command(daemon, "export", "--batch", "bad", "-o", "bad.csv")
+        assert (end.code, end.stdout) == (0, "")
+        assert (tmp_path / "bad.csv").read_bytes().count(b"\r\n") == 5
+        full = await command(daemon, "export", "--format", "ndjson", "-o", "/dev/full")
+        assert full.code == 1 and "No space left on device" in full.stderr and "Traceback" not in full.stderr
+
+
+class Terminal:
+    """A command on a terminal that can be typed at."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self._arguments = arguments
+        self._cwd = cwd
+        self.seen = b""
+
+    async def __aenter__(self) -> Terminal:
+        self._master, slave = pty.openpty()
+        self.before = termios.tcgetattr(self._master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "notify_server", *self._arguments), cwd=self._cwd,
+            env=clean_environment(TERM="xterm"), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        os.set_blocking(self._master, False)
+        self._news = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._master, self._read)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._master)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+        os.close(self._master)
+
+    def _read(self) -> None:
+        try:
+            self.seen += os.read(self._master, 1 << 16)
+        except OSError:
+            asyncio.get_running_loop().remove_reader(self._master)
+        self._news.set()
+
+    async def shows(self, text: bytes) -> None:
+        async with asyncio.timeout(SECONDS):
+            while text not in self.seen:
+                self._news.clear()
+                await self._news.wait()
+
+    def type(self, text: bytes) -> None:
+        os.write(self._master, text)
+
+    async def ends(self) -> int:
+        async with asyncio.timeout(SECONDS):
+            return await self.process.wait()
+
+
+async def test_the_status_goes_on_until_it_is_stopped_and_leaves_the_terminal_as_it_was(
+    tmp_path: Path,
+) -> None:
+    async with started(tmp_path) as daemon, Terminal("status", cwd=daemon.folder) as terminal:
+        await terminal.shows(b"the last second")
+        await daemon.deliver("batch", [failed("x")])
+        await daemon.verdict("batch")
+        count = terminal.seen.count(b"the last second")
+        await terminal.shows(b"upload_failed")
+        while terminal.seen.count(b"the last second") == count:
+            terminal._news.clear()
+            await terminal._news.wait()
+        terminal.process.send_signal(signal.SIGINT)
+        assert await terminal.ends() == 130
+        await terminal.shows(b"\x1b[?1049l")
+        assert terminal.seen.index(b"\x1b[?1049h") < terminal.seen.rindex(b"\x1b[?1049l")
+        assert terminal.seen.rindex(b"\x1b[?25h") > terminal.seen.rindex(b"\x1b[?25l")
+        assert termios.tcgetattr(terminal._master) == terminal.before
+        assert b"Traceback" not in terminal.seen
+
+
+async def test_an_action_is_asked_about_first(tmp_path: Path, origin: Origin) -> None:
+    async def asked(daemon: Daemon, typed: bytes | None) -> int:
+        async with Terminal("recheck", "--batch", "bad", cwd=daemon.folder) as terminal:
+            await terminal.shows(b"Ask for 1 files anew? [y/N] ")
+            if typed is None:
+                terminal.process.send_signal(signal.SIGINT)
+            else:
+                terminal.type(typed)
+            code = await terminal.ends()
+            assert b"Traceback" not in terminal.seen
+            return code
+
+    async with started(tmp_path) as daemon:
+        await daemon.settle("bad", [finished(origin.url("/gone"))])
+        origin.on("/gone", Answer())
+        # A word, an end of file, Ctrl-C.
+        assert await asyncio.gather(*(asked(daemon, typed) for typed in (b"\n", b"no\n", b"\x04", None))) == [
+            1,
+            1,
+            1,
+            130,
+        ]
+        assert daemon.value("SELECT state FROM file") == "unavailable"
+        assert await asked(daemon, b"y\n") == 0
+        assert (await daemon.verdict("bad", number=2))["verdict"] == "complete"
+
+
+async def test_an_export_over_the_api_that_breaks_off_is_no_success(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/csv\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nid\r\n\r\n"
+    async with Origin() as origin:
+        origin.default = Answer(raw=head, close=True)
+        end = await run_command("export", "--url", origin.url(""), cwd=tmp_path)
+    assert end.code == 1
+    assert "the answer broke off, what has come of it is not all" in end.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "ago"),
+    [("2h", timedelta(hours=2)), ("90d", timedelta(days=90)), ("0s", timedelta()), ("1.5m", timedelta(seconds=90))],
+)
+def test_a_time_may_be_so_long_ago(text: str, ago: timedelta) -> None:
+    assert abs(datetime.now(UTC) - ago - moment(text)) < timedelta(seconds=5)
+
+
+def test_a_time_may_be_rfc_3339_or_a_date_of_this_machine() -> None:
+    assert moment("2026-11-23T08:00:00+08:00") == datetime(2026, 11, 23, tzinfo=UTC)
+    assert moment("2026-11-23T00:00:00Z") == datetime(2026, 11, 23, tzinfo=UTC)
+    assert moment("2026-11-23") == moment("20261123") == datetime(2026, 11, 23).astimezone()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "2h ago", "-2h", "12", "1700000000", "99999999d", "0001-01-01", "\x1b[2J"]
+)
+def test_what_is_no_time_is_told_with_what_is(text: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for so long"
+    ) as e:
+        moment(text)
+    assert str(e.value).isprintable()
