@@ -115,7 +115,6 @@ async def test_a_name_that_is_bound_to_another_address_after_it_was_vetted_leads
             assert seen == {("available", None, PUBLIC), ("blocked", "private_address", None)}
             assert origin.connections == sum(row["state"] == "available" for row in files.values())
             assert [trap.connections for trap in trapped] == [0] * len(trapped)
-            print(network.names.asked)
             # A look-up makes two queries, one for each family.
             assert max(network.names.asked[host] for host in hosts) >= 4
 
