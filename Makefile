@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests mostly wait: for processes, deadlines and disks.
+WORKERS := 3
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
 STAMP_BENCH := $(VENV)/.installed-bench
@@ -20,8 +22,8 @@ demo: $(STAMP) ## Play the platform against a daemon of its own, and show what i
 	@exec $(BIN)/python -m notify_server simulate --own-daemon
 
 test: $(STAMP_DEV) lint ## Set everything up and run the tests
-	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus
-	@$(BIN)/pytest
+	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP_DEV) ## Check format, style and types
 	@$(BIN)/ruff format --check .

@@ -40,6 +40,7 @@ from notify_server.verify.frames import ProberConfig
 from notify_server.verify.guard import Guard
 from notify_server.verify.link import ProberLink
 from notify_server.verify.pool import Pool
+from notify_server.verify.shares import limit_of
 from notify_server.web import rendering
 from notify_server.web.admin import Admin
 from notify_server.web.api import ENDPOINTS, Api, Live
@@ -110,12 +111,13 @@ def make_app(
     async def store(app: web.Application) -> AsyncIterator[None]:
         (commits,) = app[METRICS].commit_seconds.series.values()
         on_commit = commits.observe
-        opened, records = await _open_store(config, on_commit, lambda: app[POOL].look() if POOL in app else None)
-        app[STORE] = opened
+        opened = app[STORE] = await _open_store(
+            config, on_commit, lambda: app[POOL].look() if POOL in app else None
+        )  # fmt: skip
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
         if not config.store.is_postgres:
             app[METRICS].watch_files(config.store.path)
-        app[RECORDS] = records
+        app[RECORDS] = await _open_records(config)
         yield
         await app[RECORDS].close()
         await opened.close()
@@ -141,6 +143,7 @@ def make_app(
             chance=random.random,
             on_verdicts=on_verdicts,
             on_recorded=on_recorded,
+            limit_of=lambda host, settings: limit_of(host, settings, *app[STORE].nodes),
         )
         app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
         app[METRICS].gauges("notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits)
@@ -220,18 +223,21 @@ def make_app(
     return app
 
 
-async def _open_store(
-    config: Config, on_commit: Callable[[float], object], on_work: Callable[[], object]
-) -> tuple[Store, Records]:
+async def _open_store(config: Config, on_commit: Callable[[float], object], on_work: Callable[[], object]) -> Store:
     if not config.store.is_postgres:
-        store = await SqliteStore.open(config.store.path, on_commit=on_commit)
-        return store, SqliteRecords(config.store.path)
+        return await SqliteStore.open(config.store.path, on_commit=on_commit)
     # Its driver is loaded by those who use it.
     from notify_server.store.postgres import PostgresStore
+
+    return await PostgresStore.open(config.store.url, lease=config.store.lease, on_commit=on_commit, on_work=on_work)
+
+
+async def _open_records(config: Config) -> Records:
+    if not config.store.is_postgres:
+        return SqliteRecords(config.store.path)
     from notify_server.store.postgres_records import PostgresRecords
 
-    shared = await PostgresStore.open(config.store.url, lease=config.store.lease, on_commit=on_commit, on_work=on_work)
-    return shared, await PostgresRecords.open(config.store.url)
+    return await PostgresRecords.open(config.store.url)
 
 
 async def _callback(request: web.Request) -> web.Response:

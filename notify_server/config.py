@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from urllib.parse import parse_qs, urlsplit
 
 import yarl
 from pydantic import (
@@ -45,6 +46,8 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "": 1.0}
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_POSTGRES = ("postgresql://", "postgres://")
+_SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
 # A prober waits for its connections with select(), which knows no descriptor above 1023.
 _CONCURRENCY_PER_PROCESS = 400
@@ -197,15 +200,46 @@ def readable_file(value: object) -> Path:
 
 
 def store_url(value: object) -> str:
-    """`sqlite:///relative` or `sqlite:////absolute`, the path as it is. No error shows it: it may hold a password."""
+    """`sqlite:///relative` or `sqlite:////absolute`, the path as it is; or `postgresql://user:password@host/database`,
+    as libpq has it. No error shows it: it may hold a password.
+    """
     url = text(value)
-    if url.startswith(("postgresql", "postgres:")):
-        raise ValueError("postgresql is not supported by this version: use sqlite:///path")
+    if url.startswith(_POSTGRES):
+        return _postgres_url(url)
     if not url.startswith("sqlite:///") or url.endswith("/") or not url.isprintable():
-        raise ValueError('must be like "sqlite:///data/notify.db", or "sqlite:////var/lib/notify.db" when absolute')
+        raise ValueError(
+            'must be like "sqlite:///data/notify.db", "sqlite:////var/lib/notify.db" when absolute, '
+            'or "postgresql://user:password@host/database"'
+        )
     if ":memory:" in url or re.search(r"[?#]", url):
         raise ValueError("must be a plain path of a file: nothing would be durable in memory, and there are no options")
     return url
+
+
+def _postgres_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        parts, options = None, {}
+    if parts is None or parts.fragment or not url.isprintable() or re.search(r"\s", url):
+        raise ValueError(
+            'must be like "postgresql://user:password@host/database?sslmode=require", with what is special in a name '
+            "or a password as %XX"
+        )
+    if options.get("sslmode", ["prefer"])[-1] not in _SSLMODES:
+        raise ValueError(f"sslmode must be one of {', '.join(_SSLMODES)}")
+    return url
+
+
+def without_secrets(url: str) -> str:
+    """The address of a store as it may be shown and logged: without user, password and options."""
+    if not url.startswith(_POSTGRES):
+        return url.removeprefix("sqlite:///")
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    sockets = parse_qs(parts.query).get("host", [])
+    return f"postgresql://{host}{parts.path}" + (f"?host={sockets[-1]}" if sockets and not host else "")
 
 
 def platform_key(value: object) -> PlatformKey:
@@ -215,6 +249,12 @@ def platform_key(value: object) -> PlatformKey:
 def _positive(seconds: float) -> float:
     if seconds <= 0:
         raise ValueError("must be more than 0")
+    return seconds
+
+
+def _lease(seconds: float) -> float:
+    if not 5 <= seconds <= 3600:
+        raise ValueError("must be from 5s to 1h")
     return seconds
 
 
@@ -312,10 +352,25 @@ class StoreConfig(_Section):
     """`[store]`: where it is kept. `url` is left out of the repr, because an address may hold a password."""
 
     url: Annotated[str, PlainValidator(store_url)] = Field(default="sqlite:///data/notify.db", repr=False)
+    lease: Annotated[Duration, AfterValidator(_lease)] = 90.0
+
+    @property
+    def is_postgres(self) -> bool:
+        """Whether it is a database on a server, which several daemons may share."""
+        return self.url.startswith(_POSTGRES)
+
+    @property
+    def place(self) -> str:
+        """Where it is, to be shown and logged: a path, or an address without secrets."""
+        return without_secrets(self.url)
 
     @property
     def path(self) -> Path:
-        """The database file; a relative one is relative to the working directory."""
+        """The database file; a relative one is relative to the working directory. Raises ConfigError when the store is
+        on PostgreSQL.
+        """
+        if self.is_postgres:
+            raise ConfigError(["[store] url: is on PostgreSQL, this works on a file of SQLite only"])
         return Path(self.url.removeprefix("sqlite:///"))
 
 

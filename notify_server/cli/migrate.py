@@ -9,7 +9,7 @@ from pathlib import Path
 
 from notify_server.cli.common import EXIT_FAILED, read_config
 from notify_server.config import LogConfig
-from notify_server.errors import StoreRefusedError
+from notify_server.errors import ConfigError, StoreRefusedError
 from notify_server.observe import set_up_logging
 from notify_server.store.queries import load_migrations
 from notify_server.store.sqlite_writer import FileLock, connect, refusal, schema_version
@@ -19,7 +19,11 @@ def run(config_path: Path | None) -> None:
     """Apply what is missing and say from which version to which. Exits 1 with one line when that cannot be done."""
     config = read_config(config_path)
     set_up_logging(LogConfig(level="warning"))
-    path = config.store.path
+    try:
+        path = config.store.path
+    except ConfigError as error:
+        print(f"notify_server: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
     if not path.exists():
         print(f"{path}: there is no record yet, `notify-server serve` makes one with the latest schema")
         return

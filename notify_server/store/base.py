@@ -88,6 +88,12 @@ class Store(FileQueue, Protocol):
         flight.
         """
 
+    @property
+    def nodes(self) -> tuple[int, Sequence[int]]:
+        """This daemon among those that share the work: its id, and those of all that were alive a moment ago. An id
+        is never given twice; a store of one daemon has 0, and nobody else.
+        """
+
     async def close(self) -> None:
         """Let what is being written finish, and close. Callers still waiting get StoreUnavailableError."""
 

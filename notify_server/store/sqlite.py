@@ -11,7 +11,7 @@ import asyncio
 import sqlite3
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
@@ -27,10 +27,10 @@ from notify_server.model import (
     FileState,
     InboxItem,
     Rejection,
-    ReportedStatus,
     Verdict,
 )
-from notify_server.store.base import Expansion, HostDue, NewFile, Restart
+from notify_server.store.base import Expansion, HostDue, Restart
+from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.queries import load_queries, with_rows
 from notify_server.store.sqlite_writer import FileLock, Writer, connect, refusal
 
@@ -56,7 +56,7 @@ _decode_due = msgspec.json.Decoder(list[tuple[int, int, str, str, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
 _decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
 _decode_recheck = msgspec.json.Decoder(list[tuple[int, int, str, FileState]]).decode
-_decode_existing = msgspec.json.Decoder(list[tuple[int, str, str | None, ReportedStatus, FileState]]).decode
+_decode_existing = msgspec.json.Decoder(list[Known]).decode
 
 
 class SqliteStore:
@@ -117,6 +117,10 @@ class SqliteStore:
     @property
     def backlog(self) -> int:
         return self._backlog
+
+    @property
+    def nodes(self) -> tuple[int, Sequence[int]]:
+        return 0, ()
 
     async def close(self) -> None:
         await self._writer.close()
@@ -249,7 +253,7 @@ class SqliteStore:
         expansions = [expansion for expansion in expansions if expansion.item.id > self._expanded_through]
 
         def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
-            merges = [merge for part in _distinct_batches(expansions) for merge in _merge(connection, part, now)]
+            merges = [merge for part in distinct_batches(expansions, _ROWS) for merge in _merge(connection, part, now)]
             restarted.update(id for merge in merges for id in merge.restarted)
             batches = {merge.batch for merge in merges}
             return sum(merge.pending for merge in merges), _write_verdicts(connection, batches, now)
@@ -348,7 +352,7 @@ class SqliteStore:
                     settled.setdefault(batch, Counter())[state] += 1
             ids = msgspec.json.encode(list(restarted)).decode()
             connection.execute(SQL["recheck_files"], (now, ids))
-            for rows in _chunks(_by_batch(settled)):
+            for rows in _chunks(by_batch(settled)):
                 _insert(connection, "recheck_batches", rows)
             reopened = sum(sum(states.values()) for states in settled.values())
             return reopened, Restart(len(found), frozenset(host for _, _, host, _ in found))
@@ -405,45 +409,7 @@ def _consume_nonces(connection: sqlite3.Connection, deliveries: Sequence[Deliver
     }
 
 
-def _distinct_batches(expansions: Sequence[Expansion]) -> Iterator[list[Expansion]]:
-    """The expansions in their order, cut wherever a batch comes up again: each merges with what the last one left."""
-    part: dict[tuple[str, str], Expansion] = {}
-    for expansion in expansions:
-        key = (expansion.batch_id, expansion.api_code)
-        if key in part or len(part) == _ROWS:
-            yield list(part.values())
-            part = {}
-        part[key] = expansion
-    if part:
-        yield list(part.values())
-
-
-class _Merge:
-    """What an expansion does to its batch: files by state, and the ids of pending files that start anew."""
-
-    def __init__(self, batch: int, expansion: Expansion) -> None:
-        self.batch = batch
-        self.expansion = expansion
-        self.added: list[NewFile] = []
-        self.delta: Counter[FileState] = Counter()
-        self.restarted: list[int] = []
-
-    @property
-    def pending(self) -> int:
-        return self.delta[FileState.PENDING]
-
-    @property
-    def reopens(self) -> bool:
-        # Files in other states bring about a verdict too: one that was complete may be incomplete with them.
-        return any(self.delta.values())
-
-    def batch_row(self) -> tuple[object, ...]:
-        item, last = self.expansion.item, self.expansion.last
-        counts = (self.delta[state] for state in FileState)
-        return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id
-
-
-def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now: int) -> list[_Merge]:
+def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now: int) -> list[Merge]:
     """Merge expansions of different batches, at most _ROWS, in a few statements."""
     keys = [(expansion.batch_id, expansion.api_code) for expansion in expansions]
     times = [expansion.item.received_at for expansion in expansions]
@@ -452,22 +418,15 @@ def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now:
     found = {(batch_id, api_code): (id, size) for id, size, batch_id, api_code in _decode_batches(answer)}
 
     merges = []
+    added: list[tuple[object, ...]] = []
     for key, expansion in zip(keys, expansions, strict=True):
         id, size = found[key]
-        merge = _Merge(id, expansion)
-        # A key that is listed twice: as if its later entry had been delivered later.
-        files: dict[str, NewFile] = {}
-        for file in expansion.files:
-            known = files.get(file.oss_object_name)
-            if known is None or _starts_anew(known.target_url, known.reported_status, file):
-                files[file.oss_object_name] = file
-        if size:
-            _merge_existing(connection, merge, files, now)
-        merge.added = list(files.values())
-        merge.delta.update(file.state for file in merge.added)
+        merge = Merge(id, expansion)
+        files = merge.settle(_existing(connection, merge) if size else ())
+        added += [(id, file.oss_object_name, *columns(file, now)) for file in files]
+        for replaced, file in merge.replaced:
+            connection.execute(SQL["file_replace"], (*columns(file, now), replaced))
         merges.append(merge)
-
-    added = [(merge.batch, file.oss_object_name, *_columns(file, now)) for merge in merges for file in merge.added]
     for chunk in _chunks(added):
         _insert(connection, "files_insert", chunk)
     _insert(connection, "batch_expanded", [merge.batch_row() for merge in merges])
@@ -476,38 +435,10 @@ def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now:
     return merges
 
 
-def _merge_existing(connection: sqlite3.Connection, merge: _Merge, files: dict[str, NewFile], now: int) -> None:
-    """Take what the batch has already out of `files`, and start anew what has changed."""
-    names = msgspec.json.encode(list(files)).decode()
+def _existing(connection: sqlite3.Connection, merge: Merge) -> list[Known]:
+    names = msgspec.json.encode(list(merge.files)).decode()
     (answer,) = connection.execute(SQL["files_existing"], (merge.batch, names)).fetchone()
-    for id, name, target_url, reported_status, state in _decode_existing(answer):
-        file = files.pop(name)
-        if not _starts_anew(target_url, reported_status, file):
-            continue
-        connection.execute(SQL["file_replace"], (*_columns(file, now), id))
-        merge.delta[state] -= 1
-        merge.delta[file.state] += 1
-        if state is FileState.PENDING:
-            merge.restarted.append(id)
-
-
-def _starts_anew(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:
-    if file.reported_status is ReportedStatus.FAILED:
-        return False
-    return reported_status is ReportedStatus.FAILED or target_url != file.target_url
-
-
-def _columns(file: NewFile, now: int) -> tuple[object, ...]:
-    waits = file.state is FileState.PENDING
-    return (
-        file.target_url,
-        file.host,
-        file.reported_status,
-        file.state,
-        file.reason,
-        now if waits else None,
-        None if waits else now,
-    )
+    return _decode_existing(answer)
 
 
 def _write_results(
@@ -538,22 +469,11 @@ def _write_results(
     files = msgspec.json.encode([result.file.id for result in results]).decode()
     connection.execute(SQL["attempts_trim"], {"files": files, "others": ATTEMPTS_KEPT - 1})
 
-    settled: dict[int, Counter[FileState]] = {}
-    for result in results:
-        if result.state is not FileState.PENDING:
-            settled.setdefault(result.file.batch, Counter())[result.state] += 1
-    for chunk_of_batches in _chunks(_by_batch(settled)):
+    settled = settled_by_batch(results)
+    for chunk_of_batches in _chunks(by_batch(settled)):
         _insert(connection, "record_batches", chunk_of_batches)
     count = sum(sum(states.values()) for states in settled.values())
     return count, _write_verdicts(connection, settled, now)
-
-
-def _by_batch(settled: Mapping[int, Counter[FileState]]) -> list[tuple[int, int, int, int]]:
-    """Rows of a batch, and how many of its files are available, unavailable and blocked."""
-    return [
-        (batch, count[FileState.AVAILABLE], count[FileState.UNAVAILABLE], count[FileState.BLOCKED])
-        for batch, count in settled.items()
-    ]
 
 
 def _write_verdicts(connection: sqlite3.Connection, batches: Iterable[int], now: int) -> list[BatchVerdict]:

@@ -187,7 +187,8 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
             f"BEGIN IMMEDIATE;\n{step.script}\n"
             f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {step.version};\nCOMMIT;"
         )
-        log.info("schema migrated", store=str(path), to=step.name)
+    if present < len(migrations):
+        log.info("schema migrated", store=str(path), to=migrations[-1].name)
 
 
 class _Group(Generic[Item, Answer]):

@@ -31,13 +31,15 @@ class Host:
     """Times are monotonic seconds. The pool keeps one for every host it has files of, and drops it when it is idle."""
 
     __slots__ = (
-        "_failures", "_next_start", "exhausted", "in_flight", "in_turn", "low", "name", "open_until", "queue", "reuse",
-        "settings", "timer",
+        "_failures", "_next_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until", "queue",
+        "reuse", "settings", "timer",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: HostSettings) -> None:
         self.name = name
         self.settings = settings
+        # How many files may be under way here; less than the settings say when other daemons ask the host too.
+        self.limit = settings.per_host_concurrency
         self.queue: deque[DueFile] = deque()
         self.in_flight = 0
         # False once an answer on a reused connection proved to be another request's.
@@ -70,7 +72,7 @@ class Host:
 
     def ready_at(self) -> float | None:
         """When the next file may start, which may be in the past; None when the host is at its limit."""
-        if self.in_flight >= self.settings.per_host_concurrency:
+        if self.in_flight >= self.limit:
             return None
         return max(self._next_start, self.open_until) if self.on_trial else self._next_start
 

@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 
 import structlog
 
-from notify_server.config import VerifyConfig
+from notify_server.config import HostSettings, VerifyConfig
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import (
     AttemptRow,
@@ -107,6 +107,7 @@ class Pool:
         chance: Callable[[], float],
         on_verdicts: Callable[[Sequence[BatchVerdict]], None],
         on_recorded: Callable[[Sequence[FileResult]], None] = lambda results: None,
+        limit_of: Callable[[str, HostSettings], int] = lambda host, settings: settings.per_host_concurrency,
     ) -> None:
         self._store = store
         self._guard = guard
@@ -116,6 +117,7 @@ class Pool:
         self._chance = chance
         self._on_verdicts = on_verdicts
         self._on_recorded = on_recorded
+        self._limit_of = limit_of
         # What one prober may have in flight: the living do not take over what the dead had.
         self._a_prober = -(-config.concurrency // max(1, len(links)))
         self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
@@ -212,7 +214,7 @@ class Pool:
                 round(max(0.0, host.open_until - now), 3) if host.on_trial else 0.0,
                 host.in_flight,
                 len(host.queue),
-                host.settings.per_host_concurrency,
+                host.limit,
             )
             for host in self._hosts.values()
         ]
@@ -223,6 +225,11 @@ class Pool:
             self._feed(name)
         self._work.set()
 
+    def look(self) -> None:
+        """Some host may have new files."""
+        self._look_at = 0.0
+        self._work.set()
+
     # Claiming
 
     def _feed(self, name: str) -> None:
@@ -231,6 +238,7 @@ class Pool:
             if len(self._hosts) >= HOSTS_MOST:
                 return  # A later look finds it.
             host = self._hosts[name] = Host(name, self._config.for_host(hostname_of(name)))
+            host.limit = self._limit_of(name, host.settings)
         self._hungry[name] = host
 
     async def _claim_loop(self) -> None:
@@ -273,9 +281,25 @@ class Pool:
                 self._feed(entry.host)
             else:
                 self._due_by(entry.next_attempt_at)
+        self._share_out()
         moment = time.monotonic()
         for name in [name for name, host in self._hosts.items() if host.idle(moment) and name not in self._hungry]:
             del self._hosts[name]
+
+    def _share_out(self) -> None:
+        """Keep to what is this daemon's of each host: others may have come, or gone."""
+        for host in self._hosts.values():
+            limit = self._limit_of(host.name, host.settings)
+            if limit == host.limit:
+                continue
+            more, host.limit = limit > host.limit, limit
+            if more:
+                self._hungry[host.name] = host
+                self._ready(host)
+            elif not limit and host.queue:
+                self._store.release(list(host.queue))
+                host.queue.clear()
+        self._pump()
 
     def _due_by(self, moment: int) -> None:
         moment += -moment % DUE_STEP_MS
@@ -292,7 +316,10 @@ class Pool:
         wanted: list[tuple[str, int]] = []
         for name in list(self._hungry)[:HOSTS_A_CLAIM]:
             host = self._hungry.pop(name)
-            if not host.rests(now) and (n := most - len(host.queue)) > 0:
+            shared = host.limit < host.settings.per_host_concurrency
+            # What others may ask for too is not all taken: they would have nothing to do.
+            share = min(most, host.limit * AHEAD_PER_SLOT) if shared else most
+            if not host.rests(now) and (n := share - len(host.queue)) > 0:
                 wanted.append((name, n))
         if not wanted or self._stopping:
             return bool(self._hungry) and not self._stopping

@@ -6,16 +6,20 @@ one more subclass of `Backend` and one more entry of `BACKENDS`.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import asyncpg
 import pytest
 
-from notify_server.store import sqlite, sqlite_records
+from notify_server.store import postgres, postgres_records, postgres_writes, sqlite, sqlite_records
 from notify_server.store.base import Store
 from notify_server.store.records import Records
+from tests.store.postgres_server import empty, new_schema
 
 Row = tuple[Any, ...]
 
@@ -107,7 +111,57 @@ class SqliteBackend(Backend):
         patch.setattr(sqlite_records, "WALKED", rows)
 
 
-BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend}
+class PostgresBackend(Backend):
+    """A schema of its own on the server that all tests share; it is emptied and used again when nobody holds it."""
+
+    _free: ClassVar[list[str]] = []
+    _url: str | None = None
+    _reader: asyncpg.Connection[asyncpg.Record] | None = None
+
+    async def url(self) -> str:
+        if self._url is None:
+            if self._free:
+                self._url = self._free.pop()
+                await empty(self._url)
+            else:
+                self._url = await new_schema()
+            weakref.finalize(self, self._free.append, self._url)
+        return self._url
+
+    async def _open(self) -> Store:
+        url = await self.url()
+        store, self._reader = await asyncio.gather(postgres.PostgresStore.open(url), asyncpg.connect(url))
+        return store
+
+    async def _open_records(self) -> Records:
+        return await postgres_records.PostgresRecords.open(await self.url())
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            await reader.close()
+        await super().close()
+
+    async def rows(self, query: str) -> list[Row]:
+        assert self._reader is not None
+        return [tuple(row) for row in await self._reader.fetch(query)]
+
+    async def columns(self, table: str) -> list[str]:
+        rows = await self.rows(
+            "SELECT column_name FROM information_schema.columns"
+            f" WHERE table_schema = current_schema() AND table_name = '{table}' ORDER BY ordinal_position"
+        )
+        return [name for (name,) in rows]
+
+    def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
+        patch.setattr(postgres_writes, "REJECTIONS_KEPT", rejections)
+        patch.setattr(postgres_writes, "REJECTION_BYTES_KEPT", rejection_bytes)
+
+    def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
+        patch.setattr(postgres_records, "WALKED", rows)
+
+
+BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend, "postgres": PostgresBackend}
 
 
 # What cases look at.

@@ -184,9 +184,9 @@ async def run(setting: Setting) -> list[Figure]:
     async with aiohttp.ClientSession() as session:
         with (
             nginx(setting.work) as origin,
-            daemon(setting.work / "notify.db", retention__completed=keep) as (process, port),
+            daemon(setting.work / "notify.db", retention__completed=keep) as server,
         ):
-            load = Load(session, port, f"http://127.0.0.1:{origin}")
+            load = Load(session, server.port, f"http://127.0.0.1:{origin.port}")
             began = time.monotonic()
             async with load.connected():
                 await load.burst(min(BURST_SECONDS, seconds / 6))
@@ -203,7 +203,7 @@ async def run(setting: Setting) -> list[Figure]:
                 began = time.monotonic()
                 pacing = asyncio.create_task(load.pace(rate, seconds * (1 - WARM_UP_SHARE)))
                 while not pacing.done():
-                    samples.append(sample(process.pid))
+                    samples.append(sample(server.pid))
                     await asyncio.wait([pacing], timeout=1)
                 await pacing
                 held = (load.acked - before) / (time.monotonic() - began)

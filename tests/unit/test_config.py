@@ -305,14 +305,15 @@ def test_a_certificate_and_its_key_go_together(load: Load, problems: Problems, t
     assert problems(f"[server]\nssl_key = '{private}'") == alone
 
 
-def test_files_have_to_be_there_and_readable(load: Load, problems: Problems, tmp_path: Path) -> None:
-    missing = tmp_path / "missing.pem"
+def test_files_have_to_be_there_and_readable(
+    load: Load, problems: Problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = Path("missing.pem")
     assert problems(f"[verify]\nca_file = '{missing}'") == [
         f'[verify] ca_file: cannot read "{missing}": No such file or directory'
     ]
-    assert problems(f"[verify]\nca_file = '{tmp_path}'") == [
-        f'[verify] ca_file: cannot read "{tmp_path}": Is a directory'
-    ]
+    assert problems("[verify]\nca_file = '.'") == ['[verify] ca_file: cannot read ".": Is a directory']
     # The key is not called missing because of a certificate that is only unreadable.
     assert problems(f"[server]\nssl_certificate = '{missing}'") == [
         f'[server] ssl_certificate: cannot read "{missing}": No such file or directory'

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
         ["contract", "verify.guard"],
         ["config"],
         ["verify.policy", "verify.frames"],
-        ["store", "verify.hosts", "verify.reach", "verify.prober", "observe", "tracing"],
+        ["store", "verify.hosts", "verify.shares", "verify.reach", "verify.prober", "observe", "tracing"],
         ["timeline", "actions"],
         ["web", "verify.link verify.pool", "forward"],
         ["app"],

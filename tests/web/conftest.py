@@ -340,6 +340,8 @@ def sample() -> bytes:
 def events() -> Iterator[Events]:
     """Everything the module's daemons log."""
     events = Events()
+    # Whatever level another module has left behind.
+    structlog.reset_defaults()
     structlog.configure(processors=[events])
     yield events
     structlog.reset_defaults()

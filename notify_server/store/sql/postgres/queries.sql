@@ -58,7 +58,9 @@ RETURNING key;
 
 -- name: nonces_purge
 DELETE FROM nonce
-WHERE key IN (SELECT key FROM nonce WHERE expires_at < $1 ORDER BY expires_at LIMIT 10000 FOR UPDATE SKIP LOCKED);
+WHERE key = ANY(ARRAY(
+    SELECT key FROM nonce WHERE expires_at < $1 ORDER BY expires_at LIMIT 10000 FOR UPDATE SKIP LOCKED
+));
 
 -- name: rejections_replayed
 DELETE FROM rejection WHERE id = ANY($1::bigint[]) RETURNING id;
@@ -280,11 +282,13 @@ due AS MATERIALIZED (
         WHERE state = 'pending'
             AND file.host = wanted.host
             AND next_attempt_at <= $3
-            AND NOT EXISTS (
-                SELECT FROM lease
+            -- A look at one lease for each file, and not a join, which might come to read all leases.
+            AND (
+                SELECT node.alive_until > clock_timestamp()
+                FROM lease
                 JOIN node ON node.id = lease.node
-                WHERE lease.file = file.id AND node.alive_until > clock_timestamp()
-            )
+                WHERE lease.file = file.id
+            ) IS NOT TRUE
         ORDER BY next_attempt_at
         LIMIT wanted.n
         FOR NO KEY UPDATE SKIP LOCKED
@@ -306,10 +310,13 @@ ORDER BY due.place, due.next_attempt_at, due.id;
 -- name: release
 DELETE FROM lease WHERE file = ANY($1::bigint[]) AND node = $2;
 
+-- name: leases_unknown
+DELETE FROM lease WHERE node = $1 AND file <> ALL($2::bigint[]);
+
 -- Record
 
 -- name: files_lock
-SELECT id FROM file WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+SELECT id, state FROM file WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
 
 -- name: leases_end
 DELETE FROM lease
@@ -340,8 +347,7 @@ FROM unnest(
     id, state, reason, attempts, next_attempt_at, http_status, content_length, content_type, etag, last_modified,
     final_url, remote_addr, elapsed_ms, verified_at
 )
-WHERE file.id = result.id AND file.state = 'pending'
-RETURNING file.id;
+WHERE file.id = result.id;
 
 -- name: record_attempts
 INSERT INTO attempt (
@@ -360,13 +366,11 @@ ORDER BY place;
 
 -- name: attempts_trim
 DELETE FROM attempt
-USING (
-    SELECT
-        recorded.file,
-        (SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC LIMIT 1 OFFSET $2) AS oldest
+WHERE id = ANY(ARRAY(
+    SELECT old.id
     FROM unnest($1::bigint[]) AS recorded (file)
-) AS bound
-WHERE attempt.file = bound.file AND attempt.id < bound.oldest;
+    CROSS JOIN LATERAL (SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC OFFSET $2) AS old
+));
 
 -- name: record_batches
 UPDATE batch

@@ -1,0 +1,426 @@
+"""The store on PostgreSQL, for several daemons that share the work. See base.Store for what each verb means.
+
+Who has claimed what is in the table `lease`, and counts as long as its node is alive (postgres_node.py); one node
+expands the inbox (postgres_expansion.py). Everything runs on the event loop: no verb holds a lock for longer than a
+statement or two of its transaction take, and all take them in the order that sql/postgres/queries.sql names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+from typing import Self, TypeVar
+
+import asyncpg
+import structlog
+
+from notify_server.config import without_secrets
+from notify_server.errors import NotifyServerError, StoreUnavailableError
+from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
+from notify_server.store.base import Expansion, HostDue, Restart
+from notify_server.store.group_commit import GroupCommit
+from notify_server.store.postgres_expansion import Turn, write_expansions
+from notify_server.store.postgres_node import INBOX, WORK, Node
+from notify_server.store.postgres_session import (
+    CLAIMING,
+    MOST,
+    SEEKING,
+    Connection,
+    Session,
+    create_pool,
+    migrate,
+    once_more,
+    opening,
+    reachable,
+    transact,
+)
+from notify_server.store.postgres_writes import (
+    insert_deliveries,
+    prune,
+    write_deliveries,
+    write_discard,
+    write_recheck,
+    write_rejections,
+    write_results,
+)
+from notify_server.store.queries import load_queries
+
+T = TypeVar("T")
+
+log = structlog.get_logger("notify_server.store")
+
+SQL = load_queries("postgres")
+
+LEASE_SECONDS = 90.0
+# Connections for all but acks, claims and expansion, which have one each; and how long to wait for one.
+POOL_SIZE = 4
+ACQUIRE_SECONDS = 5.0
+TICK_SECONDS = 1.0
+# Nonces are forgotten so long after they have expired, since the clocks of nodes differ.
+NONCE_GRACE_MS = 60_000
+PURGE_TICKS = 30
+# The backlog is corrected at a moment of rest, or after so many ticks without one.
+RESTLESS_TICKS = 30
+
+
+class PostgresStore:
+    """Open it with `open`; close it when done."""
+
+    def __init__(
+        self, url: str, lease: float, on_commit: Callable[[float], object], on_work: Callable[[], object]
+    ) -> None:
+        self._place = without_secrets(url)
+        self._acks = Session(url, self._place)
+        self._claims = Session(url, self._place, CLAIMING)
+        self._turn = Turn(url, self._place)
+        self._node = Node(
+            url, self._place, lease, on_lost=self._forget_all, on_inbox=self._hear_inbox, on_work=on_work
+        )  # fmt: skip
+        self._pool = create_pool(url, POOL_SIZE, **SEEKING)
+        self._accept = GroupCommit(
+            self._write_deliveries, lambda delivery: len(delivery.body), self._accepted, on_commit
+        )
+        self._reject = GroupCommit(self._write_rejections, lambda rejection: len(rejection.body))
+
+        self._backlog = 0
+        # How often a verb that changes the backlog has begun, and how many have not ended.
+        self._changes = 0
+        self._changing = 0
+        self._restless = 0
+        # Set while the inbox may hold something, and how often that has been heard.
+        self._inbox_news = asyncio.Event()
+        self._heard = 0
+        self._inbox_news.set()
+        # What this node has claimed; given back in its turn, before anything else is claimed.
+        self._held: dict[int, DueFile] = {}
+        self._returned: set[int] = set()
+        # Whether files may be claimed of which this node knows nothing: the answer to a claim was lost.
+        self._unsure = False
+        self._claiming = asyncio.Lock()
+        self._latest = 0
+        self._nodes: Sequence[int] = ()
+
+        self._closing = False
+        self._verbs = 0
+        self._at_rest = asyncio.Event()
+        self._at_rest.set()
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        *,
+        lease: float = LEASE_SECONDS,
+        on_commit: Callable[[float], object] = lambda seconds: None,
+        on_work: Callable[[], object] = lambda: None,
+    ) -> Self:
+        """Open the database at `url`, and bring its schema up to date. What this node has claimed is free when nothing
+        has been heard of it for `lease` seconds. `on_commit` is told what each transaction took that callbacks were
+        waiting for, in seconds; `on_work` is called when another node has made files due.
+
+        Raises StoreRefusedError when the database cannot be used; the text says what to do.
+        """
+        return await opening(url, cls._opened(url, lease, on_commit, on_work))
+
+    @classmethod
+    async def _opened(
+        cls, url: str, lease: float, on_commit: Callable[[float], object], on_work: Callable[[], object]
+    ) -> Self:
+        store = cls(url, lease, on_commit, on_work)
+        try:
+            await store._open()
+        except BaseException:
+            await store._disconnect()
+            raise
+        return store
+
+    async def _open(self) -> None:
+        await self._pool
+        await self._acks.open()
+        async with self._acks.use() as connection:
+            await migrate(connection, self._place)
+            self._backlog = int(await connection.fetchval(SQL["backlog"]))
+        await asyncio.gather(self._node.open(), self._turn.take())
+        await self._count_nodes()
+        self._task = asyncio.create_task(self._ticks(), name="postgres-ticks")
+
+    @property
+    def backlog(self) -> int:
+        return self._backlog
+
+    @property
+    def node(self) -> Node:
+        """This daemon as one of several."""
+        return self._node
+
+    @property
+    def nodes(self) -> tuple[int, Sequence[int]]:
+        return self._node.last_id, self._nodes
+
+    async def close(self) -> None:
+        self._closing = True
+        await self._accept.close()
+        await self._reject.close()
+        await self._at_rest.wait()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(self._turn.close(), self._node.close(), self._claims.close(), self._acks.close())
+        try:
+            async with asyncio.timeout(ACQUIRE_SECONDS):
+                await self._pool.close()
+        except (TimeoutError, OSError, asyncpg.InterfaceError):
+            self._pool.terminate()
+
+    # How verbs run
+
+    @contextmanager
+    def _verb(self) -> Iterator[None]:
+        if self._closing:
+            raise StoreUnavailableError("the store is closing")
+        self._verbs += 1
+        self._at_rest.clear()
+        try:
+            yield
+        finally:
+            self._verbs -= 1
+            if not self._verbs:
+                self._at_rest.set()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Around what changes the backlog, in the database and here."""
+        self._changes += 1
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        with reachable(self._place):
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+                yield connection
+
+    async def _transaction(self, job: Callable[[Connection], Awaitable[T]]) -> T:
+        with self._verb():
+            async with self._connection() as connection:
+                return await transact(connection, job)
+
+    # The inbox
+
+    async def accept(self, delivery: Delivery) -> int:
+        return await self._accept(delivery)
+
+    def _accepted(self, delivery: Delivery, notification: int) -> None:
+        self._backlog += delivery.files
+        self._hear_inbox()
+        if not self._turn.held:
+            self._node.call(INBOX)
+
+    async def _write_deliveries(self, deliveries: Sequence[Delivery]) -> list[int | NotifyServerError]:
+        self._latest = max(self._latest, *(delivery.received_at for delivery in deliveries))
+        with self._change():
+            async with self._acks.use() as connection:
+                if any(delivery.nonce is not None or delivery.replays is not None for delivery in deliveries):
+                    return await transact(connection, partial(write_deliveries, deliveries=deliveries))
+                # One statement is a transaction of its own.
+                return [*await insert_deliveries(connection, deliveries)]
+
+    async def reject(self, rejection: Rejection) -> None:
+        await self._reject(rejection)
+
+    async def _write_rejections(self, rejections: Sequence[Rejection]) -> list[None]:
+        async with self._connection() as connection:
+            await transact(connection, partial(write_rejections, rejections=rejections))
+        return [None] * len(rejections)
+
+    def _hear_inbox(self) -> None:
+        if self._turn.held:
+            self._heard += 1
+            self._inbox_news.set()
+
+    async def wait_inbox(self) -> None:
+        await self._inbox_news.wait()
+
+    async def inbox(self, limit: int) -> list[InboxItem]:
+        with self._verb():
+            heard = self._heard
+            items: list[InboxItem] = []
+            if self._turn.held:
+                async with self._turn.use() as connection:
+                    rows = await connection.fetch(SQL["inbox"], limit)
+                items = [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
+            # Whoever waits is kept waiting only when it is known that there is nothing.
+            if not items and heard == self._heard:
+                self._inbox_news.clear()
+            return items
+
+    async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
+        with self._verb(), self._change():
+            async with self._turn.use() as connection:
+                done = await transact(connection, partial(write_expansions, expansions=expansions, now=now))
+            self._backlog += done.pending - done.taken
+        if done.pending:
+            self._node.call(WORK)
+        return done.verdicts
+
+    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
+        with self._verb(), self._change():
+            async with self._turn.use() as connection:
+                files, verdicts = await transact(connection, partial(write_discard, item=item, detail=detail, now=now))
+            self._backlog -= files
+        return verdicts
+
+    # Due files
+
+    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
+        with self._verb():
+            async with self._connection() as connection:
+                rows = await connection.fetch(SQL["due_hosts"], after, limit)
+        # A host whose last file was settled meanwhile has no time.
+        return [HostDue(host, at) for host, at in rows if at is not None]
+
+    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
+        # A host may be named twice, and asks for the sum.
+        sums: Counter[str] = Counter()
+        for host, n in wanted:
+            sums[host] += n
+        with self._verb():
+            async with self._claiming, self._claims.use() as connection:
+                await self._give_back(connection)
+                id = self._node.id
+                parameters = list(sums), list(sums.values()), now, id
+                # Until it is known what was claimed.
+                self._unsure = True
+                rows = await once_more(partial(connection.fetch, SQL["claim"], *parameters))
+                self._unsure = False
+                if self._node.is_now(id) and rows[0]["alive"]:
+                    files = [DueFile(*row[1:]) for row in map(tuple, rows) if row[1] is not None]
+                    self._held.update((file.id, file) for file in files)
+                    return files
+        self._node.check()
+        return []
+
+    def release(self, files: Sequence[DueFile]) -> None:
+        returned = {file.id for file in files if self._held.get(file.id) == file}
+        for file in returned:
+            del self._held[file]
+        self._returned |= returned
+
+    async def _give_back(self, connection: Connection) -> None:
+        if self._unsure:
+            await connection.execute(SQL["leases_unknown"], self._node.id, list(self._held))
+            self._unsure = False
+            self._returned.clear()
+        if self._returned:
+            returned = list(self._returned)
+            await connection.execute(SQL["release"], returned, self._node.id)
+            self._returned.difference_update(returned)
+
+    def _forget_all(self) -> None:
+        self._held.clear()
+        self._returned.clear()
+
+    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
+        with self._verb(), self._change():
+            current = [result for result in results if self._held.get(result.file.id) == result.file]
+            ended = 0
+            settled, verdicts = 0, list[BatchVerdict]()
+            if current:
+                node = self._node.id
+                async with self._connection() as connection:
+                    ended, settled, verdicts = await transact(
+                        connection, partial(write_results, node=node, results=current, now=now)
+                    )
+            self._backlog -= settled
+            for result in current:
+                self._held.pop(result.file.id, None)
+        if ended < len(current):
+            self._node.check()
+        return verdicts
+
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        with self._verb(), self._change():
+            async with self._connection() as connection:
+                reopened, restart = await transact(connection, partial(write_recheck, files=files, now=now))
+            self._backlog += reopened
+        if restart.files:
+            self._node.call(WORK)
+        return restart
+
+    # Housekeeping
+
+    async def ping(self, now: int) -> None:
+        with self._verb():
+            async with self._connection() as connection:
+                await connection.execute(SQL["heartbeat"], now)
+
+    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
+        bounds = [min(max(bound, -MOST), MOST) for bound in (completed_before, rejected_before)]
+        return await self._transaction(
+            partial(prune, completed_before=bounds[0], rejected_before=bounds[1], limit=limit)
+        )
+
+    async def _ticks(self) -> None:
+        tick = 0
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            tick += 1
+            steps = [self._look_at_inbox, self._correct_backlog, self._return, self._count_nodes]
+            if tick % PURGE_TICKS == 0:
+                steps.append(self._purge)
+            for step in steps:
+                # What is wrong is told by who needs it; this is tried again.
+                with suppress(StoreUnavailableError):
+                    await step()
+
+    async def _look_at_inbox(self) -> None:
+        """Expand from now on if nobody else does; this node's own eyes are the truth about what waits."""
+        if not self._turn.held:
+            if await self._turn.take():
+                self._hear_inbox()
+        elif not self._inbox_news.is_set():
+            async with self._turn.use() as connection:
+                if await connection.fetchval(SQL["inbox_waits"]):
+                    self._hear_inbox()
+
+    async def _correct_backlog(self) -> None:
+        """What other nodes have done is known from the database alone."""
+        changes, before = self._changes, self._backlog
+        busy = bool(self._changing)
+        async with self._connection() as connection:
+            counted = int(await connection.fetchval(SQL["backlog"]))
+        if not busy and changes == self._changes:
+            self._backlog = counted
+            self._restless = 0
+        elif self._restless < RESTLESS_TICKS:
+            self._restless += 1
+        else:
+            # Exact to within what was in flight.
+            self._backlog = counted + self._backlog - before
+            self._restless = 0
+
+    async def _count_nodes(self) -> None:
+        async with self._connection() as connection:
+            nodes = [id for (id,) in await connection.fetch(SQL["nodes_alive"])]
+        if nodes != self._nodes:
+            self._nodes = nodes
+            log.info("sharing the work", nodes=len(nodes))
+
+    async def _return(self) -> None:
+        if self._returned or self._unsure:
+            async with self._claiming, self._claims.use() as connection:
+                await self._give_back(connection)
+
+    async def _purge(self) -> None:
+        async with self._connection() as connection:
+            await connection.execute(SQL["nonces_purge"], self._latest - NONCE_GRACE_MS)

@@ -1,0 +1,149 @@
+-- What is read for people, in one short statement each. Every answer is one row, and what is in it JSON. `:walk` stands
+-- for a SELECT along an index, of at most :most rows, and `:walk_keys` for the same of its :keys alone; `:left_out` for
+-- what the index cannot seek. `:batch_item`, `:file_item`, `:rejection_item` and `:next` stand for the blocks of that
+-- name, `:iso(x)` for a time as ISO text. What else begins with a colon is a parameter.
+
+-- name: batch_item
+json_build_object(
+    'id', id, 'batch_id', batch_id, 'api_code', api_code, 'verdict', verdict, 'files', files, 'pending', pending,
+    'available', available, 'unavailable', unavailable, 'blocked', blocked, 'upload_failed', upload_failed,
+    'deliveries', deliveries, 'first_received_at', :iso(first_received_at), 'last_received_at', :iso(last_received_at),
+    'completed_at', :iso(completed_at)
+);
+
+-- Where the walk ended that found less than was asked for, if it did not come to its own end: in the same statement,
+-- so that both are of one moment.
+-- name: next
+CASE
+    WHEN count(*) < CAST(:limit AS bigint)
+    THEN (SELECT json_build_array(:keys) FROM (:walk_keys) AS walked LIMIT 1 OFFSET CAST(:most AS bigint) - 1)
+END;
+
+-- name: file_item
+json_build_object(
+    'id', id, 'batch', batch, 'batch_id', batch_id, 'api_code', api_code, 'oss_object_name', oss_object_name,
+    'target_url', target_url, 'host', host, 'reported_status', reported_status, 'state', state, 'reason', reason,
+    'attempts', attempts, 'next_attempt_at', :iso(next_attempt_at), 'http_status', http_status,
+    'content_length', content_length, 'content_type', content_type, 'etag', etag, 'last_modified', last_modified,
+    'final_url', final_url, 'remote_addr', remote_addr, 'elapsed_ms', elapsed_ms, 'verified_at', :iso(verified_at)
+);
+
+-- name: rejection_item
+json_build_object(
+    'id', id, 'received_at', :iso(received_at), 'remote_addr', remote_addr, 'code', code, 'detail', detail,
+    'request_id', request_id, 'size', length(body)
+);
+
+-- name: totals
+SELECT json_build_object(
+    'batches', count(*),
+    'batches_pending', count(*) FILTER (WHERE verdict = 'pending'),
+    'batches_complete', count(*) FILTER (WHERE verdict = 'complete'),
+    'batches_incomplete', count(*) FILTER (WHERE verdict = 'incomplete'),
+    'files', coalesce(sum(files), 0),
+    'pending', coalesce(sum(pending), 0),
+    'available', coalesce(sum(available), 0),
+    'unavailable', coalesce(sum(unavailable), 0),
+    'blocked', coalesce(sum(blocked), 0),
+    'upload_failed', coalesce(sum(upload_failed), 0),
+    'rejections', (SELECT count(*) FROM rejection),
+    'oldest_pending_at',
+    (SELECT :iso(first_received_at) FROM batch WHERE verdict = 'pending' ORDER BY batch.first_received_at LIMIT 1)
+)
+FROM batch;
+
+-- name: batches
+SELECT json_agg(:batch_item), :next
+FROM (SELECT * FROM (:walk LIMIT :most) AS walked WHERE :left_out LIMIT :limit) AS found;
+
+-- name: batches_beginning
+SELECT json_agg(:batch_item)
+FROM (
+    SELECT * FROM batch
+    WHERE batch_id >= :text AND (CAST(:beyond AS text) IS NULL OR batch_id < :beyond)
+    ORDER BY batch_id, api_code
+    LIMIT :limit
+) AS found;
+
+-- name: batch
+SELECT :batch_item, last_notification FROM batch WHERE id = :id;
+
+-- name: delivery
+SELECT json_build_object(
+    'id', id, 'received_at', :iso(received_at), 'remote_addr', remote_addr, 'signature', signature,
+    'request_id', request_id, 'files', files, 'traceparent', traceparent
+)
+FROM notification
+WHERE id = :id;
+
+-- The page is walked before it is joined: its order is that of the walk.
+-- name: files
+SELECT json_agg(:file_item), :next
+FROM (
+    SELECT found.*, batch.batch_id, batch.api_code
+    FROM (SELECT * FROM (:walk LIMIT :most) AS walked WHERE :left_out LIMIT :limit) AS found
+    JOIN batch ON batch.id = found.batch
+    ORDER BY :found_order
+) AS shown;
+
+-- name: file
+SELECT :file_item
+FROM (
+    SELECT file.*, batch.batch_id, batch.api_code FROM file JOIN batch ON batch.id = file.batch WHERE file.id = :id
+) AS found;
+
+-- name: file_count
+SELECT count(*) FROM :counted;
+
+-- name: file_total
+SELECT CAST(coalesce(sum(:column), 0) AS bigint) FROM batch WHERE :of;
+
+-- A seek in each of the latest batches: an index of all keys would be as large as the keys, which are most of the file.
+-- name: files_named
+SELECT json_agg(:file_item)
+FROM (
+    SELECT file.*, latest.batch_id, latest.api_code
+    FROM (SELECT id, batch_id, api_code FROM batch ORDER BY id DESC LIMIT :batches) AS latest
+    CROSS JOIN LATERAL (SELECT * FROM file WHERE file.batch = latest.id AND file.oss_object_name = :text) AS file
+    ORDER BY latest.id DESC
+    LIMIT :limit
+) AS found;
+
+-- name: attempts
+SELECT json_agg(
+    json_build_object(
+        'id', id, 'started_at', :iso(started_at), 'method', method, 'url', url, 'http_status', http_status,
+        'reason', reason, 'dns_ms', dns_ms, 'connect_ms', connect_ms, 'tls_ms', tls_ms,
+        'first_byte_ms', first_byte_ms, 'total_ms', total_ms, 'remote_addr', remote_addr
+    )
+)
+FROM (SELECT * FROM attempt WHERE file = :file ORDER BY id) AS made;
+
+-- name: failures
+SELECT json_agg(json_build_object('reason', reason, 'host', host, 'state', state, 'files', files))
+FROM (
+    SELECT reason, host, state, count(*) AS files
+    FROM file
+    WHERE reason IS NOT NULL
+    GROUP BY reason, host, state
+    ORDER BY files DESC, reason, host, state
+    LIMIT :limit
+) AS failing;
+
+-- name: backlog
+SELECT json_agg(json_build_object('host', host, 'pending', pending, 'next_attempt_at', :iso(next_attempt_at)))
+FROM (
+    SELECT host, count(*) AS pending, min(next_attempt_at) AS next_attempt_at
+    FROM file
+    WHERE state = 'pending'
+    GROUP BY host
+    ORDER BY pending DESC, host
+    LIMIT :limit
+) AS waiting;
+
+-- name: rejections
+SELECT json_agg(:rejection_item)
+FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit) AS found;
+
+-- name: rejection
+SELECT :rejection_item, body FROM rejection WHERE id = :id;

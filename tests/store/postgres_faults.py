@@ -1,0 +1,73 @@
+"""What the cases of PostgreSQL do to it and to the nodes on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import asyncpg
+
+from notify_server.store.postgres import PostgresStore
+from tests.store.postgres_server import fetch
+
+T = TypeVar("T")
+
+SECONDS = 30.0
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[PostgresStore]:
+    """A node on the database."""
+    store = await PostgresStore.open(url, **options)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def locked(url: str, *tables: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """Keep everybody else out of these tables. Inside, the connection that does it may end others."""
+    connection = await asyncpg.connect(url)
+    try:
+        async with connection.transaction():
+            await connection.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE")
+            yield connection
+    finally:
+        await connection.close()
+
+
+async def until_waiting(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -> list[int]:
+    """The sessions that wait for a lock that this one holds, once there are so many."""
+    waiting = (
+        "SELECT DISTINCT waiting.pid FROM pg_locks AS waiting JOIN pg_locks AS held USING (relation)"
+        " WHERE NOT waiting.granted AND held.pid = pg_backend_pid() AND waiting.database = held.database"
+    )
+
+    async def enough() -> list[int]:
+        # What is seen of locks within a transaction is not kept from one look to the next.
+        pids = [pid for (pid,) in await connection.fetch(waiting)]
+        return pids if len(pids) >= number else []
+
+    return await eventually(enough)
+
+
+async def cut(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -> None:
+    """End the sessions that wait for this one, in the middle of what they are doing."""
+    for pid in await until_waiting(connection, number):
+        await connection.execute("SELECT pg_terminate_backend($1)", pid)
+
+
+async def expire(url: str, store: PostgresStore) -> None:
+    """Let the lease of this node run out, as if nothing had been heard of it for so long."""
+    await fetch(url, "UPDATE node SET alive_until = clock_timestamp() - interval '1 s' WHERE id = $1", store.node.id)
+
+
+async def eventually(look: Callable[[], Awaitable[T]]) -> T:
+    """What a look gives as soon as it is true, for what only the database tells."""
+    async with asyncio.timeout(SECONDS):
+        while not (seen := await look()):
+            await asyncio.sleep(0.01)
+    return seen

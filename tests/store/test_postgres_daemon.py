@@ -1,0 +1,199 @@
+"""The whole daemon on PostgreSQL: one, two, and what becomes of their work when one or the server goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import SILENCE, Answer, Daemon, Origin, finished, notification
+from tests.store.postgres_faults import eventually
+from tests.store.postgres_server import PostgresServer, fetch, new_schema
+
+
+@pytest.fixture
+async def url() -> str:
+    return await new_schema()
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    """A server of the case's own."""
+    with PostgresServer() as server:
+        yield server
+
+
+def config(url: str, **verify: Any) -> dict[str, dict[str, Any]]:
+    return {"store": {"url": url, "lease": "5s"}, "verify": verify}
+
+
+async def test_a_daemon_acks_probes_and_tells_on_postgresql(tmp_path: Path, url: str) -> None:
+    async with Origin() as origin, Daemon(tmp_path, config(url)) as daemon:
+        origin.on("/missing", Answer(410))
+        entries = [finished(origin.url(f"/{n}"), f"{n}") for n in range(50)]
+        await daemon.deliver("b1", [*entries, finished(origin.url("/missing"), "missing")])
+        verdict = await daemon.verdict("b1")
+        assert (verdict["verdict"], verdict["files"], verdict["available"]) == ("incomplete", 51, 50)
+        assert await fetch(url, "SELECT verdict, files, available, unavailable, pending FROM batch_summary") == [
+            ("incomplete", 51, 50, 1, 0)
+        ]
+        assert await fetch(url, "SELECT count(*) FROM attempt") == [(51,)]
+        assert await daemon.terminate() == 0
+    assert "search_path" not in daemon.text
+    assert await fetch(url, "SELECT count(*) FROM node") == [(0,)]
+    assert await fetch(url, "SELECT count(*) FROM lease") == [(0,)]
+
+
+async def test_daemons_share_the_work_and_each_file_is_asked_for_once(tmp_path: Path, url: str) -> None:
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Origin())
+        daemons = [
+            await stack.enter_async_context(Daemon(tmp_path / name, config(url, concurrency=8))) for name in "ab"
+        ]
+        # Slow enough for neither to do it all alone.
+        slow = [origin.url(f"/{n}") for n in range(200)]
+        for n in range(200):
+            origin.on(f"/{n}", Answer(200, delay=0.05))
+        for start in range(0, 200, 20):
+            entries = [finished(address, address) for address in slow[start : start + 20]]
+            await daemons[start // 20 % 2].deliver(f"b{start}", entries)
+
+        async def settled() -> bool:
+            return await fetch(url, "SELECT count(*) FROM batch WHERE verdict = 'complete'") == [(10,)]
+
+        await eventually(settled)
+        assert all(len(origin.of(f"/{n}")) == 1 for n in range(200))
+        # A verdict is told by one of them.
+        await eventually(lambda: told(daemons, 10))
+        assert await fetch(url, "SELECT count(*), count(DISTINCT file) FROM attempt") == [(200, 200)]
+
+
+async def told(daemons: list[Daemon], number: int) -> bool:
+    return sum(daemon.count("verdict") for daemon in daemons) == number
+
+
+async def test_daemons_keep_to_the_limit_of_a_host_together(tmp_path: Path, url: str) -> None:
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Origin())
+        settings = config(url, per_host_concurrency=4)
+        daemons = [await stack.enter_async_context(Daemon(tmp_path / name, settings)) for name in "abc"]
+        await asyncio.gather(*(daemon.line("sharing the work", nodes=3) for daemon in daemons))
+        seconds = 0.1
+        for n in range(60):
+            origin.on(f"/{n}", Answer(200, delay=seconds))
+        await daemons[0].deliver("b", [finished(origin.url(f"/{n}"), f"{n}") for n in range(60)])
+        await eventually(lambda: told(daemons, 1))
+        hits = sorted(hit.at for n in range(60) for hit in origin.of(f"/{n}"))
+        assert len(hits) == 60
+        # Of five requests in a row, the last came when the first had been answered.
+        assert all(later - earlier > 0.9 * seconds for earlier, later in zip(hits, hits[4:], strict=False))
+
+
+async def test_a_host_with_an_interval_is_one_daemons_and_anothers_when_that_is_gone(tmp_path: Path, url: str) -> None:
+    seconds = 0.2
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Origin())
+        settings = config(url, per_host_interval=f"{seconds}s")
+        daemons = [await stack.enter_async_context(Daemon(tmp_path / name, settings)) for name in "abc"]
+        await asyncio.gather(*(daemon.line("sharing the work", nodes=3) for daemon in daemons))
+        for batch_id, number in (("first", 3), ("second", 2), ("third", 1)):
+            seen = len(origin.hits)
+            entries = [finished(origin.url(f"/{batch_id}/{n}"), f"{n}") for n in range(6)]
+            await daemons[0].deliver(batch_id, entries)
+
+            async def settled(wanted: str = batch_id) -> bool:
+                return any(daemon.count("verdict", batch_id=wanted) for daemon in daemons)
+
+            await eventually(settled)
+            hits = sorted(hit.at for hit in origin.hits[seen:])
+            assert len(hits) == 6
+            # Requests may be late on their way, each by itself.
+            assert hits[-1] - hits[0] > 0.8 * 5 * seconds
+            assert all(later - earlier > 0.2 * seconds for earlier, later in pairwise(hits))
+            (owner,) = [daemon for daemon in daemons if daemon.count("verdict", batch_id=batch_id)]
+            if number > 1:
+                daemons.remove(owner)
+                await owner.terminate()
+                await asyncio.gather(*(daemon.line("sharing the work", nodes=number - 1) for daemon in daemons))
+
+
+async def test_files_of_a_daemon_that_was_killed_are_probed_by_another_within_the_lease(
+    tmp_path: Path, url: str
+) -> None:
+    """Row 83."""
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Origin())
+        one = await stack.enter_async_context(Daemon(tmp_path / "a", config(url)))
+        origin.on("/1", SILENCE, Answer(200))
+        origin.on("/2", SILENCE, Answer(200))
+        await one.deliver("b", [finished(origin.url("/1"), "1"), finished(origin.url("/2"), "2")])
+        await origin.reached(2)
+        await one.kill()
+        two = await stack.enter_async_context(Daemon(tmp_path / "b", config(url)))
+        verdict = await two.verdict("b")
+        assert (verdict["verdict"], verdict["available"]) == ("complete", 2)
+        assert len(origin.of("/1")) == len(origin.of("/2")) == 2
+        assert await fetch(url, "SELECT attempts FROM file") == [(1,), (1,)]
+
+
+async def test_a_daemon_that_was_stopped_for_longer_than_its_lease_changes_nothing_that_another_has_done(
+    tmp_path: Path, url: str
+) -> None:
+    """Row 84."""
+    async with AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(Origin())
+        one = await stack.enter_async_context(Daemon(tmp_path / "a", config(url)))
+        origin.on("/1", Answer(410, delay=0.5), Answer(200))
+        await one.deliver("b", [finished(origin.url("/1"), "1")])
+        await origin.reached(1)
+        one.send(signal.SIGSTOP)
+        two = await stack.enter_async_context(Daemon(tmp_path / "b", config(url)))
+        await two.verdict("b")
+        before = await fetch(url, "SELECT * FROM file"), await fetch(url, "SELECT * FROM attempt")
+        one.send(signal.SIGCONT)
+        await one.line("registered", number=2)
+        # What it does next is done after what it had in hand.
+        await one.deliver("c", [finished(origin.url("/2"), "2")])
+        await eventually(lambda: told([one, two], 2))
+        batch = "(SELECT id FROM batch WHERE batch_id = 'b')"
+        assert await fetch(url, f"SELECT * FROM file WHERE batch = {batch}") == before[0]
+        assert await fetch(url, "SELECT * FROM attempt WHERE file = $1", before[0][0][0]) == before[1]
+
+
+async def test_while_the_server_is_away_callbacks_are_told_to_come_again_and_afterwards_all_goes_on(
+    tmp_path: Path, server: PostgresServer
+) -> None:
+    """Row 82."""
+    async with Origin() as origin, Daemon(tmp_path, config(server.url)) as daemon:
+        origin.on("/held", Answer(200, delay=0.3))
+        await daemon.deliver("before", [finished(origin.url("/held"), "1")])
+        await origin.reached(1)
+        server.stop()
+        reply = await daemon.post(notification("meanwhile", []))
+        assert reply.status == 503
+        assert "Retry-After" in reply.headers
+        server.start()
+
+        async def acked() -> bool:
+            return (await daemon.post(notification("after", [finished(origin.url("/2"), "2")]))).status == 200
+
+        await eventually(acked)
+        await asyncio.gather(daemon.verdict("before"), daemon.verdict("after"))
+        assert await fetch(server.url, "SELECT batch_id FROM batch ORDER BY batch_id") == [("after",), ("before",)]
+        assert await daemon.terminate() == 0
+
+
+async def test_a_daemon_whose_database_is_not_there_says_so_in_one_line_without_the_password(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, config("postgresql://u:hunter2@127.0.0.1:1/d"))
+    with pytest.raises(AssertionError, match="ended"):
+        async with daemon:
+            pass
+    assert "postgresql://127.0.0.1:1/d: cannot be reached" in daemon.text
+    assert "hunter2" not in daemon.text
+    assert "Traceback" not in daemon.text
