@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from typing import Generic, TypeVar
 
 # Hosts that fail one after the other, with no answer in between: it takes few that had answered before. Strangers may
-# all be dead.
+# all be dead, and count only beside one that is not, or when nobody has answered yet.
 KNOWN_TO_CUT_OFF = 2
 ANY_TO_CUT_OFF = 5
 # Hosts that are remembered to have answered.
@@ -59,7 +59,9 @@ class Reach(Generic[T]):
         before = self.lost
         self._failed.add(host)
         known = sum(host in self._known for host in self._failed)
-        self.lost = known >= KNOWN_TO_CUT_OFF or len(self._failed) >= ANY_TO_CUT_OFF
+        # While those that are known do not fail, strangers that do are dead themselves, however many.
+        many = len(self._failed) >= ANY_TO_CUT_OFF and (known > 0 or not self._known)
+        self.lost = known >= KNOWN_TO_CUT_OFF or many
         return self.lost and not before
 
     def answered(self, host: str) -> bool:

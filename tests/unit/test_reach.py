@@ -36,7 +36,8 @@ class Machine(RuleBasedStateMachine):
         last = max((place for place, (_, answered) in enumerate(self.heard) if answered), default=-1)
         failed = {host for host, _ in self.heard[last + 1 :]}
         known = {host for host, answered in self.heard if answered}
-        return len(failed & known) >= KNOWN_TO_CUT_OFF or len(failed) >= ANY_TO_CUT_OFF
+        many = len(failed) >= ANY_TO_CUT_OFF and (bool(failed & known) or not known)
+        return len(failed & known) >= KNOWN_TO_CUT_OFF or many
 
     @rule(host=st.sampled_from(HOSTS))
     def fails(self, host: str) -> None:
@@ -78,6 +79,16 @@ def test_one_host_alone_never_cuts_us_off(answers: list[str]) -> None:
         reach.answered(host)
     for _ in range(100):
         assert not reach.failed("dead")
+
+
+def test_strangers_that_are_dead_do_not_cut_us_off_while_nobody_who_is_known_fails() -> None:
+    reach: Reach[int] = Reach()
+    assert [reach.failed(f"dead{number}") for number in range(ANY_TO_CUT_OFF)] == [False] * (ANY_TO_CUT_OFF - 1) + [
+        True
+    ]
+    assert reach.answered("alive")
+    assert not any(reach.failed(f"dead{number}") for number in range(100))
+    assert reach.failed("alive")
 
 
 def test_of_many_hosts_the_last_to_answer_are_remembered() -> None:
