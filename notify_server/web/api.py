@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
@@ -71,7 +72,7 @@ HEADERS = {
 }
 # What is counted over the whole record is good for this long, and for this many times what counting it took.
 FRESH_SECONDS = 1.0
-FRESH_FACTOR = 20.0
+FRESH_FACTOR = 200.0
 EXPORT_ROWS = 500
 GROUPS_MOST = 500
 HOSTS_MOST = 500
@@ -393,16 +394,17 @@ class Api:
         )
         if request.method == "HEAD":
             return response
-        await _send(request, response, (csv_header() if csv else b"") + lines(page.items))
-        while page.next is not None:
-            try:
-                page = await self.records.files(wanted, page.next, EXPORT_ROWS)
-            except StoreUnavailableError as error:
-                # What has been sent cannot be taken back: only a connection that breaks off says that it is not all.
-                log.warning("export broken off", error=str(error))
-                _break_off(request)
-                break
-            await _send(request, response, lines(page.items))
+        with contextlib.suppress(ConnectionError):
+            await _send(request, response, (csv_header() if csv else b"") + lines(page.items))
+            while page.next is not None:
+                try:
+                    page = await self.records.files(wanted, page.next, EXPORT_ROWS)
+                except StoreUnavailableError as error:
+                    # What has been sent cannot be taken back: only a connection that breaks off says that more is left.
+                    log.warning("export broken off", error=str(error))
+                    _break_off(request)
+                    break
+                await _send(request, response, lines(page.items))
         return response
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
@@ -414,8 +416,10 @@ class Api:
             return await _begin(request, "text/event-stream", headers)
         with self._stream.listen() as messages:
             response = await _begin(request, "text/event-stream", headers)
-            async for message in messages:
-                await _send(request, response, message)
+            # The client goes whenever it likes.
+            with contextlib.suppress(ConnectionError):
+                async for message in messages:
+                    await _send(request, response, message)
         return response
 
     # Actions

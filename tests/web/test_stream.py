@@ -61,6 +61,22 @@ async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(
     await eventually(lambda: not listeners(daemon))
 
 
+async def test_a_listener_that_goes_is_no_error(tmp_path: Path) -> None:
+    async with harness.Daemon(tmp_path) as daemon:
+        url = daemon.callback.replace("/notify", "/api/v1/stream")
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+            for _ in range(3):
+                gone = await session.get(url)
+                assert (await gone.content.readuntil(b"\n\n")).startswith(b"event: sample")
+                gone.close()
+            async with session.get(url) as response:
+                # By then those that have gone have been sent to, too.
+                for _ in range(3):
+                    await response.content.readuntil(b"\n\n")
+        assert await daemon.terminate() == 0
+        assert [line for line in daemon.lines if line["level"] != "info"] == []
+
+
 async def test_no_more_listen_than_may_and_a_place_is_free_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "LISTENERS_MOST", 2)
     daemon = await start()
