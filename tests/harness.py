@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import aiohttp
 
@@ -103,7 +103,15 @@ class Hit(NamedTuple):
     connection: int
 
 
-SILENCE = Answer(gate=asyncio.Event())  # never set
+class _Never(asyncio.Event):
+    """Nobody sets it. One that is waited for belongs to that loop; this one is waited for on every test's own."""
+
+    async def wait(self) -> Literal[True]:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("never")
+
+
+SILENCE = Answer(gate=_Never())
 
 
 class Origin:

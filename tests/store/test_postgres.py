@@ -463,10 +463,11 @@ async def test_a_connection_cut_in_the_middle_of_recording_leaves_nothing_behind
 async def test_when_no_connection_is_left_callers_are_told_and_the_others_go_on(
     url: str, one: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "ACQUIRE_SECONDS", 0.2)
     async with locked(url, "heartbeat") as holder:
         pings = [asyncio.create_task(one.ping(NOW)) for _ in range(postgres.POOL_SIZE)]
         await until_waiting(holder, postgres.POOL_SIZE)
+        # Only now: the first ones had to wait for their connections to be made.
+        monkeypatch.setattr(postgres, "ACQUIRE_SECONDS", 0.2)
         with pytest.raises(StoreUnavailableError, match="in time"):
             await one.due_hosts("", 9)
         # Acks do not depend on it.

@@ -413,7 +413,7 @@ async def run(setting: Setting) -> list[Figure]:
         Figure(
             "connections to traps",
             f"0; more than {OPEN_SHARE:.0%} of the traps without the guard",
-            f"{sum(walked_into.values()) + visits}; {open_to} of {len(traps.origins) - 1} without",
+            f"{sum(walked_into.values()) + visits}; without the guard to {open_to} of {len(traps.origins) - 1}",
             not walked_into and not visits and open_to > OPEN_SHARE * (len(traps.origins) - 1),
             {
                 "connections": sum(walked_into.values()),
