@@ -96,7 +96,7 @@ class Notification(msgspec.Struct, frozen=True):
     file_list: list[FileEntry]
 
 
-class Delivery(msgspec.Struct, frozen=True):
+class Delivery(msgspec.Struct, frozen=True, array_like=True):
     """An accepted request on its way to the inbox (`notification`).
 
     `body` is the request's body as it came; `files` the length of its file_list; `signature` how it was proven:
@@ -119,7 +119,7 @@ class Delivery(msgspec.Struct, frozen=True):
     replays: int | None = None
 
 
-class Rejection(msgspec.Struct, frozen=True):
+class Rejection(msgspec.Struct, frozen=True, array_like=True):
     """A body that was refused though its sender was let in; kept so that it can be looked at and replayed."""
 
     received_at: int
@@ -130,7 +130,7 @@ class Rejection(msgspec.Struct, frozen=True):
     request_id: str
 
 
-class InboxItem(msgspec.Struct, frozen=True):
+class InboxItem(msgspec.Struct, frozen=True, array_like=True):
     """A row of the inbox that has not been expanded yet."""
 
     id: int
@@ -157,7 +157,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     refusal: Reason | None = None
 
 
-class DueFile(msgspec.Struct, frozen=True, gc=False):
+class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A claimed file: pending, due, and nobody else's until it is recorded or released."""
 
     id: int
@@ -224,7 +224,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refused: bool = False
 
 
-class AttemptRow(msgspec.Struct, frozen=True, gc=False):
+class AttemptRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request made for a file, as it is kept in `attempt`. `url` is None when it was the file's target_url."""
 
     started_at: int
@@ -240,7 +240,7 @@ class AttemptRow(msgspec.Struct, frozen=True, gc=False):
     remote_addr: str | None
 
 
-class FileResult(msgspec.Struct, frozen=True, gc=False):
+class FileResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The outcome of one attempt on a claimed file, to be recorded with the requests it took.
 
     `state` is PENDING with `next_attempt_at` set when the file is to be tried again. `attempts` is the new total.

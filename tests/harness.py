@@ -496,6 +496,11 @@ class Daemon:
         """The daemon's children that probe, from /proc."""
         return [pid for pid in _children(self.pid) if b"notify_server.verify.prober" in _cmdline(pid)]
 
+    def keeper_pid(self) -> int:
+        """The daemon's child that keeps the record on SQLite, from /proc."""
+        (pid,) = [pid for pid in _children(self.pid) if b"notify_server.store.keeper" in _cmdline(pid)]
+        return pid
+
     def send(self, number: signal.Signals) -> None:
         """Send the process, and it alone, a signal."""
         os.kill(self.pid, number)
@@ -513,15 +518,17 @@ class Daemon:
         self.send(number)
         return await self.exit_code(seconds)
 
-    async def kill(self) -> None:
-        """kill -9, and wait until its probers are gone as well."""
+    async def kill(self, *, alone: bool = False) -> None:
+        """kill -9 of all its processes, as when the power fails, or of the daemon alone; wait until all are gone."""
         assert self._process is not None
-        probers = self.prober_pids()
+        children = _children(self.pid)
+        keepers = [pid for pid in children if b"notify_server.store.keeper" in _cmdline(pid)]
         # Popen's own kill would reap a process that has just ended, and asyncio would not learn how.
-        with contextlib.suppress(ProcessLookupError):
-            self.send(signal.SIGKILL)
+        for pid in [self.pid] if alone else [*keepers, self.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         await self.exit_code()
-        for pid in probers:
+        for pid in children:
             await process_gone(pid)
 
     # What it says
@@ -562,13 +569,16 @@ class Daemon:
 
     # What it is asked
 
-    async def post(self, body: bytes, **headers: str) -> Reply:
-        """Send a callback. Raises aiohttp.ClientError when there is no answer."""
+    def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=SECONDS)
             )
-        async with self._session.post(
+        return self._session
+
+    async def post(self, body: bytes, **headers: str) -> Reply:
+        """Send a callback. Raises aiohttp.ClientError when there is no answer."""
+        async with self._client().post(
             self.callback, data=io.BytesIO(body), headers={"Content-Type": "application/json", **headers}
         ) as response:
             return Reply(response.status, response.headers, await response.read())
@@ -577,6 +587,11 @@ class Daemon:
         """Post a batch, which must be acked."""
         reply = await self.post(notification(batch_id, entries))
         assert (reply.status, reply.code) == (200, "000"), reply
+
+    async def get(self, path: str) -> Reply:
+        """Ask the daemon for a path."""
+        async with self._client().get(f"{self.callback.removesuffix('/notify')}{path}") as response:
+            return Reply(response.status, response.headers, await response.read())
 
     async def settle(self, batch_id: str, entries: Iterable[dict[str, Any] | str]) -> dict[str, sqlite3.Row]:
         """Post a batch, wait for its verdict, and return its files by the objects' keys."""

@@ -6,11 +6,12 @@ raises StoreUnavailableError, has written nothing, and may be called again. `now
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from notify_server.errors import RejectionGoneError
 from notify_server.model import (
     BatchVerdict,
     Delivery,
@@ -22,9 +23,18 @@ from notify_server.model import (
     Rejection,
     ReportedStatus,
 )
+from notify_server.verify.guard import Guard
+
+# The largest id there can be: what both engines hold, and what goes to the keeper.
+MOST_ID = 2**63 - 1
 
 
-class NewFile(msgspec.Struct, frozen=True, gc=False):
+def rejection_gone(id: int) -> RejectionGoneError:
+    """What to tell of a rejection that is to be replayed and is not there."""
+    return RejectionGoneError(f"rejection {id} is not there: it may have been replayed")
+
+
+class NewFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A file as the notification and the guard leave it: `state` is pending, blocked or upload_failed."""
 
     oss_object_name: str
@@ -35,7 +45,7 @@ class NewFile(msgspec.Struct, frozen=True, gc=False):
     reason: Reason | None
 
 
-class Expansion(msgspec.Struct, frozen=True):
+class Expansion(msgspec.Struct, frozen=True, array_like=True):
     """Some or all files of one inbox item. The last one of an item has `last` set, and may have no files."""
 
     item: InboxItem
@@ -45,7 +55,7 @@ class Expansion(msgspec.Struct, frozen=True):
     last: bool
 
 
-class Restart(msgspec.Struct, frozen=True):
+class Restart(msgspec.Struct, frozen=True, array_like=True):
     """What a recheck has set going: how many files, and which hosts they are at."""
 
     files: int
@@ -75,8 +85,19 @@ class FileQueue(Protocol):
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         """Write outcomes with their attempts, end the claims, and return the verdicts that this brings about.
 
-        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before.
+        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before. So is
+        one of a file that is not claimed, and all but the first of several of one file.
         """
+
+
+class Expanding(msgspec.Struct, frozen=True):
+    """What an expansion of the inbox tells as it goes on: the hosts that have new files, the verdicts of batches that
+    are settled at once, and how many fields the contract does not know.
+    """
+
+    on_files: Callable[[set[str]], object]
+    on_verdicts: Callable[[Sequence[BatchVerdict]], object]
+    on_unknown_fields: Callable[[int], object]
 
 
 class Store(FileQueue, Protocol):
@@ -110,6 +131,9 @@ class Store(FileQueue, Protocol):
 
     async def wait_inbox(self) -> None:
         """Return when the inbox may hold something to expand (at once when it does)."""
+
+    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
+        """Expand what the inbox holds, and what it comes to hold, until cancelled (single caller)."""
 
     async def inbox(self, limit: int) -> list[InboxItem]:
         """The oldest deliveries that have not been expanded, at most `limit` (single caller)."""

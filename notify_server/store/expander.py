@@ -11,8 +11,8 @@ from notify_server.contract.signature import open_envelope
 from notify_server.contract.trace_context import trace_fields
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
-from notify_server.model import BatchVerdict, FileEntry, FileState, InboxItem, Notification, ReportedStatus
-from notify_server.store.base import Expansion, NewFile, Store
+from notify_server.model import FileEntry, FileState, InboxItem, Notification, ReportedStatus
+from notify_server.store.base import Expanding, Expansion, NewFile, Store
 from notify_server.verify.guard import Guard, harmless
 
 log = structlog.get_logger("notify_server.store")
@@ -24,24 +24,13 @@ RETRY_SECONDS = 1.0
 
 
 class Expander:
-    """Runs until cancelled. `on_files` is told the hosts that have new files, `on_verdicts` what is settled at once."""
+    """Runs until cancelled."""
 
-    def __init__(
-        self,
-        store: Store,
-        guard: Guard,
-        *,
-        now: Callable[[], int],
-        on_files: Callable[[set[str]], None],
-        on_verdicts: Callable[[Sequence[BatchVerdict]], None],
-        on_unknown_fields: Callable[[int], None],
-    ) -> None:
+    def __init__(self, store: Store, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
         self._store = store
         self._guard = guard
         self._now = now
-        self._on_files = on_files
-        self._on_verdicts = on_verdicts
-        self._on_unknown_fields = on_unknown_fields
+        self._told = told
 
     async def run(self) -> None:
         """Expand what the inbox holds, and what it comes to hold."""
@@ -69,7 +58,7 @@ class Expander:
                     **trace_fields(item.traceparent),
                     error=str(error),
                 )
-                self._on_verdicts(await self._store.discard(item, str(error), self._now()))
+                self._told.on_verdicts(await self._store.discard(item, str(error), self._now()))
                 continue
             for expansion in self._expansions(item, notification):
                 if group and size + len(expansion.files) > CHUNK_FILES:
@@ -85,9 +74,9 @@ class Expander:
         verdicts = await self._store.expand(group, self._now())
         hosts = {file.host for expansion in group for file in expansion.files if file.state is FileState.PENDING}
         if hosts:
-            self._on_files(hosts)
+            self._told.on_files(hosts)
         if verdicts:
-            self._on_verdicts(verdicts)
+            self._told.on_verdicts(verdicts)
 
     def _read(self, item: InboxItem) -> Notification:
         envelope = open_envelope(item.body)
@@ -95,7 +84,7 @@ class Expander:
         # It was within the limit when it was acked; a limit lowered since must not lose it.
         notification = parse_notification(bare, max_files=2**31)
         if unknown := unknown_fields(bare):
-            self._on_unknown_fields(unknown)
+            self._told.on_unknown_fields(unknown)
         return notification
 
     def _expansions(self, item: InboxItem, notification: Notification) -> Iterator[Expansion]:

@@ -104,6 +104,11 @@ def distinct_batches(expansions: Sequence[Expansion], most: int = sys.maxsize) -
         yield list(part.values())
 
 
+def first_of_each(results: Iterable[FileResult]) -> list[FileResult]:
+    """One result of each file: when a claim was lost and made anew, what came of both may be here."""
+    return list({result.file.id: result for result in reversed(list(results))}.values())[::-1]
+
+
 def settled_by_batch(results: Iterable[FileResult]) -> dict[int, Counter[FileState]]:
     """How many files of each batch these results settle, and in which states."""
     settled: dict[int, Counter[FileState]] = {}

@@ -20,8 +20,10 @@ import structlog
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.store.base import Expansion, HostDue, Restart
+from notify_server.store.base import Expanding, Expansion, HostDue, Restart
+from notify_server.store.expander import Expander
 from notify_server.store.group_commit import GroupCommit
+from notify_server.store.merge import first_of_each
 from notify_server.store.postgres_expansion import Turn, write_expansions
 from notify_server.store.postgres_node import INBOX, WORK, Node
 from notify_server.store.postgres_session import (
@@ -47,6 +49,7 @@ from notify_server.store.postgres_writes import (
     write_results,
 )
 from notify_server.store.queries import load_queries
+from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
 
@@ -251,6 +254,9 @@ class PostgresStore:
     async def wait_inbox(self) -> None:
         await self._inbox_news.wait()
 
+    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
+        await Expander(self, guard, now, told).run()
+
     async def inbox(self, limit: int) -> list[InboxItem]:
         with self._verb():
             heard = self._heard
@@ -332,7 +338,8 @@ class PostgresStore:
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         with self._verb(), self._change():
-            current = [result for result in results if self._held.get(result.file.id) == result.file]
+            mine = [result for result in results if self._held.get(result.file.id) == result.file]
+            current = first_of_each(mine)
             ended = 0
             settled, verdicts = 0, list[BatchVerdict]()
             if current:

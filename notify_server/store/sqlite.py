@@ -1,8 +1,7 @@
 """The store on SQLite: one file, one writer. Nothing is leased on disk: what is claimed is held in memory, and is
 simply still pending after a crash. See base.Store for what each verb means.
 
-Methods named `_write_…` and `_read_…` run in the writer's thread, one at a time; what they remember (`_held`,
-`_restarted`, the size of the rejections) is theirs alone. The rest belongs to the event loop.
+Each verb keeps the event loop for as long as the disk takes: the daemon has it in a process of its own (keeper.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreRefusedError
+from notify_server.errors import NonceReusedError, NotifyServerError, StoreRefusedError
 from notify_server.model import (
     BatchVerdict,
     Delivery,
@@ -29,10 +28,12 @@ from notify_server.model import (
     Rejection,
     Verdict,
 )
-from notify_server.store.base import Expansion, HostDue, Restart
-from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
+from notify_server.store.base import Expanding, Expansion, HostDue, Restart, rejection_gone
+from notify_server.store.expander import Expander
+from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, first_of_each, settled_by_batch
 from notify_server.store.queries import load_queries, with_rows
-from notify_server.store.sqlite_writer import FileLock, Writer, connect, refusal
+from notify_server.store.sqlite_writer import FileLock, Writer, connect, refusal, reserve_log
+from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
 
@@ -90,9 +91,11 @@ class SqliteStore:
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod
-    async def open(cls, path: Path, *, on_commit: Callable[[float], object] = lambda seconds: None) -> Self:
+    async def open(
+        cls, path: Path, *, on_commit: Callable[[float], object] = lambda seconds: None, owner: int | None = None
+    ) -> Self:
         """Open or create the database at `path`, its directory included. `on_commit` is told what each transaction
-        took that callbacks were waiting for, in seconds.
+        took that callbacks were waiting for, in seconds; `owner` is the process that it is opened for (see FileLock).
 
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
@@ -102,10 +105,11 @@ class SqliteStore:
             raise StoreRefusedError(
                 f"{path.parent}: cannot be created ({error.strerror}): name another directory in [store] url"
             ) from error
-        lock = FileLock(path)
+        lock = FileLock(path, owner)
         try:
             connection = connect(path)
             try:
+                reserve_log(connection, path)
                 return cls(lock, path, connection, on_commit)
             except sqlite3.DatabaseError as error:
                 connection.close()
@@ -129,9 +133,22 @@ class SqliteStore:
     # The inbox
 
     async def accept(self, delivery: Delivery) -> int:
-        return await self._accept(delivery)
+        (answer,) = await self.accept_all([delivery])
+        if isinstance(answer, NotifyServerError):
+            raise answer
+        return answer
 
-    def _accepted(self, delivery: Delivery, notification: int) -> None:
+    def accept_all(self, deliveries: Sequence[Delivery]) -> asyncio.Future[list[int | NotifyServerError]]:
+        """`accept` for several at once: the id of each, or why it alone was refused."""
+        return self._accept(deliveries)
+
+    def _accepted(self, deliveries: Sequence[Delivery], answers: Sequence[int | NotifyServerError]) -> None:
+        for delivery, answer in zip(deliveries, answers, strict=True):
+            if isinstance(answer, int):
+                self._remember(delivery, answer)
+        self._inbox_news.set()
+
+    def _remember(self, delivery: Delivery, notification: int) -> None:
         size = len(delivery.body)
         if self._recent_bytes + size > RECENT_BYTES:
             self._on_disk_through = notification
@@ -149,11 +166,11 @@ class SqliteStore:
                 )
             )
         self._backlog += delivery.files
-        self._inbox_news.set()
 
     def _write_deliveries(
-        self, connection: sqlite3.Connection, deliveries: Sequence[Delivery]
-    ) -> list[int | NotifyServerError]:
+        self, connection: sqlite3.Connection, groups: Sequence[Sequence[Delivery]]
+    ) -> list[list[int | NotifyServerError]]:
+        deliveries = [delivery for group in groups for delivery in group]
         refused = _consume_nonces(connection, deliveries)
         refused |= self._consume_rejections(connection, deliveries, refused)
         rows = [
@@ -177,7 +194,8 @@ class SqliteStore:
             assert last is not None
             ids.extend(range(last - len(chunk) + 1, last + 1))
         fresh = iter(ids)
-        return [refused.get(place) or next(fresh) for place in range(len(deliveries))]
+        answers = iter([refused.get(place) or next(fresh) for place in range(len(deliveries))])
+        return [list(islice(answers, len(group))) for group in groups]
 
     def _consume_rejections(
         self, connection: sqlite3.Connection, deliveries: Sequence[Delivery], refused: Container[int]
@@ -191,9 +209,7 @@ class SqliteStore:
             if connection.execute(SQL["rejection_replayed"], (str(delivery.replays),)).rowcount:
                 self._rejections = (0, 0, 0)
             else:
-                gone[place] = RejectionGoneError(
-                    f"rejection {delivery.replays} is not there: it may have been replayed"
-                )
+                gone[place] = rejection_gone(delivery.replays)
         return gone
 
     async def reject(self, rejection: Rejection) -> None:
@@ -226,6 +242,9 @@ class SqliteStore:
 
     async def wait_inbox(self) -> None:
         await self._inbox_news.wait()
+
+    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
+        await Expander(self, guard, now, told).run()
 
     async def inbox(self, limit: int) -> list[InboxItem]:
         self._inbox_news.clear()
@@ -331,7 +350,9 @@ class SqliteStore:
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
-            current = [result for result in results if result.file.id not in self._restarted]
+            current = first_of_each(
+                r for r in results if r.file.id in self._held and r.file.id not in self._restarted
+            )  # fmt: skip
             return _write_results(connection, current, now)
 
         settled, verdicts = await self._writer.transaction(

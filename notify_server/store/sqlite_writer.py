@@ -1,8 +1,8 @@
-"""The one connection that writes, its thread, and the order in which work reaches it.
+"""The one connection that writes, and the order in which work reaches it.
 
 SQLite up to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at once, so nothing else in the
-daemon writes. Work is given to the thread one transaction at a time: callers who wait for an ack come first, all of
-them in one group; other jobs run one by one while nobody waits, and have a share of the time when somebody always does.
+daemon writes. Callers who wait for an ack come first, all of them in one group; other jobs run one by one while nobody
+waits, and have a share of the time when somebody always does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -33,9 +32,23 @@ log = structlog.get_logger("notify_server.store")
 # "ntfy": lets `file` and this program tell the database from any other.
 APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
-# While callers wait for acks, jobs get so much of the thread's time for each second of theirs.
+# While callers wait for acks, jobs get so much time for each second of theirs.
 JOB_SHARE = 0.1
+# How long after callers have got their acks others are expected to come for theirs.
+PATIENCE_SECONDS = 0.002
+# Callers in one transaction.
+GROUP_LIMIT = 256
 OLDEST_SQLITE = (3, 35, 0)
+# How long the lock of a daemon that is no more is waited for.
+ORPHAN_SECONDS = 10.0
+ORPHAN_PAUSE = 0.02
+# What the writer's connection remembers of the database.
+CACHE_KIB = 32_768
+# Pages of the WAL at which it is written back, and begun anew.
+CHECKPOINT_PAGES = 4000
+PAGE_BYTES = 4096
+# Of the free space, what the WAL may take for itself at a start.
+RESERVED_SHARE = 0.1
 
 # The connection is as good as before after these; after any other error of the engine it is opened anew.
 READ_ONLY = "{}: is read-only: make the file and its directory writable for this user"
@@ -44,10 +57,10 @@ _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sql
 
 class FileLock:
     """An advisory lock beside the database: a second daemon on the same file is refused, a crash leaves nothing
-    behind.
+    behind. `owner` is the process that others are told of, by default this one.
     """
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, owner: int | None = None) -> None:
         # Of the file itself, by whichever link it was named.
         actual = database.resolve()
         self._path = actual.with_name(actual.name + ".lock")
@@ -57,21 +70,40 @@ class FileLock:
             raise StoreRefusedError(
                 f"{self._path}: cannot be created ({error.strerror}): make the directory writable for this user"
             ) from error
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while not self._taken():
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            # Of a daemon that was killed, what wrote for it finishes its transaction, and goes.
+            if _runs(holder) or time.monotonic() > deadline:
+                os.close(self._fd)
+                raise StoreRefusedError(
+                    f"{database}: in use by another notify_server (process {holder}): "
+                    "stop that one, or give this one a file of its own in [store] url"
+                )
+            time.sleep(ORPHAN_PAUSE)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{owner or os.getpid()}\n".encode(), 0)
+
+    def _taken(self) -> bool:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            raise StoreRefusedError(
-                f"{database}: in use by another notify_server (process {holder}): "
-                "stop that one, or give this one a file of its own in [store] url"
-            ) from error
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"{os.getpid()}\n".encode())
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         # The file stays: removing it would let two daemons lock two different files of the same name.
         os.close(self._fd)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        pass  # Not yet written, or another user's.
+    return True
 
 
 def holder(database: Path) -> str | None:
@@ -110,11 +142,11 @@ def connect(path: Path) -> sqlite3.Connection:
         _check_identity(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA cache_size = -32768")
+        connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         # Debian's SQLite overwrites what is deleted, at the cost of writing it once more: a large body three times.
         connection.execute("PRAGMA secure_delete = FAST")
         # Pages that are written again and again reach the file once for all; the WAL stays around 16 MiB.
-        connection.execute("PRAGMA wal_autocheckpoint = 4000")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute("PRAGMA temp_store = MEMORY")
         migrate(connection, path)
@@ -125,6 +157,32 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def reserve_log(connection: sqlite3.Connection, path: Path) -> None:
+    """Let the WAL have the size at once that it would come to.
+
+    Telling the disk to keep what overwrites a file costs a tenth of what it costs when the file grows, because its size
+    need not be kept too. What has been written and is rolled back leaves the file as large as it was.
+    """
+    size = CHECKPOINT_PAGES * PAGE_BYTES
+    disk = os.statvfs(path.parent)
+    if size > RESERVED_SHARE * disk.f_bavail * disk.f_frsize:
+        return
+    try:
+        connection.execute("PRAGMA busy_timeout = 0")
+        # A small cache has to be written out before the end of the transaction.
+        connection.execute("PRAGMA cache_size = 16")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE reserve (bytes BLOB)")
+        connection.execute("INSERT INTO reserve (bytes) VALUES (zeroblob(?))", (size,))
+    except sqlite3.OperationalError as error:
+        log.debug("the WAL grows as it is written", store=str(path), error=str(error))
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
 
 def _check_writable(path: Path) -> None:
@@ -191,65 +249,78 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
         log.info("schema migrated", store=str(path), to=migrations[-1].name)
 
 
-class _Group(Generic[Item, Answer]):
+class Group(Generic[Item, Answer]):
     """Callers that share the next transaction. An answer that is an exception is raised to its own caller alone."""
 
     def __init__(
         self,
+        writer: Writer,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
         committed: Callable[[Item, Answer], object] | None,
     ) -> None:
-        self.write = write
-        self.committed = committed
-        self.items: list[Item] = []
-        self.waiting: list[asyncio.Future[Answer]] = []
-
-    def take(self, most: int) -> tuple[list[Item], list[asyncio.Future[Answer]]]:
-        items, self.items = self.items[:most], self.items[most:]
-        waiting, self.waiting = self.waiting[:most], self.waiting[most:]
-        return items, waiting
-
-
-class GroupCommit(Generic[Item, Answer]):
-    """Hands single items to the writer so that those which arrive together are committed together."""
-
-    def __init__(self, writer: Writer, group: _Group[Item, Answer]) -> None:
         self._writer = writer
-        self._group = group
+        self._write = write
+        self._committed = committed
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
 
     def __call__(self, item: Item) -> asyncio.Future[Answer]:
+        """Have the item written with those that are waiting."""
         future: asyncio.Future[Answer] = self._writer.future()
-        if future.done():
-            return future
-        self._group.items.append(item)
-        self._group.waiting.append(future)
-        self._writer.wake()
+        if not future.done():
+            self._waiting.append((item, future))
+            self._writer.wake()
         return future
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
+
+    def commit(self) -> None:
+        """Write what waits, in one transaction, as far as a group may be large."""
+        group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
+        items = [item for item, _ in group]
+        try:
+            answers = self._writer.transact(lambda connection: self._write(connection, items))
+        except Exception as error:
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(_for_caller(error))
+            return
+        for (item, future), answer in zip(group, answers, strict=True):
+            if isinstance(answer, NotifyServerError):
+                if not future.done():
+                    future.set_exception(answer)
+                continue
+            if self._committed is not None:
+                self._committed(item, answer)
+            if not future.done():
+                future.set_result(answer)
 
 
 class Writer:
-    """Owns the connection and the thread. All methods are for the event loop's thread.
+    """Owns the connection. What it does it does at once, in the caller's thread, which does nothing else meanwhile:
+    beside a busy event loop a thread of its own would spend as much again on waiting for Python's lock.
 
     `on_commit` is told what each group's transaction took, in seconds.
     """
-
-    GROUP_LIMIT = 256
 
     def __init__(self, path: Path, connection: sqlite3.Connection, on_commit: Callable[[float], object]) -> None:
         self._on_commit = on_commit
         self._path = path
         self._connection: sqlite3.Connection | None = connection
-        self._thread = ThreadPoolExecutor(1, "sqlite-writer")
         self._loop = asyncio.get_running_loop()
-        self._groups: list[_Group[object, object]] = []
-        self._jobs: deque[tuple[Callable[[], object], asyncio.Future[object]]] = deque()
+        self._groups: list[Group[Any, Any]] = []
+        self._jobs: deque[tuple[Callable[[], object], asyncio.Future[Any]]] = deque()
         # Seconds that jobs may take from callers who wait for an ack; below zero it is owed to them.
         self._credit = 0.0
-        self._waiter: asyncio.Future[None] | None = None
+        self._committed_at = -PATIENCE_SECONDS
+        self._news = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="sqlite-writer")
 
     def future(self) -> asyncio.Future[Answer]:
+        """A future for a caller; it has failed already when the store is closing."""
         future: asyncio.Future[Answer] = self._loop.create_future()
         if self._closing:
             future.set_exception(StoreUnavailableError("the store is closing"))
@@ -259,22 +330,22 @@ class Writer:
         self,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
         committed: Callable[[Item, Answer], object] | None = None,
-    ) -> GroupCommit[Item, Answer]:
-        """A group of callers of one kind. `write` runs in the writer's thread, and answers for each item in its order;
-        `committed` is called on the event loop for each that was written, in that order, whatever became of its caller.
+    ) -> Group[Item, Answer]:
+        """A group of callers of one kind. `write` answers for each item in its order; `committed` is called for each
+        that was written, in that order, whatever became of its caller.
         """
-        group = _Group(write, committed)
-        self._groups.append(group)  # type: ignore[arg-type]
-        return GroupCommit(self, group)
+        group = Group(self, write, committed)
+        self._groups.append(group)
+        return group
 
     async def transaction(
         self, job: Callable[[sqlite3.Connection], T], committed: Callable[[], object] | None = None
     ) -> T:
         """Run the job in a transaction of its own. What it returns is returned once the commit is durable, and
-        `committed` has been called, in the writer's thread, before anything else runs there."""
+        `committed` has been called before anything else is done."""
 
-        def run(connection: sqlite3.Connection) -> T:
-            result = _transact(connection, job)
+        def run() -> T:
+            result = self.transact(job)
             if committed is not None:
                 committed()
             return result
@@ -283,84 +354,75 @@ class Writer:
 
     async def read(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Run a short read on the writer's connection, which sees exactly what has been committed so far."""
-        return await self._submit(job)
+        return await self._submit(lambda: self._call(job))
 
     def call(self, job: Callable[[], object]) -> None:
-        """Run the job in its turn in the writer's thread, without waiting for it, and whether or not there is a
-        database to be had. Nothing is run once the store is closing.
+        """Run the job in its turn, without waiting for it, and whether or not there is a database to be had. Nothing
+        is run once the store is closing.
         """
         if not self._closing:
             self._jobs.append((job, self._loop.create_future()))
             self.wake()
 
-    async def _submit(self, job: Callable[[sqlite3.Connection], T]) -> T:
+    async def _submit(self, job: Callable[[], T]) -> T:
         future: asyncio.Future[T] = self.future()
         if not future.done():
-            self._jobs.append((lambda: self._call(job), future))  # type: ignore[arg-type]
+            self._jobs.append((job, future))
             self.wake()
         return await future
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """There is something to do."""
+        self._news.set()
 
     async def _run(self) -> None:
         while True:
-            started = self._loop.time()
-            committed = False
-            for group in self._groups:
-                if group.items:
-                    committed = True
-                    await self._commit_group(group)
-            self._credit += JOB_SHARE * (self._loop.time() - started)
-            waiting = any(group.items for group in self._groups)
-            if self._jobs and (self._credit > 0 or not waiting):
-                await self._do_job(*self._jobs.popleft())
-            elif not committed and not self._jobs:
-                if self._closing:
-                    return
-                self._waiter = self._loop.create_future()
-                await self._waiter
-                self._waiter = None
+            self._news.clear()
+            group = next((group for group in self._groups if group.waiting), None)
+            if group is not None:
+                began = self._loop.time()
+                group.commit()
+                self._committed_at = self._loop.time()
+                self._credit += JOB_SHARE * (self._committed_at - began)
+                self._on_commit(self._committed_at - began)
+            elif self._jobs:
+                if self._credit > 0 or not await self._somebody_comes():
+                    self._do_job(*self._jobs.popleft())
+            elif self._closing:
+                return
+            else:
+                await self._news.wait()
+            # What has arrived meanwhile is seen.
+            await asyncio.sleep(0)
 
-    async def _commit_group(self, group: _Group[Item, Answer]) -> None:
-        items, waiting = group.take(self.GROUP_LIMIT)
-        began = time.perf_counter()
-        try:
-            answers = await self._in_thread(lambda: self._call(lambda c: _transact(c, lambda c: group.write(c, items))))
-        except Exception as error:
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(_for_caller(error))
-            return
-        self._on_commit(time.perf_counter() - began)
-        for item, future, answer in zip(items, waiting, answers, strict=True):
-            if isinstance(answer, NotifyServerError):
-                if not future.done():
-                    future.set_exception(answer)
-                continue
-            if group.committed is not None:
-                group.committed(item, answer)
-            if not future.done():
-                future.set_result(answer)
+    async def _somebody_comes(self) -> bool:
+        """Whether another caller comes to wait for an ack soon after the last ones have got theirs: they are worth
+        waiting for, because a job that has begun keeps them waiting for longer."""
+        while (patience := self._committed_at + PATIENCE_SECONDS - self._loop.time()) > 0:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._news.wait()
+            if any(group.waiting for group in self._groups):
+                return True
+        return False
 
-    async def _do_job(self, job: Callable[[], object], future: asyncio.Future[object]) -> None:
+    def _do_job(self, job: Callable[[], object], future: asyncio.Future[Any]) -> None:
         if future.cancelled():
             return
-        started = self._loop.time()
+        began = self._loop.time()
         try:
-            answer = await self._in_thread(job)
+            answer = job()
         except Exception as error:
-            if not future.done():
-                future.set_exception(_for_caller(error))
-            return
-        finally:
-            self._credit = min(0.0, self._credit - (self._loop.time() - started))
-        if not future.done():
+            future.set_exception(_for_caller(error))
+        else:
             future.set_result(answer)
+        finally:
+            self._credit = min(0.0, self._credit - (self._loop.time() - began))
 
-    async def _in_thread(self, job: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._thread, job)
+    def transact(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Run the job in a transaction, now. Raises what the engine raises."""
+        return self._call(lambda connection: _transact(connection, job))
 
     def _call(self, job: Callable[[sqlite3.Connection], T]) -> T:
         if self._connection is None:
@@ -380,10 +442,6 @@ class Writer:
         self._closing = True
         self.wake()
         await self._task
-        await self._loop.run_in_executor(self._thread, self._close)
-        self._thread.shutdown()
-
-    def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import msgspec
 import pycurl
 
+from notify_server.frames import Frames, frame
 from notify_server.model import Evidence, Reason, Request
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, Ready, frame
+from notify_server.verify.frames import ProberConfig, Ready
 from notify_server.verify.guard import Guard
 
 # Longer values are cut: they are kept to be read by people.
@@ -280,7 +281,7 @@ class Prober:
     def __init__(self, source: int, sink: int) -> None:
         self._source = source
         self._sink = sink
-        self._buffer = bytearray()
+        self._frames = Frames()
         self._multi = pycurl.CurlMulti()
         self._idle: list[Handle] = []
         self._busy = 0
@@ -295,31 +296,18 @@ class Prober:
         self._write(self._encode(Ready(pycurl.version_info()[1])))
 
     def _first_frame(self) -> bytes:
-        while not (frames := self._frames()):
-            self._read()
+        while not (frames := self._read()):
+            pass
         return frames[0]
 
-    def _read(self) -> None:
+    def _read(self) -> list[bytes]:
         try:
             data = os.read(self._source, 1 << 18)
         except BlockingIOError:
-            return
+            return []
         if not data:
             raise EOFError
-        self._buffer += data
-
-    def _frames(self) -> list[bytes]:
-        frames: list[bytes] = []
-        buffer, start = self._buffer, 0
-        while len(buffer) - start >= FRAME_HEADER.size:
-            (length,) = FRAME_HEADER.unpack_from(buffer, start)
-            end = start + FRAME_HEADER.size + length
-            if len(buffer) < end:
-                break
-            frames.append(bytes(buffer[start + FRAME_HEADER.size : end]))
-            start = end
-        del buffer[:start]
-        return frames
+        return self._frames.feed(data)
 
     def _send(self, evidence: list[Evidence]) -> None:
         self._write(self._encode(evidence))
@@ -338,8 +326,7 @@ class Prober:
             reads.append(self._source)
             ready, _, _ = select.select(reads, writes, errors, self._patience())
             if self._source in ready:
-                self._read()
-                for payload in self._frames():
+                for payload in self._read():
                     for request in self._decode(payload):
                         self._start(request)
             if self._busy:
@@ -392,8 +379,9 @@ class Prober:
 
 def main() -> None:
     """The process: ends quietly when the daemon does."""
-    # A terminal's Ctrl-C reaches the whole group; the daemon decides when its probers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         Prober(sys.stdin.fileno(), sys.stdout.fileno()).run()
     except (EOFError, BrokenPipeError):

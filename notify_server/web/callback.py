@@ -127,7 +127,7 @@ class Callback:
         self._ack_headers = {"Content-Type": config.ack.content_type}
         self._ack_body = [part.encode() for part in config.ack.body.split("{request_id}")]
 
-    async def handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: web.BaseRequest) -> web.Response:
         """Answer a request to the callback path, whatever its method."""
         caller = None
         # What every line of the log has that concerns this request.
@@ -146,7 +146,7 @@ class Callback:
             return response
 
     async def _answer(
-        self, request: web.Request, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
+        self, request: web.BaseRequest, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
     ) -> web.Response:
         request_id = about["request_id"]
         started = time.perf_counter()
@@ -204,7 +204,7 @@ class Callback:
                     self._arrived.clear()
                     await self._arrived.wait()
 
-    def _let_in(self, request: web.Request, peer: str) -> str:
+    def _let_in(self, request: web.BaseRequest, peer: str) -> str:
         """Everything that can be refused before the body is read; the caller's address when nothing is."""
         server, auth = self._server, self._auth
         if server.trusted_proxies:
@@ -234,7 +234,7 @@ class Callback:
         retry_after = {"Retry-After": str(math.ceil(wait))}
         raise RefusedError(429, "429", "请求过于频繁 too many requests, send it again later", headers=retry_after)
 
-    async def _read(self, request: web.Request) -> bytes:
+    async def _read(self, request: web.BaseRequest) -> bytes:
         if "Content-Encoding" in request.headers:
             raise RefusedError(415, "415", "Content-Encoding: send the body as it is, not compressed")
         if request.content.is_eof():
@@ -253,7 +253,7 @@ class Callback:
                 self._arrived.set()
         return body
 
-    async def _read_bounded(self, request: web.Request) -> bytes:
+    async def _read_bounded(self, request: web.BaseRequest) -> bytes:
         limit = self._server.body_limit_bytes
         parts: list[bytes] = []
         size = 0
@@ -333,7 +333,7 @@ def _failed(about: dict[str, str], error: Exception) -> RefusedError:
     return RefusedError(500, "500", "系统异常 system error, try again")
 
 
-def _token_of(request: web.Request) -> bytes:
+def _token_of(request: web.BaseRequest) -> bytes:
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     presented = credentials.strip() if scheme.lower() == "bearer" else request.query.get("token", "")
     return presented.encode("utf-8", "surrogatepass")

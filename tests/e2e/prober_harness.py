@@ -20,8 +20,9 @@ from pathlib import Path
 import certifi
 import msgspec
 
+from notify_server.frames import FRAME_HEADER, frame
 from notify_server.model import Evidence, Request
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, Ready, frame
+from notify_server.verify.frames import ProberConfig, Ready
 
 TIMEOUT = 0.4
 PATIENCE = 30.0

@@ -26,8 +26,9 @@ import pytest
 import pytest_asyncio
 import trustme
 
+from notify_server.frames import FRAME_HEADER, frame
 from notify_server.model import Evidence, Reason
-from notify_server.verify.frames import FRAME_HEADER, ProberConfig, frame
+from notify_server.verify.frames import ProberConfig
 from notify_server.verify.guard import Guard
 from tests.e2e.prober_harness import (
     AGENT,

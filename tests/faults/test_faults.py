@@ -444,11 +444,12 @@ async def test_a_database_locked_by_another_process_is_busy_until_it_is_free(tmp
 async def test_a_disk_quota_that_is_used_up_is_busy_until_there_is_space(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         await daemon.settle("before", [origin.url("/before")])
-        limits = resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE)
-        wal = daemon.database.with_name(daemon.database.name + "-wal")
-        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (wal.stat().st_size + 20_000, limits[1]))
+        keeper = daemon.keeper_pid()
+        limits = resource.prlimit(keeper, resource.RLIMIT_FSIZE)
+        # The log is larger already, but is written from its beginning.
+        resource.prlimit(keeper, resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
         acked = await fill(daemon, origin)
-        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, limits)
+        resource.prlimit(keeper, resource.RLIMIT_FSIZE, limits)
         await recover(daemon, origin, acked)
 
 

@@ -7,7 +7,11 @@ one more subclass of `Backend` and one more entry of `BACKENDS`.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import sqlite3
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import Any, ClassVar
 import asyncpg
 import pytest
 
-from notify_server.store import postgres, postgres_records, postgres_writes, sqlite, sqlite_records
+from notify_server.store import kept, postgres, postgres_records, postgres_writes, sqlite, sqlite_records
 from notify_server.store.base import Store
 from notify_server.store.records import Records
 from tests.store.postgres_server import empty, new_schema
@@ -83,10 +87,13 @@ class SqliteBackend(Backend):
     _reader: sqlite3.Connection | None = None
 
     async def _open(self) -> Store:
-        store = await sqlite.SqliteStore.open(self.directory / "notify.db")
+        store = await self._open_store()
         self._reader = sqlite3.connect(self.directory / "notify.db", isolation_level=None)
         self._reader.execute("PRAGMA query_only = 1")
         return store
+
+    async def _open_store(self) -> Store:
+        return await sqlite.SqliteStore.open(self.directory / "notify.db")
 
     async def _open_records(self) -> Records:
         return sqlite_records.SqliteRecords(self.directory / "notify.db")
@@ -109,6 +116,37 @@ class SqliteBackend(Backend):
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
         patch.setattr(sqlite_records, "WALKED", rows)
+
+
+# The keeper, with bounds that can be set while it runs.
+KEEPER = """
+import json, pathlib, signal, sys
+from notify_server.store import keeper, sqlite
+bounds = pathlib.Path(sys.argv[1])
+def bind(*_):
+    vars(sqlite).update(json.loads(bounds.read_text()))
+signal.signal(signal.SIGUSR1, bind)
+if bounds.exists():
+    bind()
+keeper.main()
+"""
+
+
+class KeptBackend(SqliteBackend):
+    """SQLite in a process of its own, as the daemon has it."""
+
+    _kept: kept.KeptStore
+
+    async def _open_store(self) -> Store:
+        command = [sys.executable, "-c", KEEPER, str(self.directory / "bounds.json")]
+        self._kept = await kept.KeptStore.open(self.directory / "notify.db", now=lambda: 0, command=command)
+        return self._kept
+
+    def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
+        bounds = {"REJECTIONS_KEPT": rejections, "REJECTION_BYTES_KEPT": rejection_bytes}
+        (self.directory / "bounds.json").write_text(json.dumps(bounds))
+        assert self._kept.pid is not None
+        os.kill(self._kept.pid, signal.SIGUSR1)
 
 
 class PostgresBackend(Backend):
@@ -161,7 +199,7 @@ class PostgresBackend(Backend):
         patch.setattr(postgres_records, "WALKED", rows)
 
 
-BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend, "postgres": PostgresBackend}
+BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend, "kept": KeptBackend, "postgres": PostgresBackend}
 
 
 # What cases look at.

@@ -270,6 +270,20 @@ async def test_recording_ends_the_claim(store: Store) -> None:
     assert len(await claim(store, now=NOW + 1)) == 2
 
 
+async def test_of_several_results_of_a_file_the_first_counts_and_none_once_the_claim_has_ended(
+    store: Store, backend: Backend
+) -> None:
+    await take_in(store, finished("a"), finished("b"))
+    a, b = await claim(store, n=2)
+    first, second = found(a), missing(a)
+    assert await store.record([first, second], NOW + 1) == []
+    assert await store.record([second], NOW + 2) == []
+    assert await backend.rows("SELECT pending, available, unavailable FROM batch_summary") == [(1, 1, 0)]
+    assert await backend.rows("SELECT count(*) FROM attempt") == [(1,)]
+    (verdict,) = await store.record([found(b)], NOW + 3)
+    assert verdict.verdict is Verdict.COMPLETE
+
+
 async def test_recording_nothing_brings_about_nothing(store: Store) -> None:
     await take_in(store, finished())
     assert await store.record([], NOW) == []

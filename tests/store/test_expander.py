@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from notify_server.model import BatchVerdict
-from notify_server.store.base import Store
-from notify_server.store.expander import CHUNK_FILES, Expander
+from notify_server.store.base import Expanding, Store
+from notify_server.store.expander import CHUNK_FILES
 from notify_server.verify.guard import Guard
 from tests.store.backends import Backend
 from tests.store.builders import API_CODE, NOW, delivery, found
@@ -23,29 +23,20 @@ def entry(name: str, status: str = "FAILED", **fields: str) -> dict[str, str]:
     return {"oss_object_name": name, "status": status} | fields
 
 
-async def expand_all(store: Store) -> list[BatchVerdict]:
-    """Run the expander until the inbox has been found empty."""
+async def expand_all(store: Store, backend: Backend) -> list[BatchVerdict]:
+    """Run the expander until the inbox is empty."""
     verdicts: list[BatchVerdict] = []
 
     def on_verdicts(reached: Sequence[BatchVerdict]) -> None:
         verdicts.extend(reached)
 
-    expander = Expander(
-        store,
-        Guard([], [], [80, 443]),
-        now=lambda: NOW,
-        on_files=lambda hosts: None,
-        on_verdicts=on_verdicts,
-        on_unknown_fields=lambda count: None,
-    )
-    task = asyncio.create_task(expander.run())
+    told = Expanding(lambda hosts: None, on_verdicts, lambda count: None)
+    task = asyncio.create_task(store.expand_inbox(Guard([], [], [80, 443]), lambda: NOW, told))
     async with asyncio.timeout(20):
-        while True:
-            waiting = asyncio.create_task(store.wait_inbox())
+        while await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") != [(0,)]:
             await store.ping(NOW)
-            if not waiting.done():
-                waiting.cancel()
-                break
+        # What the last expansion has brought about is told before this is answered.
+        await store.ping(NOW)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return verdicts
@@ -58,7 +49,7 @@ async def test_an_unreadable_delivery_is_set_aside_and_those_before_and_after_it
         unreadable = n in (1, 2, 5)
         content = b'{"batch_id":1}' if unreadable else body(f"batch {n}", entry("a"))
         await store.accept(delivery(f"batch {n}", body=content))
-    verdicts = await expand_all(store)
+    verdicts = await expand_all(store, backend)
     assert [verdict.batch_id for verdict in verdicts] == ["batch 0", "batch 3", "batch 4"]
     assert await backend.rows("SELECT count(*) FROM rejection") == [(3,)]
     assert await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") == [(0,)]
@@ -72,12 +63,12 @@ async def test_a_key_listed_twice_far_apart_is_a_no_op_when_its_delivery_comes_a
     first, second = (entry("twice", "FINISHED", target_url=f"https://store.example.com/{n}") for n in range(2))
     content = body("batch", first, *(entry(str(n)) for n in range(CHUNK_FILES)), second)
     await store.accept(delivery(body=content, files=CHUNK_FILES + 2))
-    assert await expand_all(store) == []
+    assert await expand_all(store, backend) == []
     (file,) = await store.claim([("store.example.com", 9)], NOW)
     assert file.target_url == "https://store.example.com/1"
     assert len(await store.record([found(file)], NOW)) == 1
     await store.accept(delivery(body=content, files=CHUNK_FILES + 2))
-    assert await expand_all(store) == []
+    assert await expand_all(store, backend) == []
     assert await backend.rows("SELECT verdict, files, available FROM batch_summary") == [
         ("incomplete", CHUNK_FILES + 1, 1)
     ]

@@ -19,10 +19,10 @@ ROOT = Path(notify_server.__file__).parent
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
     tuple(frozenset(part.split()) for part in level)
     for level in (
-        ["model", "errors", "clock"],
+        ["model", "errors", "clock", "frames"],
         ["contract", "verify.guard"],
         ["config"],
-        ["verify.policy", "verify.frames"],
+        ["verify.policy", "verify.frames", "child"],
         ["store", "verify.hosts", "verify.shares", "verify.reach", "verify.prober", "observe", "tracing"],
         ["timeline", "actions"],
         ["web", "verify.link verify.pool", "forward"],
@@ -35,9 +35,9 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
 # Packages whose modules have places of their own; their own `__init__` imports nothing of the house.
 BARE = frozenset({"", "verify"})
 # What these may import of the house, and nothing else.
-ONLY = {"verify.prober": frozenset({"model", "verify.guard", "verify.frames"})}
-# A process of its own, which nobody imports: it loads libcurl.
-NEVER_IMPORTED = frozenset({"verify.prober"})
+ONLY = {"verify.prober": frozenset({"model", "frames", "verify.guard", "verify.frames"})}
+# Processes of their own, which nobody imports.
+NEVER_IMPORTED = frozenset({"verify.prober", "store.keeper"})
 
 
 def place_of(module: str) -> tuple[int, frozenset[str]] | None:
@@ -218,5 +218,5 @@ def test_a_prober_loads_nothing_of_the_daemons() -> None:
     unwanted |= {"typer", "rich", "prometheus_client"}
     assert not unwanted & {name.split(".")[0] for name in loaded}
     house = {name for name in loaded if name.split(".")[0] == HOUSE}
-    allowed = {"verify", "verify.prober", "verify.guard", "verify.frames", "model"}
+    allowed = {"verify", "verify.prober", "verify.guard", "verify.frames", "model", "frames"}
     assert house == {HOUSE, *(f"{HOUSE}.{name}" for name in allowed)}
