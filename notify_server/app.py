@@ -10,7 +10,7 @@ import random
 import sqlite3
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
@@ -27,7 +27,7 @@ from cryptography.x509 import load_pem_x509_certificates
 
 from notify_server.actions import Actions
 from notify_server.clock import SteadyClock, unix_ms
-from notify_server.config import Config, ServerConfig, version
+from notify_server.config import Config, HostSettings, ServerConfig, version
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult
@@ -59,7 +59,8 @@ log = structlog.get_logger("notify_server")
 
 STORE = web.AppKey("store", Store)
 RECORDS = web.AppKey("records", Records)
-POOL = web.AppKey("pool", Pool)
+# None on a node that takes callbacks only.
+POOL: web.AppKey[Pool | None] = web.AppKey("pool")
 METRICS = web.AppKey("metrics", Metrics)
 CALLBACK = web.AppKey("callback", Callback)
 HEALTH = web.AppKey("health", Health)
@@ -112,10 +113,19 @@ def make_app(
     async def store(app: web.Application) -> AsyncIterator[None]:
         (commits,) = app[METRICS].commit_seconds.series.values()
         on_commit = commits.observe
-        opened = app[STORE] = await _open_store(
-            config, now, on_commit, lambda: app[POOL].look() if POOL in app else None
-        )  # fmt: skip
+
+        def on_work() -> None:
+            if (pool := app.get(POOL)) is not None:
+                pool.look()
+
+        opened = app[STORE] = await _open_store(config, now, on_commit, on_work)
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
+        app[METRICS].gauges(
+            "notify_server_nodes",
+            "Servers that share the record and are alive, by what they do.",
+            "role",
+            lambda: {"callbacks": len(opened.nodes.taking), "probes": len(opened.nodes.probing)},
+        )
         if not config.store.is_postgres:
             app[METRICS].watch_files(config.store.path)
         app[RECORDS] = await _open_records(config)
@@ -133,21 +143,33 @@ def make_app(
             if tracing is not None:
                 tracing.probed(results)
 
+        def share_of(host: str, settings: HostSettings) -> int:
+            nodes = app[STORE].nodes
+            return limit_of(host, settings, nodes.me, nodes.probing)
+
         tracing = app[TRACING]
-        links = [ProberLink(prober_config(config)) for _ in range(config.verify.processes)]
-        pool = app[POOL] = Pool(
-            app[STORE],
-            guard,
-            config.verify,
-            links,
-            now=now,
-            chance=random.random,
-            on_verdicts=on_verdicts,
-            on_recorded=on_recorded,
-            limit_of=lambda host, settings: limit_of(host, settings, *app[STORE].nodes),
+        probes = config.server.probes
+        links = [ProberLink(prober_config(config)) for _ in range(config.verify.processes if probes else 0)]
+        pool = None
+        if probes:
+            pool = Pool(
+                app[STORE],
+                guard,
+                config.verify,
+                links,
+                now=now,
+                chance=random.random,
+                on_verdicts=on_verdicts,
+                on_recorded=on_recorded,
+                limit_of=share_of,
+            )
+        app[POOL] = pool
+        app[METRICS].gauge(
+            "notify_server_in_flight_files", "Files whose attempt is under way.", lambda: _in_flight(pool)
         )
-        app[METRICS].gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: pool.in_flight)
-        app[METRICS].gauges("notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits)
+        app[METRICS].gauges(
+            "notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits if pool else dict
+        )
         app[METRICS].gauges(
             "notify_server_probers",
             "Prober processes, by whether they run.",
@@ -159,14 +181,15 @@ def make_app(
             "Probers that were started because another had ended.",
             lambda: sum(link.restarts for link in links),
         )
-        await pool.start()
+        if pool is not None:
+            await pool.start()
         app[METRICS].build_info(
             version=version(),
             python=platform.python_version(),
             sqlite=sqlite3.sqlite_version,
             libcurl=next((link.libcurl for link in links if link.libcurl), ""),
         )
-        told = Expanding(pool.offer, on_verdicts, app[METRICS].unknown_fields.add_plain)
+        told = Expanding(_offer_to(pool), on_verdicts, app[METRICS].unknown_fields.add_plain)
         tasks = [
             asyncio.create_task(app[STORE].expand_inbox(guard, now, told), name="expand"),
             asyncio.create_task(_housekeeping(config, app[STORE], app[METRICS], now), name="housekeeping"),
@@ -178,7 +201,8 @@ def make_app(
         for task in tasks:
             task.add_done_callback(report_end)
         yield
-        await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
+        if pool is not None:
+            await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
         if tracing is not None:
             await tracing.caught_up()
         for task in tasks:
@@ -188,10 +212,27 @@ def make_app(
     async def web_side(app: web.Application) -> AsyncIterator[None]:
         pool = app[POOL]
         app[CALLBACK] = Callback(config, app[STORE], app[METRICS], now, wall, app[TRACING])
-        app[HEALTH] = Health(app[STORE], app[METRICS], now, lambda: pool.alive, app[DRAINING].is_set)
-        timeline = Timeline(app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: pool.in_flight)
-        live = Live(version(), started_at, lambda: app[STORE].backlog, lambda: pool.in_flight, pool.hosts)
-        actions = Actions(config, app[STORE], app[RECORDS], now=now, offer=pool.offer)
+        app[HEALTH] = Health(
+            app[STORE],
+            app[METRICS],
+            now,
+            None if pool is None else lambda: pool.alive,
+            app[DRAINING].is_set,
+            config.server.takes_callbacks,
+        )
+        timeline = Timeline(
+            app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: _in_flight(pool)
+        )
+        live = Live(
+            version(),
+            started_at,
+            config.server.roles,
+            lambda: app[STORE].nodes,
+            lambda: app[STORE].backlog,
+            lambda: _in_flight(pool),
+            list if pool is None else pool.hosts,
+        )
+        actions = Actions(config, app[STORE], app[RECORDS], now=now, offer=_offer_to(pool))
         app[API] = Api(app[RECORDS], actions, admin, live, timeline, rates, stream)
         app[DASHBOARD] = Dashboard(config, app[API], admin, version(), now)
         task = asyncio.create_task(_sample(timeline, stream), name="sample")
@@ -217,6 +258,15 @@ def make_app(
     return app
 
 
+def _in_flight(pool: Pool | None) -> int:
+    return 0 if pool is None else pool.in_flight
+
+
+def _offer_to(pool: Pool | None) -> Callable[[Iterable[str]], None]:
+    """What hosts with new files are told to: on a node that does not probe nobody, the store calls those that do."""
+    return (lambda hosts: None) if pool is None else pool.offer
+
+
 async def _open_store(
     config: Config, now: Callable[[], int], on_commit: Callable[[float], object], on_work: Callable[[], object]
 ) -> Store:
@@ -225,7 +275,13 @@ async def _open_store(
     # Its driver is loaded by those who use it.
     from notify_server.store.postgres import PostgresStore
 
-    return await PostgresStore.open(config.store.url, lease=config.store.lease, on_commit=on_commit, on_work=on_work)
+    return await PostgresStore.open(
+        config.store.url,
+        lease=config.store.lease,
+        roles=config.server.roles,
+        on_commit=on_commit,
+        on_work=on_work,
+    )
 
 
 async def _open_records(config: Config) -> Records:
@@ -504,7 +560,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         if (tracing := app[TRACING]) is not None:
             tracing.deadline = asyncio.get_running_loop().time() + grace
         app[DRAINING].set()
-        app[POOL].finish()
+        if (pool := app[POOL]) is not None:
+            pool.finish()
         for _ in range(ACCEPTING_TURNS):
             # What the kernel has accepted already would be reset.
             await asyncio.sleep(0)

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 from urllib.parse import parse_qs, urlsplit
 
 import yarl
@@ -30,6 +30,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -48,6 +49,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "": 1.0}
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _POSTGRES = ("postgresql://", "postgres://")
 _SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_ROLES = ("server", "roles")
 _OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
 # A prober waits for its connections with select(), which knows no descriptor above 1023.
 _CONCURRENCY_PER_PROCESS = 400
@@ -252,6 +254,12 @@ def _positive(seconds: float) -> float:
     return seconds
 
 
+def _some_and_each_once(values: tuple[object, ...]) -> tuple[object, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must have at least one entry, and none twice")
+    return values
+
+
 def _lease(seconds: float) -> float:
     if not 5 <= seconds <= 3600:
         raise ValueError("must be from 5s to 1h")
@@ -270,6 +278,7 @@ Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]
 HostPattern = Annotated[str, PlainValidator(host_pattern)]
 ReadableFile = Annotated[Path, PlainValidator(readable_file)]
 Method = Literal["HEAD", "GET"]
+Role = Literal["callbacks", "probes"]
 
 
 # --- The sections. What depends on another key is checked on the later one, with what the earlier ones came to. ---
@@ -295,6 +304,17 @@ class ServerConfig(_Section):
     body_timeout: PositiveDuration = 30.0
     max_connections: Count = 1000
     rate_limit: Annotated[int, PlainValidator(whole(0))] = 0
+    roles: Annotated[tuple[Role, ...], AfterValidator(_some_and_each_once)] = ("callbacks", "probes")
+
+    @property
+    def takes_callbacks(self) -> bool:
+        """Whether notifications are taken here; other nodes take them otherwise."""
+        return "callbacks" in self.roles
+
+    @property
+    def probes(self) -> bool:
+        """Whether files are asked for here; other nodes ask for them otherwise."""
+        return "probes" in self.roles
 
     @field_validator("ssl_key")
     @classmethod
@@ -381,18 +401,13 @@ class HostSettings(_Section):
     per_host_interval: Duration = 0.0
     connect_timeout: PositiveDuration = 5.0
     timeout: PositiveDuration = 20.0
-    methods: tuple[Method, ...] = ("HEAD", "GET")
-    accept_status: tuple[Annotated[StatusRange, PlainValidator(status_range)], ...] = (StatusRange(200, 299),)
+    methods: Annotated[tuple[Method, ...], AfterValidator(_some_and_each_once)] = ("HEAD", "GET")
+    accept_status: Annotated[
+        tuple[Annotated[StatusRange, PlainValidator(status_range)], ...], AfterValidator(_some_and_each_once)
+    ] = (StatusRange(200, 299),)
     max_redirects: Annotated[int, PlainValidator(whole(0, 50))] = 5
     circuit_failures: Count = 5
     circuit_rest: PositiveDuration = 60.0
-
-    @field_validator("methods", "accept_status")
-    @classmethod
-    def _some_and_each_once(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        if not values or len(set(values)) < len(values):
-            raise ValueError("must have at least one entry, and none twice")
-        return values
 
     def accepts(self, status: int) -> bool:
         """Whether an answer with this status shows that the file is there."""
@@ -503,6 +518,16 @@ class Config(BaseSettings):
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _one_server_does_both(self) -> Self:
+        server = self.server
+        if not (self.store.is_postgres or (server.takes_callbacks and server.probes)):
+            raise ValueError(
+                "must be both with a file of SQLite, which one server has to itself: share a database, [store] url = "
+                '"postgresql://…", or leave this out'
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -618,7 +643,8 @@ def _misplaced(name: str, value: object) -> str:
 
 def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]]) -> str:
     """One line: the section and key, or the variable, that the value came from, and what is wrong with it."""
-    section, *rest = error["loc"]
+    # What is wrong with the whole is what its one rule is about.
+    section, *rest = error["loc"] or _ROLES
     inside_hosts = (section, *rest[:1]) == ("verify", "hosts") and len(rest) > 1
     if rest and rest[0] in variables.get(str(section), {}):
         place = "environment " + f"{ENV_PREFIX}{section}__{rest.pop(0)}".upper()

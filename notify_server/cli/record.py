@@ -499,6 +499,10 @@ def _screen(source: Source, look: Look) -> RenderableType:
     parts: list[RenderableType] = [Text(source.name, "bold")]
     if look.status is not None:
         parts += [_now(look.status.last), _hosts_table(look.hosts or ())]
+        nodes = look.status.nodes
+        if nodes.callbacks != 1 or nodes.probes != 1:
+            here = " and ".join(look.status.roles)
+            parts.append(Text(f"servers: {nodes.callbacks} take callbacks, {nodes.probes} probe; this one: {here}"))
     counts = Table(title="the record", title_justify="left")
     counts.add_column("")
     for heading in ("all", "pending", "complete", "incomplete"):

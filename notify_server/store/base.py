@@ -69,6 +69,16 @@ class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     next_attempt_at: int
 
 
+class Nodes(msgspec.Struct, frozen=True):
+    """The daemons that share the work: the id of this one, and those of all that were alive a moment ago, by what they
+    do. An id is never given twice.
+    """
+
+    me: int
+    taking: Sequence[int]
+    probing: Sequence[int]
+
+
 class FileQueue(Protocol):
     """Where the verifier's work comes from, and goes to."""
 
@@ -110,10 +120,8 @@ class Store(FileQueue, Protocol):
         """
 
     @property
-    def nodes(self) -> tuple[int, Sequence[int]]:
-        """This daemon among those that share the work: its id, and those of all that were alive a moment ago. An id
-        is never given twice; a store of one daemon has 0, and nobody else.
-        """
+    def nodes(self) -> Nodes:
+        """This daemon among those that share the work; a store of one daemon has it alone, as 0."""
 
     async def close(self) -> None:
         """Let what is being written finish, and close. Callers still waiting get StoreUnavailableError."""

@@ -16,7 +16,7 @@ from notify_server.child import Child, module
 from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
 from notify_server.store import sqlite_writer
-from notify_server.store.base import MOST_ID, Expanding, Expansion, HostDue, Restart, rejection_gone
+from notify_server.store.base import MOST_ID, Expanding, Expansion, HostDue, Nodes, Restart, rejection_gone
 from notify_server.store.group_commit import GroupCommit
 from notify_server.store.keeper_frames import (
     VERBS,
@@ -101,8 +101,8 @@ class KeptStore:
         return self._backlog
 
     @property
-    def nodes(self) -> tuple[int, Sequence[int]]:
-        return 0, ()
+    def nodes(self) -> Nodes:
+        return Nodes(0, (0,), (0,))
 
     @property
     def pid(self) -> int | None:

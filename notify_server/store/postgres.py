@@ -20,12 +20,12 @@ import structlog
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.store.base import Expanding, Expansion, HostDue, Restart
+from notify_server.store.base import Expanding, Expansion, HostDue, Nodes, Restart
 from notify_server.store.expander import Expander
 from notify_server.store.group_commit import GroupCommit
 from notify_server.store.merge import first_of_each
 from notify_server.store.postgres_expansion import Turn, write_expansions
-from notify_server.store.postgres_node import INBOX, WORK, Node
+from notify_server.store.postgres_node import INBOX, PROBES, ROLES, WORK, Node
 from notify_server.store.postgres_session import (
     CLAIMING,
     MOST,
@@ -36,6 +36,7 @@ from notify_server.store.postgres_session import (
     migrate,
     once_more,
     opening,
+    patience,
     reachable,
     transact,
 )
@@ -73,16 +74,23 @@ class PostgresStore:
     """Open it with `open`; close it when done."""
 
     def __init__(
-        self, url: str, lease: float, on_commit: Callable[[float], object], on_work: Callable[[], object]
+        self,
+        url: str,
+        lease: float,
+        roles: Sequence[str],
+        on_commit: Callable[[float], object],
+        on_work: Callable[[], object],
     ) -> None:
         self._place = without_secrets(url)
-        self._acks = Session(url, self._place)
-        self._claims = Session(url, self._place, CLAIMING)
-        self._turn = Turn(url, self._place)
+        self._probes = PROBES in roles
+        settings = SEEKING | patience(lease)
+        self._acks = Session(url, self._place, settings)
+        self._claims = Session(url, self._place, CLAIMING | patience(lease))
+        self._turn = Turn(url, self._place, lease)
         self._node = Node(
-            url, self._place, lease, on_lost=self._forget_all, on_inbox=self._hear_inbox, on_work=on_work
+            url, self._place, lease, roles, on_lost=self._forget_all, on_inbox=self._hear_inbox, on_work=on_work
         )  # fmt: skip
-        self._pool = create_pool(url, POOL_SIZE, **SEEKING)
+        self._pool = create_pool(url, POOL_SIZE, **settings)
         self._accept = GroupCommit(
             self._write_deliveries, lambda delivery: len(delivery.body), self._accepted, on_commit
         )
@@ -104,7 +112,8 @@ class PostgresStore:
         self._unsure = False
         self._claiming = asyncio.Lock()
         self._latest = 0
-        self._nodes: Sequence[int] = ()
+        self._taking: Sequence[int] = ()
+        self._probing: Sequence[int] = ()
 
         self._closing = False
         self._verbs = 0
@@ -118,28 +127,26 @@ class PostgresStore:
         url: str,
         *,
         lease: float = LEASE_SECONDS,
+        roles: Sequence[str] = ROLES,
         on_commit: Callable[[float], object] = lambda seconds: None,
         on_work: Callable[[], object] = lambda: None,
     ) -> Self:
         """Open the database at `url`, and bring its schema up to date. What this node has claimed is free when nothing
-        has been heard of it for `lease` seconds. `on_commit` is told what each transaction took that callbacks were
-        waiting for, in seconds; `on_work` is called when another node has made files due.
+        has been heard of it for `lease` seconds. `roles` is what it does, "callbacks", "probes" or both. `on_commit` is
+        told what each transaction took that callbacks were waiting for, in seconds; `on_work` is called when another
+        node has made files due.
 
         Raises StoreRefusedError when the database cannot be used; the text says what to do.
         """
-        return await opening(url, cls._opened(url, lease, on_commit, on_work))
+        return await opening(url, cls(url, lease, roles, on_commit, on_work)._opened())
 
-    @classmethod
-    async def _opened(
-        cls, url: str, lease: float, on_commit: Callable[[float], object], on_work: Callable[[], object]
-    ) -> Self:
-        store = cls(url, lease, on_commit, on_work)
+    async def _opened(self) -> Self:
         try:
-            await store._open()
+            await self._open()
         except BaseException:
-            await store._disconnect()
+            await self._disconnect()
             raise
-        return store
+        return self
 
     async def _open(self) -> None:
         await self._pool
@@ -147,8 +154,10 @@ class PostgresStore:
         async with self._acks.use() as connection:
             await migrate(connection, self._place)
             self._backlog = int(await connection.fetchval(SQL["backlog"]))
-        await asyncio.gather(self._node.open(), self._turn.take())
+        await self._node.open()
         await self._count_nodes()
+        if self._expands:
+            await self._turn.take()
         self._task = asyncio.create_task(self._ticks(), name="postgres-ticks")
 
     @property
@@ -161,8 +170,13 @@ class PostgresStore:
         return self._node
 
     @property
-    def nodes(self) -> tuple[int, Sequence[int]]:
-        return self._node.last_id, self._nodes
+    def nodes(self) -> Nodes:
+        return Nodes(self._node.last_id, self._taking, self._probing)
+
+    @property
+    def _expands(self) -> bool:
+        """Whether to expand if nobody else does: it is left to those that probe, as long as there are any."""
+        return self._probes or not self._probing
 
     async def close(self) -> None:
         self._closing = True
@@ -261,6 +275,8 @@ class PostgresStore:
         with self._verb():
             heard = self._heard
             items: list[InboxItem] = []
+            if not self._expands:
+                await self._turn.give_up()
             if self._turn.held:
                 async with self._turn.use() as connection:
                     rows = await connection.fetch(SQL["inbox"], limit)
@@ -393,8 +409,11 @@ class PostgresStore:
     async def _look_at_inbox(self) -> None:
         """Expand from now on if nobody else does; this node's own eyes are the truth about what waits."""
         if not self._turn.held:
-            if await self._turn.take():
+            if self._expands and await self._turn.take():
                 self._hear_inbox()
+        elif not self._expands:
+            # Between two looks into the inbox it can be given up.
+            self._hear_inbox()
         elif not self._inbox_news.is_set():
             async with self._turn.use() as connection:
                 if await connection.fetchval(SQL["inbox_waits"]):
@@ -418,10 +437,13 @@ class PostgresStore:
 
     async def _count_nodes(self) -> None:
         async with self._connection() as connection:
-            nodes = [id for (id,) in await connection.fetch(SQL["nodes_alive"])]
-        if nodes != self._nodes:
-            self._nodes = nodes
-            log.info("sharing the work", nodes=len(nodes))
+            nodes = [(id, roles.split()) for id, roles in await connection.fetch(SQL["nodes_alive"])]
+        taking, probing = ([id for id, roles in nodes if role in roles] for role in ROLES)
+        if (taking, probing) != (self._taking, self._probing):
+            self._taking, self._probing = taking, probing
+            log.info("sharing the work", nodes=len(nodes), callbacks=len(taking), probes=len(probing))
+            if not probing:
+                log.warning("no node asks for files, they wait: start one that has probes in [server] roles")
 
     async def _return(self) -> None:
         if self._returned or self._unsure:

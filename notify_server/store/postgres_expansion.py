@@ -12,17 +12,29 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
 from notify_server.store.merge import Known, Merge, columns, distinct_batches
-from notify_server.store.postgres_session import EXPANDING, LOCK_KEY, LOCK_SPACE, Connection, Session, arrays
+from notify_server.store.postgres_session import (
+    EXPANDING,
+    LOCK_KEY,
+    LOCK_SPACE,
+    SEEKING,
+    Connection,
+    Session,
+    arrays,
+    milliseconds,
+    patience,
+)
 from notify_server.store.queries import load_queries
 
 SQL = load_queries("postgres")
 
 
 class Turn:
-    """The right to expand. It goes with its connection: when that is lost, nothing can be committed by it any more."""
+    """The right to expand. It goes with its connection: when that is lost, nothing can be committed by it any more. The
+    server ends the connection when nothing has come over it for `lease` seconds: a node that is stopped keeps it open.
+    """
 
-    def __init__(self, url: str, place: str) -> None:
-        self._session = Session(url, place)
+    def __init__(self, url: str, place: str, lease: float) -> None:
+        self._session = Session(url, place, {**SEEKING, **patience(lease), "idle_session_timeout": milliseconds(lease)})
         self._taken = False
 
     @property
@@ -47,13 +59,19 @@ class Turn:
             raise StoreUnavailableError("another node expands the inbox")
         return self._session.use(reconnect=False)
 
-    async def close(self) -> None:
-        if self.held:
-            # Closing a connection does not wait until the server has noticed.
-            with suppress(StoreUnavailableError):
+    async def give_up(self) -> None:
+        """Leave it to others."""
+        try:
+            if self.held:
                 async with self.use() as connection:
                     await connection.execute("SELECT pg_advisory_unlock_all()")
-        self._taken = False
+        finally:
+            self._taken = False
+
+    async def close(self) -> None:
+        # Closing a connection does not wait until the server has noticed.
+        with suppress(StoreUnavailableError):
+            await self.give_up()
         await self._session.close()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -28,14 +28,16 @@ NOTIFY_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 INBOX = "notify_server_inbox"
 WORK = "notify_server_work"
-ROLES = "callbacks probes"
-
+CALLBACKS = "callbacks"
+PROBES = "probes"
+ROLES = (CALLBACKS, PROBES)
 SQL = load_queries("postgres")
 
 
 class Node:
-    """Runs from `open` to `close`. `on_lost` is called when every claim is void, `on_inbox` and `on_work` when another
-    node has accepted something, or has made files due. `last_id` is the node's id, or what it was before it was lost.
+    """Runs from `open` to `close`. `on_lost` is called when every claim is void, `on_inbox` and, on a node that probes,
+    `on_work` when another node has accepted something, or has made files due. `last_id` is the node's id, or what it
+    was before it was lost.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Node:
         url: str,
         place: str,
         lease: float,
+        roles: Sequence[str],
         *,
         on_lost: Callable[[], object],
         on_inbox: Callable[[], object],
@@ -51,7 +54,10 @@ class Node:
         self._place = place
         self._lease = lease
         self._on_lost = on_lost
-        self._heard = {INBOX: on_inbox, WORK: on_work}
+        self._roles = roles
+        self._heard = {INBOX: on_inbox}
+        if PROBES in roles:
+            self._heard[WORK] = on_work
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Nothing that goes over it has to outlive a crash.
         self._session = Session(url, place, CLAIMING, self._listen)
@@ -125,9 +131,11 @@ class Node:
             if self._id is not None and await connection.fetchval(SQL["node_renew"], self._id, self._lease) is None:
                 self._forget()
             if self._id is None:
-                self._id = await connection.fetchval(SQL["node_register"], self._name, self._lease, ROLES)
+                self._id = await connection.fetchval(
+                    SQL["node_register"], self._name, self._lease, " ".join(self._roles)
+                )
                 self.last_id = self.id
-                log.info("registered", store=self._place, node=self._id, name=self._name)
+                log.info("registered", store=self._place, node=self._id, name=self._name, roles=list(self._roles))
             await once_more(partial(connection.execute, SQL["leases_sweep"]))
             await once_more(partial(connection.execute, SQL["nodes_sweep"]))
 

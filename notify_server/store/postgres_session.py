@@ -21,9 +21,10 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolC
 
 log = structlog.get_logger("notify_server.store")
 
-OLDEST_SERVER = 13
+OLDEST_SERVER = 14
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 # For as long as another node may take to bring the schema up to date.
 MIGRATION_SECONDS = 600.0
 # The largest number that a bigint holds.
@@ -43,7 +44,7 @@ _SETTINGS = {
     # Plans are short-lived and small: compiling one costs more than it saves.
     "jit": "off",
     "lock_timeout": "5s",
-    "idle_in_transaction_session_timeout": "60s",
+    "idle_in_transaction_session_timeout": f"{PATIENCE_SECONDS:.0f}s",
     # A peer that is gone without a word must not hold its locks for hours.
     "tcp_keepalives_idle": "15",
     "tcp_keepalives_interval": "5",
@@ -75,6 +76,18 @@ WHERE relnamespace = to_regnamespace(quote_ident(current_schema()))
 ORDER BY relname
 LIMIT 1
 """
+
+
+def milliseconds(seconds: float) -> str:
+    """A span of time as a setting of the server's."""
+    return f"{round(seconds * 1000)}ms"
+
+
+def patience(lease: float) -> dict[str, str]:
+    """Settings by which a node that is stopped half-way through a transaction holds its locks no longer than its lease,
+    in seconds, and a minute at most.
+    """
+    return {"idle_in_transaction_session_timeout": milliseconds(min(lease, PATIENCE_SECONDS))}
 
 
 async def connect(url: str, **settings: str) -> asyncpg.Connection[asyncpg.Record]:

@@ -28,7 +28,7 @@ from notify_server.model import (
     Rejection,
     Verdict,
 )
-from notify_server.store.base import Expanding, Expansion, HostDue, Restart, rejection_gone
+from notify_server.store.base import Expanding, Expansion, HostDue, Nodes, Restart, rejection_gone
 from notify_server.store.expander import Expander
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, first_of_each, settled_by_batch
 from notify_server.store.queries import load_queries, with_rows
@@ -123,8 +123,8 @@ class SqliteStore:
         return self._backlog
 
     @property
-    def nodes(self) -> tuple[int, Sequence[int]]:
-        return 0, ()
+    def nodes(self) -> Nodes:
+        return Nodes(0, (0,), (0,))
 
     async def close(self) -> None:
         await self._writer.close()

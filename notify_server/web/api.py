@@ -29,8 +29,10 @@ from notify_server.actions import (
     Time,
     to_ms,
 )
+from notify_server.config import Role
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import CircuitState, FileState, HostView, Verdict
+from notify_server.store.base import Nodes
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.records import (
     BatchDetail,
@@ -152,11 +154,20 @@ class Host(Struct, frozen=True):
     last_minute: HostRate
 
 
+class NodeCounts(Struct, frozen=True):
+    """How many servers that share the record are alive, by what they do."""
+
+    callbacks: int
+    probes: int
+
+
 class Status(Struct, frozen=True):
     """The process: since when it runs, what it is at, and the last second."""
 
     version: str
     started_at: datetime
+    roles: tuple[Role, ...]
+    nodes: NodeCounts
     backlog: int
     in_flight: int
     last: Sample | None
@@ -167,6 +178,8 @@ class Live(Struct, frozen=True):
 
     version: str
     started_at: datetime
+    roles: tuple[Role, ...]
+    nodes: Callable[[], Nodes]
     backlog: Callable[[], int]
     in_flight: Callable[[], int]
     hosts: Callable[[], list[HostView]]
@@ -315,7 +328,16 @@ class Api:
 
     async def status(self) -> Status:
         live, seconds = self._live, self._timeline.seconds
-        return Status(live.version, live.started_at, live.backlog(), live.in_flight(), seconds[-1] if seconds else None)
+        nodes = live.nodes()
+        return Status(
+            live.version,
+            live.started_at,
+            live.roles,
+            NodeCounts(len(nodes.taking), len(nodes.probing)),
+            live.backlog(),
+            live.in_flight(),
+            seconds[-1] if seconds else None,
+        )
 
     async def totals(self) -> Totals:
         return await self._remembered.get("totals", self.records.totals)

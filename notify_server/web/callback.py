@@ -213,6 +213,8 @@ class Callback:
             self._check_rate(self._rate_limit, peer)
         if request.method != "POST":
             raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
+        if not server.takes_callbacks:
+            raise busy("this server takes no callbacks ([server] roles), send it again to one that does")
         if auth.callback_networks and not within(peer, auth.callback_networks):
             raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
         if self._token is not None and not hmac.compare_digest(_token_of(request), self._token):

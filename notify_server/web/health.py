@@ -17,21 +17,25 @@ FRESH_SECONDS = 1.0
 
 
 class Health:
-    """`probers_up` tells whether every prober runs; `draining` whether the daemon is on its way out."""
+    """`probers_up` tells whether every prober runs, and is None on a node that has none; `draining` tells whether the
+    daemon is on its way out, `takes_callbacks` whether they are taken here at all.
+    """
 
     def __init__(
         self,
         store: Store,
         metrics: Metrics,
         now: Callable[[], int],
-        probers_up: Callable[[], bool],
+        probers_up: Callable[[], bool] | None,
         draining: Callable[[], bool],
+        takes_callbacks: bool,
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._now = now
         self._probers_up = probers_up
         self._draining = draining
+        self._takes_callbacks = takes_callbacks
         self._lock = asyncio.Lock()
         self._store_state = ""
         self._checked_at = float("-inf")
@@ -41,10 +45,16 @@ class Health:
         return web.Response(text="ok\n")
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """200 when a callback would be accepted and its files probed, else 503; the body says what is amiss."""
-        store = await self._check_store()
-        probers = "ok" if self._probers_up() else "down, restarting"
-        state = {"store": store, "probers": probers, "server": "draining" if self._draining() else "ok"}
+        """200 when a callback would be accepted, and its files probed if that is done here, else 503; the body says
+        what is amiss.
+
+        A node that probes only is never ready: who asks is about to send it callbacks.
+        """
+        state = {"store": await self._check_store(), "server": "draining" if self._draining() else "ok"}
+        if self._probers_up is not None:
+            state["probers"] = "ok" if self._probers_up() else "down, restarting"
+        if not self._takes_callbacks:
+            state["callbacks"] = "not taken here, see [server] roles"
         ready = all(part == "ok" for part in state.values())
         return web.Response(
             body=msgspec.json.encode({"ready": ready, **state}),

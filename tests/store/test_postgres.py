@@ -7,12 +7,15 @@ import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+import asyncpg
 import pytest
 
 from notify_server.errors import NonceReusedError, StoreRefusedError, StoreUnavailableError
-from notify_server.model import DueFile
+from notify_server.model import DueFile, InboxItem
 from notify_server.store import postgres, postgres_records, postgres_session, postgres_writes
+from notify_server.store.base import Nodes
 from notify_server.store.postgres import PostgresStore
+from notify_server.store.postgres_node import INBOX, WORK
 from notify_server.store.postgres_records import PostgresRecords
 from notify_server.store.queries import load_migrations
 from notify_server.store.records import BatchFilter, FileFilter, Found, Page
@@ -659,18 +662,73 @@ async def test_what_postgresql_cannot_hold_is_found_nowhere_and_kept_as_it_can_b
 
 @pytest.mark.usefixtures("quick")
 async def test_each_node_knows_who_is_alive(url: str, one: PostgresStore) -> None:
-    def knows(*nodes: PostgresStore) -> Callable[[], Awaitable[bool]]:
+    def knows(taking: list[PostgresStore], probing: list[PostgresStore]) -> Callable[[], Awaitable[bool]]:
         async def look() -> bool:
-            return one.nodes == (one.node.id, sorted(node.node.id for node in nodes))
+            return one.nodes == Nodes(one.node.id, ids(taking), ids(probing))
 
         return look
 
-    assert one.nodes == (one.node.id, [one.node.id])
-    async with opened(url) as other:
-        assert other.nodes == (other.node.id, [one.node.id, other.node.id])
-        await eventually(knows(one, other))
+    def ids(nodes: list[PostgresStore]) -> list[int]:
+        return sorted(node.node.id for node in nodes)
+
+    assert one.nodes == Nodes(one.node.id, [one.node.id], [one.node.id])
+    async with opened(url, roles=["probes"]) as other:
+        assert other.nodes == Nodes(other.node.id, [one.node.id], [one.node.id, other.node.id])
+        await eventually(knows([one], [one, other]))
+        async with opened(url, roles=["callbacks"]) as third:
+            await eventually(knows([one, third], [one, other]))
         await expire(url, other)
-        await eventually(knows(one))
+        await eventually(knows([one], [one]))
+
+
+@pytest.mark.usefixtures("quick")
+async def test_the_inbox_is_left_to_nodes_that_probe_and_taken_care_of_by_others_while_there_are_none(url: str) -> None:
+    async with opened(url, roles=["callbacks"]) as taking:
+        first = await taking.accept(delivery("first"))
+        assert [item.id for item in await taking.inbox(10)] == [first]
+        async with opened(url, roles=["probes"]) as probing:
+            (item,) = await eventually(lambda: passed_on(taking, probing))
+            assert item.id == first
+            await probing.expand([chunk(item, finished(), batch_id="first")], NOW)
+            assert await taking.inbox(10) == []
+            with pytest.raises(StoreUnavailableError, match="another node expands"):
+                await taking.expand([chunk(item, finished(), batch_id="first")], NOW)
+            # It hears of what is accepted elsewhere as if it had taken it itself.
+            await probing.inbox(10)
+            waiting = asyncio.create_task(probing.wait_inbox())
+            second = await taking.accept(delivery("second"))
+            await waiting
+        assert [item.id for item in await eventually(lambda: taking.inbox(10))] == [second]
+
+
+async def passed_on(taking: PostgresStore, probing: PostgresStore) -> list[InboxItem]:
+    """What the node that probes finds in the inbox, while the other looks too."""
+    await taking.inbox(10)
+    return await probing.inbox(10)
+
+
+async def test_only_nodes_that_probe_are_called_when_files_are_due(url: str) -> None:
+    async def called(store: PostgresStore) -> set[str]:
+        async with store.node._session.use() as connection:
+            return {channel for (channel,) in await connection.fetch("SELECT pg_listening_channels()")}
+
+    async with opened(url, roles=["callbacks"]) as taking, opened(url, roles=["probes"]) as probing:
+        assert await called(taking) == {INBOX}
+        assert await called(probing) == {INBOX, WORK}
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_node_that_is_stopped_in_a_transaction_holds_nobody_up_for_longer_than_its_lease(
+    url: str, one: PostgresStore
+) -> None:
+    await take_in(one, finished())
+    file = await claim_one(one)
+    async with opened(url, lease=1.0) as stopped, stopped._acks.use() as connection:
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+            async with connection.transaction():
+                await connection.execute("SELECT FROM batch FOR UPDATE")
+                (verdict,) = await one.record([found(file)], NOW)
+    assert verdict.available == 1
 
 
 async def test_what_a_node_had_in_flight_when_it_lost_its_claims_is_dropped_though_it_has_the_file_again(

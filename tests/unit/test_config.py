@@ -192,6 +192,9 @@ def test_a_value_within_the_rules_is_taken(load: Load, key: str, literal: str, v
         ("server.header_timeout", '"0s"', "must be more than 0"),
         ("server.body_timeout", '"5 minutes"', f'"5 minutes" {NOT_A_DURATION}'),
         ("server.max_connections", "0", "must be at least 1, not 0"),
+        ("server.roles", "[]", "must have at least one entry, and none twice"),
+        ("server.roles", '["probes", "probes"]', "must have at least one entry, and none twice"),
+        ("server.roles", '"probes"', 'must be a list, like ["a", "b"]'),
         ("auth.nonce_ttl", "10", "must be at least timestamp_window (30s), not 10s"),
         ("auth.timestamp_window", "0", "must be more than 0"),
         ("auth.signature", '"on"', 'must be "off", "optional" or "required", not "on"'),
@@ -251,6 +254,7 @@ def test_a_value_against_the_rules_is_refused_by_its_name(
         ("auth.callback_networks", '["here"]',
          '[0]: "here" is not a network: write "10.0.0.0/8", "192.0.2.7" or "fd00::/8"'),
         ("server.trusted_proxies", "[5]", "[0]: must be UTF-8 text"),
+        ("server.roles", '["probes", "probe"]', '[1]: must be "callbacks" or "probes", not "probe"'),
         ("auth.platform_keys", "[5]", "[0]: must be UTF-8 text"),
     ],
 )  # fmt: skip
@@ -330,6 +334,20 @@ def test_checking_signatures_takes_a_key(load: Load, problems: Problems, key: st
     ]
     [loaded] = load(f'{toml}platform_keys = ["{key}"]').auth.platform_keys
     assert len(loaded.fingerprint) == 16
+
+
+def test_a_server_that_does_not_do_both_shares_a_database(load: Load, problems: Problems) -> None:
+    alone = (
+        "must be both with a file of SQLite, which one server has to itself: share a database, [store] url = "
+        '"postgresql://…", or leave this out'
+    )
+    for role in ("callbacks", "probes"):
+        assert problems(toml_of("server.roles", f'["{role}"]')) == [f"[server] roles: {alone}"]
+        assert problems(SERVER__ROLES=role) == [f"environment NOTIFY_SERVER__SERVER__ROLES: {alone}"]
+        assert load(SERVER__ROLES=role, STORE__URL="postgresql://h/d").server.roles == (role,)
+    for both in ('["callbacks", "probes"]', '["probes", "callbacks"]'):
+        server = load(toml_of("server.roles", both)).server
+        assert server.takes_callbacks and server.probes
 
 
 def test_a_store_is_a_file_of_sqlite_or_a_database_of_postgresql(load: Load, problems: Problems) -> None:

@@ -379,7 +379,9 @@ async def start_app(directory: Path, events: Events, clock: Clock, sections: Map
         if hang_up:
             await daemon.hang_up()
         # As `serve` does: what has not been asked for yet need not be.
-        app[POOL].finish()
+        pool = app[POOL]
+        assert pool is not None
+        pool.finish()
         await client.close()
 
     daemon.stop = stop

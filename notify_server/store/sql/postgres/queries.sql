@@ -19,7 +19,7 @@ RETURNING id;
 DELETE FROM node WHERE id = $1;
 
 -- name: nodes_alive
-SELECT id FROM node WHERE alive_until > clock_timestamp() ORDER BY id;
+SELECT id, roles FROM node WHERE alive_until > clock_timestamp() ORDER BY id;
 
 -- name: leases_leave
 DELETE FROM lease WHERE node = $1;
