@@ -22,7 +22,7 @@ demo: $(STAMP) ## Play the platform against a daemon of its own, and show what i
 	@exec $(BIN)/python -m notify_server simulate --own-daemon
 
 test: $(STAMP_DEV) lint ## Set everything up and run the tests
-	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql
+	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql nginx systemd
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP_DEV) ## Check format, style and types
@@ -41,7 +41,7 @@ bench: $(STAMP_DEV) ## Measure it beside others for half an hour; PARTS="acks la
 	@$(BIN)/python -m tests.bench $(PARTS) $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON)) $(if $(PLOTS),--plots $(PLOTS))
 
 torture: $(STAMP_DEV) ## Kill, stop, soak and deceive it for 20 minutes; PARTS="crash fsync stop soak …", SCALE=0.1, SEED=1
-	@$(PYTHON) tests/debian.py strace nginx
+	@$(PYTHON) tests/debian.py strace nginx postgresql
 	@$(BIN)/python -m tests.torture $(PARTS) $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 clean: ## Remove what was installed and built; the record in data/ stays

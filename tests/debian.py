@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 # Packages whose program has another name than they have.
-PROGRAMS = {"iproute2": "ip", "postgresql": "initdb", "prometheus": "promtool"}
+PROGRAMS = {"iproute2": "ip", "postgresql": "initdb", "prometheus": "promtool", "systemd": "systemd-analyze"}
 
 
 def program(name: str) -> str | None:

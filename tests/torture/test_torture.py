@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.torture import crash, fsync, soak, stop
+from tests.torture import crash, fsync, nodes, soak, stop
 from tests.torture.__main__ import PARTS, Part, arguments, load, report, run_part
 from tests.torture.figures import Figure, Setting
 
@@ -43,6 +43,16 @@ async def test_three_stops_under_load_cut_off_no_request_and_burn_no_attempt(tmp
     figures = await stop.run(Setting(seed, 0.06, tmp_path))
     assert not_met(figures) == []
     assert figures[0].counts["stops"] == 3
+
+
+async def test_one_of_two_nodes_that_is_killed_under_load_loses_nothing_and_the_other_records_its_files_once(
+    tmp_path: Path, seed: int
+) -> None:
+    """Row 83."""
+    figures = await nodes.run(Setting(seed, 0.05, tmp_path))
+    assert not_met(figures) == []
+    assert figures[0].counts["files"] == 10_000
+    assert figures[3].counts["claimed"] > 0
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
