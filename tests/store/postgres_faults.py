@@ -40,10 +40,11 @@ async def locked(url: str, *tables: str) -> AsyncIterator[asyncpg.Connection[asy
 
 
 async def until_waiting(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -> list[int]:
-    """The sessions that wait for a lock that this one holds, once there are so many."""
+    """The sessions that wait to write where this one keeps them out, once there are so many."""
     waiting = (
         "SELECT DISTINCT waiting.pid FROM pg_locks AS waiting JOIN pg_locks AS held USING (relation)"
         " WHERE NOT waiting.granted AND held.pid = pg_backend_pid() AND waiting.database = held.database"
+        " AND waiting.mode <> 'AccessShareLock'"
     )
 
     async def enough() -> list[int]:
@@ -55,7 +56,7 @@ async def until_waiting(connection: asyncpg.Connection[asyncpg.Record], number: 
 
 
 async def cut(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -> None:
-    """End the sessions that wait for this one, in the middle of what they are doing."""
+    """End the sessions that wait to write, in the middle of what they are doing."""
     for pid in await until_waiting(connection, number):
         await connection.execute("SELECT pg_terminate_backend($1)", pid)
 

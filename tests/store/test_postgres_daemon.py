@@ -10,10 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.harness import SILENCE, Answer, Daemon, Origin, finished, notification
-from tests.store.postgres_faults import eventually
+from notify_server.store.postgres import POOL_SIZE
+from notify_server.store.queries import load_migrations
+from tests.harness import SILENCE, Answer, Daemon, Origin, failed, finished, notification
+from tests.store.postgres_faults import cut, eventually, locked, until_waiting
 from tests.store.postgres_server import PostgresServer, fetch, new_schema
 
 
@@ -166,18 +169,20 @@ async def test_a_daemon_that_was_stopped_for_longer_than_its_lease_changes_nothi
         assert await fetch(url, "SELECT * FROM attempt WHERE file = $1", before[0][0][0]) == before[1]
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["in order", "by a crash"])
 async def test_while_the_server_is_away_callbacks_are_told_to_come_again_and_afterwards_all_goes_on(
-    tmp_path: Path, server: PostgresServer
+    tmp_path: Path, server: PostgresServer, how: signal.Signals
 ) -> None:
     """Row 82."""
     async with Origin() as origin, Daemon(tmp_path, config(server.url)) as daemon:
         origin.on("/held", Answer(200, delay=0.3))
         await daemon.deliver("before", [finished(origin.url("/held"), "1")])
         await origin.reached(1)
-        server.stop()
-        reply = await daemon.post(notification("meanwhile", []))
-        assert reply.status == 503
-        assert "Retry-After" in reply.headers
+        server.stop(how)
+        for _ in range(5):
+            reply = await daemon.post(notification("meanwhile", []))
+            assert (reply.status, reply.code) == (503, "503")
+            assert "Retry-After" in reply.headers
         server.start()
 
         async def acked() -> bool:
@@ -197,3 +202,87 @@ async def test_a_daemon_whose_database_is_not_there_says_so_in_one_line_without_
     assert "postgresql://127.0.0.1:1/d: cannot be reached" in daemon.text
     assert "hunter2" not in daemon.text
     assert "Traceback" not in daemon.text
+
+
+async def test_daemons_that_start_at_once_on_an_empty_database_all_come_up_and_one_makes_the_schema(
+    tmp_path: Path, url: str
+) -> None:
+    daemons = [Daemon(tmp_path / name, config(url)) for name in "abcd"]
+    async with AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(daemon) for daemon in daemons))
+        known = len(load_migrations("postgres"))
+        assert sum(daemon.count("schema migrated") for daemon in daemons) == known
+        assert await fetch(url, "SELECT version FROM schema_version") == [(known,)]
+        replies = await asyncio.gather(*(daemon.post(notification("b", [failed("1")])) for daemon in daemons))
+        assert [reply.status for reply in replies] == [200] * 4
+
+
+async def test_callbacks_whose_commit_is_cut_off_are_to_be_sent_again_and_the_daemon_goes_on(
+    tmp_path: Path, url: str
+) -> None:
+    async with Daemon(tmp_path, config(url)) as daemon, aiohttp.ClientSession() as session:
+
+        async def pruned() -> bool:
+            async with session.get(f"{daemon.callback.removesuffix('/notify')}/metrics") as answer:
+                return "notify_server_prune_last_run_timestamp_seconds " in await answer.text()
+
+        # Else that, which is done once when it starts, may be what is cut.
+        await eventually(pruned)
+        async with locked(url, "notification") as holder:
+            posts = [asyncio.create_task(daemon.post(notification(f"b{n}", [failed("1")]))) for n in range(20)]
+            await cut(holder)
+        replies = await asyncio.gather(*posts)
+        # Those that came later than the one that was cut have been committed.
+        refused = {n for n, reply in enumerate(replies) if reply.status != 200}
+        assert refused
+        assert {(replies[n].status, replies[n].code, "Retry-After" in replies[n].headers) for n in refused} == {
+            (503, "503", True)
+        }
+        kept = {batch for (batch,) in await fetch(url, "SELECT batch_id FROM notification")}
+        assert kept == {f"b{n}" for n in range(20) if n not in refused}
+        for n in refused:
+            await daemon.deliver(f"b{n}", [failed("1")])
+        for n in range(20):
+            await daemon.verdict(f"b{n}")
+        assert await fetch(url, "SELECT DISTINCT deliveries FROM batch") == [(1,)]
+        assert await daemon.terminate() == 0
+
+
+async def test_results_whose_commit_is_cut_off_are_recorded_later_and_once(tmp_path: Path, url: str) -> None:
+    async with Origin() as origin, Daemon(tmp_path, config(url)) as daemon:
+        async with locked(url, "attempt") as holder:
+            await daemon.deliver("b", [finished(origin.url(f"/{n}"), f"{n}") for n in range(50)])
+            await cut(holder)
+            await daemon.line("cannot record results, trying again")
+        verdict = await daemon.verdict("b")
+        assert (verdict["verdict"], verdict["available"]) == ("complete", 50)
+        assert await fetch(url, "SELECT count(*), count(DISTINCT file) FROM attempt") == [(50, 50)]
+        assert await fetch(url, "SELECT DISTINCT attempts FROM file") == [(1,)]
+        # Nobody was asked twice.
+        assert len(origin.hits) == 50
+
+
+async def test_while_all_connections_but_those_of_acks_are_held_up_callbacks_are_taken_and_then_all_goes_on(
+    tmp_path: Path, url: str
+) -> None:
+    async with Origin() as origin, Daemon(tmp_path, config(url)) as daemon, aiohttp.ClientSession() as session:
+        for n in range(POOL_SIZE):
+            await daemon.deliver(f"b{n}", [finished(origin.url(f"/{n}"), "1")])
+            await daemon.verdict(f"b{n}")
+        files = [id for (id,) in await fetch(url, "SELECT id FROM file")]
+        base = daemon.callback.removesuffix("/notify")
+
+        async def recheck(file: int) -> int:
+            async with session.post(f"{base}/api/v1/recheck", json={"file": file}) as answer:
+                return answer.status
+
+        async with locked(url, "lease") as holder:
+            asked = [asyncio.create_task(recheck(file)) for file in files]
+            await until_waiting(holder, POOL_SIZE)
+            await daemon.deliver("meanwhile", [finished(origin.url("/meanwhile"), "2")])
+            assert not any(task.done() for task in asked)
+        assert await asyncio.gather(*asked) == [200] * POOL_SIZE
+        assert (await daemon.verdict("meanwhile"))["verdict"] == "complete"
+        for n in range(POOL_SIZE):
+            await daemon.verdict(f"b{n}", number=2)
+        assert await daemon.terminate() == 0

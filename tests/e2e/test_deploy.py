@@ -1,0 +1,471 @@
+"""What is in deploy/ for those who run it: each file is checked by the program that reads it, or done as it says.
+
+Images are not built here, which takes a container engine: the Dockerfile's own commands are run without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import ipaddress
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+import yaml
+
+from notify_server.config import Config, load_config
+from tests.bench.servers import free_port, running, tool
+from tests.harness import Daemon, Finished, Origin, clean_environment, finished, notification
+from tests.store.postgres_faults import eventually
+from tests.store.postgres_server import fetch, new_schema
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+UNIT = (DEPLOY / "notify-server.service").read_text("utf-8")
+PROGRAM = Path(sys.executable).with_name("notify-server")
+INSTALLED = "/opt/notify-server"
+# As many nodes as nginx.conf names.
+NODES = ("node1", "node2")
+TOKEN = "token-of-the-platform"
+CALLER = "127.0.0.9"
+SECONDS = 60.0
+
+
+def run(*command: str, check: bool = True) -> Finished:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return Finished(done.returncode, done.stdout, done.stderr, 0)
+
+
+# --- systemd ---
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit with the program that is installed here."""
+    path = tmp_path / "notify-server.service"
+    assert f"ExecStart={INSTALLED}/bin/notify-server " in UNIT
+    path.write_text(UNIT.replace(f"{INSTALLED}/bin/notify-server", str(PROGRAM)), "utf-8")
+    return path
+
+
+def setting(name: str) -> list[str]:
+    """What the unit sets, one entry for each time that it does."""
+    return re.findall(rf"^{name}=(.*)$", UNIT, re.MULTILINE)
+
+
+def test_systemd_has_nothing_to_say_against_the_unit(unit: Path) -> None:
+    done = run("systemd-analyze", "verify", str(unit))
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_systemd_finds_what_the_service_is_exposed_to_small(unit: Path) -> None:
+    """1.4 of 10: it has to be on the network."""
+    run("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=15", str(unit))
+
+
+def test_systemd_is_more_patient_than_the_servers_grace() -> None:
+    (stop,) = setting("TimeoutStopSec")
+    assert int(stop) > Config().server.shutdown_grace
+
+
+def calls_of(group: str) -> set[str]:
+    """The system calls of one of systemd's groups."""
+    calls: set[str] = set()
+    for line in run("systemd-analyze", "syscall-filter", "--no-pager", group).stdout.splitlines()[1:]:
+        name = line.strip()
+        if name.startswith("@"):
+            calls |= calls_of(name)
+        elif name and not name.startswith("#"):
+            calls.add(name)
+    return calls
+
+
+async def test_a_server_that_works_makes_no_system_call_that_the_unit_forbids(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    prefix = ["strace", "-f", "-qq", "-s", "0", "-o", str(trace)]
+    async with Origin() as origin, Daemon(tmp_path / "daemon", prefix=prefix) as daemon:
+        # A name, so that one is looked up.
+        await daemon.deliver("b", [finished(origin.url(f"/{n}", "localhost"), f"{n}") for n in range(20)])
+        assert (await daemon.verdict("b"))["verdict"] == "complete"
+        (pid,) = map(int, Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split())
+        os.kill(pid, signal.SIGTERM)
+        assert await daemon.exit_code() == 0
+    made = trace.read_text("utf-8", "replace").splitlines()
+    # What a process is begun with is made for it by systemd as well.
+    calls = {found[1] for line in made if (found := re.match(r"[0-9]+ +([a-z_0-9]+)\(", line))}
+    assert {"execve", "sendto", "fdatasync"} <= calls
+    allowed, *forbidden = setting("SystemCallFilter")
+    assert forbidden
+    assert calls - calls_of(allowed) == set()
+    # SQLite's, of root's files and only when it is root.
+    calls -= {"fchown"}
+    assert [name for group in forbidden for name in calls & calls_of(group.removeprefix("~"))] == []
+    # MemoryDenyWriteExecute.
+    assert [line for line in made if re.search(r" mprotect\(.*PROT_EXEC| mmap\(.*PROT_WRITE\|PROT_EXEC", line)] == []
+    (families,) = setting("RestrictAddressFamilies")
+    used = {found[1] for line in made if (found := re.search(r" socket(?:pair)?\((\w+)", line))}
+    assert "AF_INET" in used
+    assert used <= set(families.split())
+
+
+# --- The image ---
+
+
+class Dockerfile(NamedTuple):
+    """The stages of a Dockerfile, each a list of its instructions with what follows them."""
+
+    stages: list[list[tuple[str, str]]]
+
+    @classmethod
+    def read(cls) -> Dockerfile:
+        text = (DEPLOY / "Dockerfile").read_text("utf-8")
+        plain = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+        stages: list[list[tuple[str, str]]] = []
+        for line in filter(str.strip, plain.splitlines()):
+            instruction, _, rest = line.strip().partition(" ")
+            if instruction == "FROM":
+                stages.append([])
+            if stages:
+                stages[-1].append((instruction, rest.strip()))
+        return cls(stages)
+
+    def of(self, stage: int, instruction: str) -> list[str]:
+        """What follows each of these instructions in a stage."""
+        return [rest for name, rest in self.stages[stage] if name == instruction]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the image sets in the environment."""
+        pairs = (pair.partition("=") for rest in self.of(-1, "ENV") for pair in shlex.split(rest))
+        return {name: value for name, _, value in pairs}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the first stage makes, made by its own commands from the files that it copies."""
+    folder = tmp_path_factory.mktemp("image")
+    source, installed = folder / "source", folder / "installed"
+    source.mkdir()
+    dockerfile = Dockerfile.read()
+    for rest in dockerfile.of(0, "COPY"):
+        *names, _ = rest.split()
+        for name in names:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, source / name)
+    for command in dockerfile.of(0, "RUN"):
+        # What has been fetched before need not be again.
+        here = command.replace(INSTALLED, str(installed)).replace("--no-cache-dir", "")
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "-ec", here], cwd=source, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    yield installed
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_image_is_made_of_what_it_needs_and_runs_as_nobody_in_particular(image: Path) -> None:
+    dockerfile = Dockerfile.read()
+    assert dockerfile.of(-1, "COPY") == [f"--from=build {INSTALLED} {INSTALLED}"]
+    assert not list(image.glob("bin/pip*")) + list(image.glob("lib/*/site-packages/pip"))
+    (user,) = dockerfile.of(-1, "USER")
+    assert all(int(part) > 0 for part in user.split(":"))
+    (volume,), (folder,) = dockerfile.of(-1, "VOLUME"), dockerfile.of(-1, "WORKDIR")
+    assert Path(folder) / Config().store.path.parent == Path(volume)
+    # All that is copied is let through to the engine.
+    let_in = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
+    copied = {name for rest in dockerfile.of(0, "COPY") for name in rest.split()[:-1]}
+    assert {f"!{name}" for name in copied} == {line for line in let_in if line.startswith("!")}
+
+
+async def test_what_the_image_holds_serves_and_its_health_check_tells_whether_it_does(
+    image: Path, tmp_path: Path
+) -> None:
+    dockerfile = Dockerfile.read()
+    port = free_port()
+    (tmp_path / "data").mkdir()
+    own = {name: value.replace(INSTALLED, str(image)) for name, value in dockerfile.variables.items()}
+    own["PATH"] = own["PATH"].replace("$PATH", os.environ["PATH"])
+    # Nothing is to be reached from elsewhere here.
+    assert own["NOTIFY_SERVER__SERVER__HOST"] == "0.0.0.0"
+    own |= {"NOTIFY_SERVER__SERVER__HOST": "127.0.0.1", "NOTIFY_SERVER__SERVER__PORT": str(port)}
+    environment = {name: value for name, value in clean_environment(**own).items() if name != "PYTHONPATH"}
+    (check,) = dockerfile.of(-1, "HEALTHCHECK")
+    health = json.loads(check.partition(" CMD ")[2])
+    assert "8080" in dockerfile.of(-1, "EXPOSE")
+
+    async def healthy() -> bool:
+        command = [part.replace("8080", str(port)) for part in health]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=tmp_path, env=environment, stderr=asyncio.subprocess.DEVNULL
+        )
+        return await process.wait() == 0
+
+    assert not await healthy()
+    (entry,), (command,) = dockerfile.of(-1, "ENTRYPOINT"), dockerfile.of(-1, "CMD")
+    process = await asyncio.create_subprocess_exec(
+        *json.loads(entry), *json.loads(command), cwd=tmp_path, env=environment, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        await eventually(healthy)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(
+                f"http://127.0.0.1:{port}/notify", data=notification("b", []), headers={"Content-Type": "text/json"}
+            ) as answer,
+        ):
+            assert answer.status == 200
+        # Pages and everything else that is not code came along.
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/") as page:
+            assert page.status == 200
+        assert (tmp_path / "data" / "notify.db").exists()
+    finally:
+        process.terminate()
+        assert await process.wait() == 0
+    assert not await healthy()
+
+
+# --- Compose ---
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+
+
+def secrets() -> dict[str, str]:
+    """What env.example sets."""
+    lines = (DEPLOY / "env.example").read_text("utf-8").splitlines()
+    return dict(re.fullmatch(r"(\w+)=(.+)", line).groups() for line in lines if line and line[0] != "#")  # type: ignore[union-attr, misc]
+
+
+def environment_of(service: Mapping[str, Any]) -> dict[str, str]:
+    """A service's environment, with what Compose fills in."""
+
+    def fill(value: str) -> str:
+        return re.sub(r"\$\{(\w+):[?-][^}]*\}", lambda found: secrets()[found[1]], value)
+
+    return {name: fill(str(value)) for name, value in service.get("environment", {}).items()}
+
+
+def test_every_key_that_compose_and_the_image_set_is_one_and_has_a_value_that_is_right(compose: Any) -> None:
+    for name in NODES:
+        service = compose["services"][name]
+        assert service["env_file"] == ".env"
+        ours = Dockerfile.read().variables | secrets() | environment_of(service)
+        config = load_config(None, environ=ours, cwd=DEPLOY)
+        assert config.store.is_postgres
+        assert config.server.takes_callbacks and config.server.probes
+        assert config.auth.callback_token is not None and config.auth.admin_token is not None
+        assert ours["PGPASSWORD"] == environment_of(compose["services"]["postgres"])["POSTGRES_PASSWORD"]
+        assert int(service["stop_grace_period"].removesuffix("s")) > config.server.shutdown_grace
+
+
+def test_what_compose_refers_to_is_there(compose: Any) -> None:
+    services = compose["services"]
+    assert set(services) == {"postgres", "nginx", *NODES}
+    for service in services.values():
+        assert ("image" in service, service["restart"]) == (True, "unless-stopped")
+        for wanted, condition in service.get("depends_on", {}).items():
+            assert condition == {"condition": "service_healthy"}
+            # The servers' is in the image.
+            assert wanted in NODES or "healthcheck" in services[wanted]
+        for volume in service.get("volumes", []):
+            source = volume.partition(":")[0]
+            assert (DEPLOY / source).is_file() if source.startswith(".") else source in compose["volumes"]
+    for name in NODES:
+        build = services[name]["build"]
+        assert (DEPLOY / build["context"]).resolve() == ROOT
+        assert (ROOT / build["dockerfile"]).is_file()
+    assert (DEPLOY / "env.example").is_file()
+    assert "deploy/.env" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
+
+
+def test_the_servers_believe_nginx_alone_and_nginx_leads_to_the_servers(compose: Any) -> None:
+    services = compose["services"]
+    addresses = {name: service["networks"]["default"]["ipv4_address"] for name, service in services.items()}
+    assert len(set(addresses.values())) == len(addresses)
+    subnet = ipaddress.ip_network(compose["networks"]["default"]["ipam"]["config"][0]["subnet"])
+    assert all(ipaddress.ip_address(address) in subnet for address in addresses.values())
+    for name in NODES:
+        assert environment_of(services[name])["NOTIFY_SERVER__SERVER__TRUSTED_PROXIES"] == addresses["nginx"]
+        assert "ports" not in services[name]
+    assert "ports" not in services["postgres"]
+    upstream = re.findall(r"^\s+server (\w+):(\d+)", NGINX, re.MULTILINE)
+    assert upstream == [(name, str(Config().server.port)) for name in NODES]
+    ((published),) = services["nginx"]["ports"]
+    assert published.endswith(":" + re.findall(r"^\s+listen (\d+)", NGINX, re.MULTILINE)[0])
+
+
+# --- nginx ---
+
+NGINX = (DEPLOY / "nginx.conf").read_text("utf-8")
+
+
+class Front(NamedTuple):
+    """nginx in front of the daemons, in a folder of its own."""
+
+    url: str
+    folder: Path
+
+    def logs(self) -> str:
+        return "".join((self.folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr"))
+
+
+def nginx_conf(folder: Path, port: int, nodes: Mapping[str, int]) -> list[str]:
+    """The command that runs nginx as deploy/ has it, at other addresses and with its files in the folder."""
+    folder.mkdir()
+    changes = {
+        "listen 8080": f"listen 127.0.0.1:{port}",
+        "/tmp/": f"{folder}/",
+        "/dev/stdout": f"{folder}/stdout",
+        "/dev/stderr": f"{folder}/stderr",
+        **{f"server {name}:8080": f"server 127.0.0.1:{node}" for name, node in nodes.items()},
+    }
+    text = NGINX
+    for old, new in changes.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (folder / "nginx.conf").write_text(text, "utf-8")
+    # The folders of tests are their owner's alone.
+    more = "daemon off;" + (" user root root;" if os.geteuid() == 0 else "")
+    return [tool("nginx"), "-e", f"{folder}/stderr", "-p", str(folder), "-c", f"{folder}/nginx.conf", "-g", more]
+
+
+def test_nginx_has_nothing_to_say_against_its_configuration(tmp_path: Path) -> None:
+    command = nginx_conf(tmp_path / "nginx", free_port(), {"node1": 1001, "node2": 1002})
+    done = run(*command, "-t")
+    assert "successful" in done.stderr
+    assert not re.search(r"\[(warn|error|emerg)\]", done.stderr + (tmp_path / "nginx" / "stderr").read_text())
+
+
+def port_of(daemon: Daemon) -> int:
+    return int(re.findall(r":(\d+)/", daemon.callback)[0])
+
+
+@contextlib.asynccontextmanager
+async def behind_nginx(folder: Path, url: str) -> AsyncIterator[tuple[Front, list[Daemon]]]:
+    """Two daemons on one database, and nginx in front."""
+    config: dict[str, dict[str, Any]] = {
+        "server": {"trusted_proxies": ["127.0.0.1"]},
+        "auth": {"callback_token": TOKEN, "admin_token": "token-of-the-administrator"},
+        "store": {"url": url, "lease": "5s"},
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        daemons = [await stack.enter_async_context(Daemon(folder / name, config)) for name in NODES]
+        await asyncio.gather(*(daemon.line("sharing the work", nodes=len(NODES)) for daemon in daemons))
+        port = free_port()
+        command = nginx_conf(folder / "nginx", port, dict(zip(NODES, map(port_of, daemons), strict=True)))
+        stack.enter_context(running(command, port))
+        yield Front(f"http://127.0.0.1:{port}", folder / "nginx"), daemons
+
+
+@pytest.fixture
+async def caller() -> AsyncIterator[aiohttp.ClientSession]:
+    """Who calls back, from an address of its own."""
+    connector = aiohttp.TCPConnector(limit=0, local_addr=(CALLER, 0))
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=SECONDS)) as session:
+        yield session
+
+
+async def post(caller: aiohttp.ClientSession, front: Front, body: bytes) -> tuple[int, Mapping[str, str], Any]:
+    headers = {"Content-Type": "application/json"}
+    async with caller.post(f"{front.url}/notify?token={TOKEN}", data=io.BytesIO(body), headers=headers) as answer:
+        return answer.status, answer.headers, await answer.json()
+
+
+async def test_a_server_that_is_killed_behind_nginx_costs_no_notification_and_callers_only_what_was_in_flight(
+    tmp_path: Path, caller: aiohttp.ClientSession
+) -> None:
+    url = await new_schema()
+    posters, enough = 8, 300
+    acked: list[str] = []
+    again = 0
+    killed = asyncio.Event()
+    acked_since = 0
+    numbers = itertools.count(1)
+    async with Origin() as origin, behind_nginx(tmp_path, url) as (front, daemons):
+
+        async def send() -> None:
+            nonlocal again, acked_since
+            while acked_since < enough:
+                batch = f"b{next(numbers)}"
+                body = notification(batch, [finished(origin.url(f"/{batch}"), batch)])
+                while True:
+                    status, headers, answer = await post(caller, front, body)
+                    if status == 200:
+                        break
+                    # In the platform's form, to be sent again.
+                    assert (status, answer["code"], headers["Retry-After"]) == (503, "503", "5"), answer
+                    assert answer["request_id"]
+                    again += 1
+                acked.append(batch)
+                acked_since += killed.is_set()
+                if len(acked) == enough and not killed.is_set():
+                    killed.set()
+                    daemons[0].send(signal.SIGKILL)
+
+        await asyncio.gather(*(send() for _ in range(posters)))
+        await daemons[0].exit_code()
+        assert again <= posters
+        kept = {batch for (batch,) in await fetch(url, "SELECT batch_id FROM notification")}
+        assert set(acked) - kept == set()
+        assert len(acked) == len(set(acked)) >= 2 * enough
+
+        async def settled() -> bool:
+            rows = await fetch(url, "SELECT count(*) FROM batch WHERE verdict = 'complete'")
+            return rows == [(len(acked),)]
+
+        await eventually(settled)
+        # Both had their part, and both have recorded who called, as nginx said.
+        assert len({line.split()[5] for line in front.logs().splitlines() if '" 200 ' in line}) >= 2
+        assert await fetch(url, "SELECT DISTINCT remote_addr FROM notification") == [(CALLER,)]
+
+        # Without any server, callers are told the same.
+        await daemons[1].kill()
+        status, headers, answer = await post(caller, front, notification("last", []))
+        assert (status, answer["code"], answer["data"], headers["Retry-After"]) == (503, "503", None, "5")
+        assert TOKEN not in front.logs()
+
+
+async def test_the_rest_of_the_server_is_reached_through_nginx_as_without_it(
+    tmp_path: Path, caller: aiohttp.ClientSession
+) -> None:
+    async with behind_nginx(tmp_path, await new_schema()) as (front, _):
+        bearer = {"Authorization": "Bearer token-of-the-administrator"}
+        # What is too large is refused by the server, in its own words.
+        status, _, answer = await post(
+            caller, front, notification("large", []).ljust(Config().server.body_limit_bytes + 1)
+        )
+        assert (status, answer["code"]) == (413, "413")
+        async with caller.get(f"{front.url}/api/v1/status") as refused:
+            assert refused.status == 401
+        async with caller.get(f"{front.url}/api/v1/status", headers=bearer) as told:
+            assert (await told.json())["nodes"] == {"callbacks": 2, "probes": 2}
+        async with caller.get(f"{front.url}/api/v1/stream", headers=bearer) as stream:
+            async with asyncio.timeout(SECONDS):
+                assert (await stream.content.readline()).startswith(b"event: ")
+        # Logged in at one of them is logged in at both, whichever is asked.
+        form = {"token": "token-of-the-administrator"}
+        async with caller.post(f"{front.url}/ui/login", data=form, allow_redirects=False) as login:
+            cookie = login.cookies["notify_server_session"].value
+        for _ in range(4):
+            async with caller.get(f"{front.url}/", cookies={"notify_server_session": cookie}) as page:
+                assert (page.status, page.url.path) == (200, "/")
