@@ -601,7 +601,9 @@ def _announce(config: Config, listener: asyncio.Server) -> None:
     log.info("ready for notifications", url=urls[0], store=config.store.place)
     auth = config.auth
     protected = auth.callback_token or auth.callback_networks or auth.signature == "required"
-    if not protected and not all(ip_address(host).is_loopback for host, _ in hosts):
+    if not config.server.takes_callbacks:
+        log.info("takes no callbacks, only probes: [server] roles")
+    elif not protected and not all(ip_address(host).is_loopback for host, _ in hosts):
         log.warning(
             "ANYONE WHO REACHES THIS ADDRESS CAN POST NOTIFICATIONS: "
             'set [auth] callback_token, callback_networks, or signature = "required"'

@@ -307,6 +307,9 @@ def _secrets(subject: Subject) -> Iterator[Finding]:
 
 def _exposure(subject: Subject) -> Iterator[Finding]:
     auth, host = subject.config.auth, subject.config.server.host
+    if not subject.config.server.takes_callbacks:
+        yield ok("exposure", f"listens on {host}, and takes no callbacks")
+        return
     protected = [
         name
         for name, there in (

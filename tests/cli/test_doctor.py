@@ -214,6 +214,9 @@ async def test_a_public_address_without_protection_is_a_warning(tmp_path: Path) 
     assert (await examine(tmp_path)).worst("exposure").level is Level.WARNING
     found = (await run_doctor(tmp_path, NOTIFY_SERVER__AUTH__CALLBACK_TOKEN="a-long-secret")).worst("exposure")
     assert (found.level, found.text) == (Level.OK, "listens on 0.0.0.0, protected by callback_token")
+    nobody = {"NOTIFY_SERVER__SERVER__ROLES": "probes", "NOTIFY_SERVER__STORE__URL": "postgresql://127.0.0.1:1/d"}
+    found = (await run_doctor(tmp_path, **nobody)).worst("exposure")
+    assert (found.level, found.text) == (Level.OK, "listens on 0.0.0.0, and takes no callbacks")
 
 
 async def test_names_are_looked_up_and_what_is_private_is_told(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from tests.store.postgres_server import fetch, new_schema
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 UNIT = (DEPLOY / "notify-server.service").read_text("utf-8")
+NGINX = (DEPLOY / "nginx.conf").read_text("utf-8")
 PROGRAM = Path(sys.executable).with_name("notify-server")
 INSTALLED = "/opt/notify-server"
 # As many nodes as nginx.conf names.
@@ -315,8 +316,6 @@ def test_the_servers_believe_nginx_alone_and_nginx_leads_to_the_servers(compose:
 
 
 # --- nginx ---
-
-NGINX = (DEPLOY / "nginx.conf").read_text("utf-8")
 
 
 class Front(NamedTuple):

@@ -68,6 +68,7 @@ async def test_a_notification_that_is_sent_to_a_node_that_only_probes_is_to_be_s
 ) -> None:
     async with node(tmp_path / "probes", url, PROBES) as probing, node(tmp_path / "takes", url, CALLBACKS) as taking:
         body = notification("b", [failed("1")])
+        await probing.line("takes no callbacks, only probes: [server] roles")
         reply = await probing.post(body)
         assert (reply.status, reply.code, int(reply.headers["Retry-After"]) > 0) == (503, "503", True)
         assert json.loads(reply.body)["msg"].startswith("this server takes no callbacks ([server] roles)")
