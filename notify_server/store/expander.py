@@ -18,8 +18,10 @@ from notify_server.verify.guard import Guard, harmless
 log = structlog.get_logger("notify_server.store")
 
 # Files in one transaction: an ack that arrives meanwhile waits for a few ms at most.
-CHUNK_FILES = 500
+CHUNK_FILES = 250
 INBOX_ITEMS = 64
+# How long what has arrived waits for company: a transaction costs more than a file does.
+LINGER_SECONDS = 0.02
 RETRY_SECONDS = 1.0
 
 
@@ -34,10 +36,15 @@ class Expander:
 
     async def run(self) -> None:
         """Expand what the inbox holds, and what it comes to hold."""
+        more = False
         while True:
             await self._store.wait_inbox()
+            if not more:
+                await asyncio.sleep(LINGER_SECONDS)
             try:
-                await self._take(await self._store.inbox(INBOX_ITEMS))
+                items = await self._store.inbox(INBOX_ITEMS)
+                more = len(items) == INBOX_ITEMS
+                await self._take(items)
             except StoreUnavailableError as error:
                 log.warning("cannot expand the inbox, trying again", error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)

@@ -87,7 +87,7 @@ class SqliteStore:
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
         self._writer = Writer(path, connection, on_commit)
-        self._accept = self._writer.group(self._write_deliveries, self._accepted)
+        self._accept = self._writer.group(self._write_deliveries, self._accepted, len)
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod

@@ -32,10 +32,11 @@ log = structlog.get_logger("notify_server.store")
 # "ntfy": lets `file` and this program tell the database from any other.
 APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
-# While callers wait for acks, jobs get so much time for each second of theirs.
+# Callers who come together are a crowd: when these have got their acks, others are about to come for theirs, and are
+# waited for so long, because a job that has begun would keep them waiting for longer. Jobs get a share of the time.
+CROWD = 8
+PATIENCE_SECONDS = 0.01
 JOB_SHARE = 0.1
-# How long after callers have got their acks others are expected to come for theirs.
-PATIENCE_SECONDS = 0.002
 # Callers in one transaction.
 GROUP_LIMIT = 256
 OLDEST_SQLITE = (3, 35, 0)
@@ -257,10 +258,12 @@ class Group(Generic[Item, Answer]):
         writer: Writer,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
         committed: Callable[[Item, Answer], object] | None,
+        size: Callable[[Item], int],
     ) -> None:
         self._writer = writer
         self._write = write
         self._committed = committed
+        self._size = size
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
 
     def __call__(self, item: Item) -> asyncio.Future[Answer]:
@@ -276,8 +279,8 @@ class Group(Generic[Item, Answer]):
         """Whether anybody waits."""
         return bool(self._waiting)
 
-    def commit(self) -> None:
-        """Write what waits, in one transaction, as far as a group may be large."""
+    def commit(self) -> int:
+        """Write what waits, in one transaction, as far as a group may be large; how many waited for it."""
         group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
         items = [item for item, _ in group]
         try:
@@ -286,7 +289,7 @@ class Group(Generic[Item, Answer]):
             for _, future in group:
                 if not future.done():
                     future.set_exception(_for_caller(error))
-            return
+            return len(group)
         for (item, future), answer in zip(group, answers, strict=True):
             if isinstance(answer, NotifyServerError):
                 if not future.done():
@@ -296,6 +299,7 @@ class Group(Generic[Item, Answer]):
                 self._committed(item, answer)
             if not future.done():
                 future.set_result(answer)
+        return sum(map(self._size, items))
 
 
 class Writer:
@@ -312,9 +316,10 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._groups: list[Group[Any, Any]] = []
         self._jobs: deque[tuple[Callable[[], object], asyncio.Future[Any]]] = deque()
-        # Seconds that jobs may take from callers who wait for an ack; below zero it is owed to them.
+        # Seconds that jobs may take from a crowd; below zero it is owed to it. And until when a crowd is waited for.
         self._credit = 0.0
-        self._committed_at = -PATIENCE_SECONDS
+        self._credited_at = 0.0
+        self._crowd_until = 0.0
         self._news = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="sqlite-writer")
@@ -330,11 +335,12 @@ class Writer:
         self,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
         committed: Callable[[Item, Answer], object] | None = None,
+        size: Callable[[Item], int] = lambda item: 1,
     ) -> Group[Item, Answer]:
         """A group of callers of one kind. `write` answers for each item in its order; `committed` is called for each
-        that was written, in that order, whatever became of its caller.
+        that was written, in that order, whatever became of its caller. `size` tells how many wait for an item.
         """
-        group = Group(self, write, committed)
+        group = Group(self, write, committed, size)
         self._groups.append(group)
         return group
 
@@ -381,12 +387,13 @@ class Writer:
             group = next((group for group in self._groups if group.waiting), None)
             if group is not None:
                 began = self._loop.time()
-                group.commit()
-                self._committed_at = self._loop.time()
-                self._credit += JOB_SHARE * (self._committed_at - began)
-                self._on_commit(self._committed_at - began)
+                size = group.commit()
+                now = self._loop.time()
+                self._on_commit(now - began)
+                if size >= CROWD:
+                    self._crowd_until = now + PATIENCE_SECONDS
             elif self._jobs:
-                if self._credit > 0 or not await self._somebody_comes():
+                if self._may_do_job() or not await self._crowd_comes():
                     self._do_job(*self._jobs.popleft())
             elif self._closing:
                 return
@@ -395,10 +402,14 @@ class Writer:
             # What has arrived meanwhile is seen.
             await asyncio.sleep(0)
 
-    async def _somebody_comes(self) -> bool:
-        """Whether another caller comes to wait for an ack soon after the last ones have got theirs: they are worth
-        waiting for, because a job that has begun keeps them waiting for longer."""
-        while (patience := self._committed_at + PATIENCE_SECONDS - self._loop.time()) > 0:
+    def _may_do_job(self) -> bool:
+        now = self._loop.time()
+        passed, self._credited_at = now - self._credited_at, now
+        self._credit = min(self._credit + JOB_SHARE * passed, JOB_SHARE * PATIENCE_SECONDS)
+        return self._credit > 0 or now >= self._crowd_until
+
+    async def _crowd_comes(self) -> bool:
+        while (patience := self._crowd_until - self._loop.time()) > 0:
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):
@@ -418,7 +429,7 @@ class Writer:
         else:
             future.set_result(answer)
         finally:
-            self._credit = min(0.0, self._credit - (self._loop.time() - began))
+            self._credit -= self._loop.time() - began
 
     def transact(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Run the job in a transaction, now. Raises what the engine raises."""
