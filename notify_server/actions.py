@@ -20,7 +20,7 @@ from notify_server.config import Config
 from notify_server.contract import signature, wire
 from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError
 from notify_server.model import Delivery, FileState, Reason
-from notify_server.store.base import Store
+from notify_server.store.base import Editable
 from notify_server.store.records import FileFilter, Records
 
 log = structlog.get_logger("notify_server")
@@ -86,7 +86,7 @@ class Actions:
     def __init__(
         self,
         config: Config,
-        store: Store,
+        store: Editable,
         records: Records,
         *,
         now: Callable[[], int],

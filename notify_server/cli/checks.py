@@ -27,6 +27,7 @@ from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 from cryptography import x509
 from pydantic import SecretStr
@@ -34,8 +35,8 @@ from pydantic import SecretStr
 import notify_server
 from notify_server.app import system_certificates
 from notify_server.config import Config
-from notify_server.store.queries import load_migrations, load_queries
-from notify_server.store.sqlite_writer import APPLICATION_ID, BUSY_TIMEOUT_MS, OLDEST_SQLITE
+from notify_server.store.queries import load_migrations, load_queries, unfinished
+from notify_server.store.sqlite_writer import APPLICATION_ID, BUSY_TIMEOUT_MS, OLDEST_SQLITE, copied_from
 from notify_server.verify.guard import Guard
 
 # The last SQLite whose WAL mode two writers can corrupt (https://sqlite.org/wal.html, "the WAL-reset bug").
@@ -115,11 +116,14 @@ def configured_checks(subject: Subject) -> dict[str, Check]:
         "dns": _dns,
         "trust": _trust,
         "descriptors": _descriptors,
-        "directory": _directory,
-        "disk": _disk,
-        "daemon": _daemon,
-        "database": _database,
     }
+    if subject.config.store.is_postgres:
+        # Its driver is loaded by those who use it.
+        from notify_server.cli import postgres_checks
+
+        checks["database"] = postgres_checks.look
+    else:
+        checks |= {"directory": _directory, "disk": _disk, "daemon": _daemon, "database": _database}
     return {name: partial(check, subject) for name, check in checks.items()}
 
 
@@ -291,8 +295,9 @@ def _secrets(subject: Subject) -> Iterator[Finding]:
     auth, server = subject.config.auth, subject.config.server
     secret = [] if server.ssl_key is None else [server.ssl_key]
     if subject.file is not None:
-        written = tomllib.loads(subject.file.read_bytes().decode("utf-8-sig")).get("auth", {})
-        if written.keys() & {name for name, value in auth if isinstance(value, SecretStr)}:
+        written = tomllib.loads(subject.file.read_bytes().decode("utf-8-sig"))
+        keys = written.get("auth", {}).keys() & {name for name, value in auth if isinstance(value, SecretStr)}
+        if keys or _has_password(written.get("store", {}).get("url", "")):
             secret.append(subject.file)
     open_to_all = [path for path in secret if path.stat().st_mode & stat.S_IROTH]
     for path in open_to_all:
@@ -303,6 +308,11 @@ def _secrets(subject: Subject) -> Iterator[Finding]:
         )
     if not open_to_all:
         yield ok("secrets", "no file with secrets can be read by every user")
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.password is not None or "password" in parse_qs(parts.query)
 
 
 def _exposure(subject: Subject) -> Iterator[Finding]:
@@ -392,7 +402,7 @@ def _descriptors(subject: Subject) -> Iterator[Finding]:
     needed = config.server.max_connections + config.verify.concurrency + DESCRIPTORS_OWN
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     whose = "here"
-    holder = _holder(config.store.path)
+    holder = None if config.store.is_postgres else _holder(config.store.path)
     with contextlib.suppress(OSError, ValueError, TypeError):
         limits = Path(f"/proc/{int(holder or '')}/limits").read_text()
         limit, whose = int(re.findall(r"^Max open files\s+(\d+)", limits, re.M)[0]), f"in process {holder}"
@@ -539,16 +549,24 @@ def _schema(connection: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != APPLICATION_ID:
         yield problem("schema", f"{path} is not a record of notify_server", "name another file in [store] url")
-    elif version > known:
-        yield problem(
+    elif (source := copied_from(connection)) is not None:
+        text, _, mend = str(unfinished(str(path), source)).rpartition(": ")
+        yield problem("schema", text, mend)
+    else:
+        yield schema_finding(version, known)
+
+
+def schema_finding(version: int, known: int) -> Finding:
+    """What is to be said of a schema of this version, by a program that knows as many."""
+    if version > known:
+        return problem(
             "schema",
             f"version {version}, this program knows {known}",
             "run the newer notify_server that wrote it, or restore a backup from before the upgrade",
         )
-    elif version < known:
-        yield warning("schema", f"version {version} of {known}", "`notify-server migrate`, or start the daemon")
-    else:
-        yield ok("schema", f"version {version}, the latest")
+    if version < known:
+        return warning("schema", f"version {version} of {known}", "`notify-server migrate`, or start the daemon")
+    return ok("schema", f"version {version}, the latest")
 
 
 def _backlog(connection: sqlite3.Connection, limit: int) -> Iterator[Finding]:
@@ -559,18 +577,21 @@ def _backlog(connection: sqlite3.Connection, limit: int) -> Iterator[Finding]:
         (pending,) = connection.execute(sql["backlog"]).fetchone()
     except sqlite3.OperationalError:
         return  # Another schema, which has been told.
-    backlog = in_inbox + pending
+    yield backlog_finding(in_inbox + pending, limit)
+
+
+def backlog_finding(backlog: int, limit: int) -> Finding:
+    """What is to be said of so many files that wait."""
     text = f"{backlog:,} files wait, of {limit:,} that may"
     if backlog >= limit:
-        yield problem(
+        return problem(
             "backlog",
             f"{text}: callbacks are answered 503",
             "start the daemon, or raise [verify] concurrency or backlog_limit",
         )
-    elif backlog >= BACKLOG_SHARE * limit:
-        yield warning("backlog", text, "raise [verify] concurrency or backlog_limit")
-    else:
-        yield ok("backlog", text)
+    if backlog >= BACKLOG_SHARE * limit:
+        return warning("backlog", text, "raise [verify] concurrency or backlog_limit")
+    return ok("backlog", text)
 
 
 def _size(size: int) -> str:

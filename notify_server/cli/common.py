@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from notify_server.errors import NotifyServerError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,6 +20,10 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 # Where there is no terminal to fit into, wide enough for a row to be one line.
 PIPE_WIDTH = 200
+
+
+class UsageError(NotifyServerError):
+    """The command cannot mean that; the text says what it could."""
 
 
 def read_config(path: Path | None) -> Config:

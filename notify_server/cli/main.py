@@ -211,18 +211,18 @@ def doctor(
 
 @app.command()
 def migrate(context: typer.Context, config: ConfigOption = None) -> None:
-    """Bring the record's schema up to date, which `serve` does by itself. No daemon may be running."""
+    """Bring the record's schema up to date, which `serve` does by itself. On SQLite no daemon may be running."""
     from notify_server.cli.migrate import run
 
     run(config or context.obj)
 
 
-# --- The record: read from the file, or over the API of a daemon (--url); a daemon that runs is asked to act. ---
+# --- The record: read from where it is, or over a daemon's API (--url). One that runs on a file is asked to act. ---
 
 UrlOption = Annotated[
     str | None,
     typer.Option(
-        "--url", metavar="URL", help="A daemon's address, like http://10.0.0.7:8080. Default: the file itself."
+        "--url", metavar="URL", help="A daemon's address, like http://10.0.0.7:8080. Default: the record itself."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of text; lists as one object a line.")]

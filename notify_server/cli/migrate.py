@@ -1,7 +1,8 @@
-"""`notify-server migrate`: bring the record's schema up to date while no daemon runs."""
+"""`notify-server migrate`: bring the record's schema up to date; that of a file while no daemon runs."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from notify_server.cli.common import EXIT_FAILED, read_config
 from notify_server.config import LogConfig
-from notify_server.errors import ConfigError, StoreRefusedError
+from notify_server.errors import NotifyServerError
 from notify_server.observe import set_up_logging
 from notify_server.store.queries import load_migrations
 from notify_server.store.sqlite_writer import FileLock, connect, refusal, schema_version
@@ -17,33 +18,37 @@ from notify_server.store.sqlite_writer import FileLock, connect, refusal, schema
 
 def run(config_path: Path | None) -> None:
     """Apply what is missing and say from which version to which. Exits 1 with one line when that cannot be done."""
-    config = read_config(config_path)
+    store = read_config(config_path).store
     set_up_logging(LogConfig(level="warning"))
     try:
-        path = config.store.path
-    except ConfigError as error:
-        print(f"notify_server: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED) from None
-    if not path.exists():
-        print(f"{path}: there is no record yet, `notify-server serve` makes one with the latest schema")
-        return
-    try:
-        lock = FileLock(path)
-        try:
-            before = _version(path)
-            connection = connect(path)
-            after = schema_version(connection)
-            connection.close()
-        finally:
-            lock.close()
-    except StoreRefusedError as error:
+        if store.is_postgres:
+            # Its driver is loaded by those who use it.
+            from notify_server.store.postgres_session import migrate_at
+
+            dialect, (before, after) = "postgres", asyncio.run(migrate_at(store.url))
+        elif store.path.exists():
+            dialect, (before, after) = "sqlite", _migrate_file(store.path)
+        else:
+            print(f"{store.place}: there is no record yet, `notify-server serve` makes one with the latest schema")
+            return
+    except NotifyServerError as error:
         print(f"notify_server: {error}", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
     if before == after:
-        print(f"{path}: has schema version {after}, the latest: nothing to do")
+        print(f"{store.place}: has schema version {after}, the latest: nothing to do")
         return
-    applied = ", ".join(step.name for step in load_migrations("sqlite")[before:after])
-    print(f"{path}: migrated from schema version {before} to {after} ({applied})")
+    applied = ", ".join(step.name for step in load_migrations(dialect)[before:after])
+    print(f"{store.place}: migrated from schema version {before} to {after} ({applied})")
+
+
+def _migrate_file(path: Path) -> tuple[int, int]:
+    lock = FileLock(path)
+    try:
+        before = _version(path)
+        with contextlib.closing(connect(path)) as connection:
+            return before, schema_version(connection)
+    finally:
+        lock.close()
 
 
 def _version(path: Path) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from notify_server.actions import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
-from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
+from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, printable, read_config, until_signal
 from notify_server.cli.source import Acting, Remote, Source, SourceError, acting, reading
 from notify_server.config import Config, duration
 from notify_server.errors import NotifyServerError
@@ -44,10 +44,6 @@ STATE_STYLES = {
     FileState.UPLOAD_FAILED: "red",
 }
 VERDICT_STYLES = {Verdict.PENDING: "yellow", Verdict.COMPLETE: "green", Verdict.INCOMPLETE: "red"}
-
-
-class UsageError(NotifyServerError):
-    """The command cannot mean that; the text says what it could."""
 
 
 def run(config_path: Path | None, url: str | None, work: Callable[[Config, Source], Awaitable[int]]) -> None:
@@ -346,7 +342,8 @@ async def _confirm(question: str, *, yes: bool) -> bool:
 @contextlib.asynccontextmanager
 async def _by(config: Config, source: Source) -> AsyncIterator[Acting]:
     async with acting(config, source) as actor:
-        by = f"the daemon at {source.daemon.url}" if source.daemon is not None else "this command, on the file itself"
+        itself = "the database" if source.itself is not None else "the file"
+        by = f"the daemon at {source.daemon.url}" if source.daemon is not None else f"this command, on {itself} itself"
         print(f"acting through {by}", file=sys.stderr)
         yield actor
 
@@ -395,7 +392,7 @@ async def recheck(config: Config, source: Source, chosen: Chosen, *, yes: bool, 
         if as_json:
             _print_json({"files": files})
         else:
-            later = "" if source.daemon is not None else ", as soon as a daemon runs"
+            later = "" if source.served else ", as soon as a daemon runs"
             print(f"{files:,} files are asked for anew{later}")
     return 0
 

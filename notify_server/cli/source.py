@@ -1,6 +1,7 @@
-"""Where a command finds the record, and who does what is asked: the file itself, or a running daemon over its API.
+"""Where a command finds the record, and who does what is asked: the record itself, or a running daemon over its API.
 
-Reading never needs the daemon, whether it runs or not. While it runs, it alone may change its file, so it is asked to.
+Reading never needs the daemon, whether it runs or not. While it runs, it alone may change its file, so it is asked to;
+a database on PostgreSQL may be changed by several, so a command does it there itself.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from notify_server.store.records import (
 )
 from notify_server.store.sqlite import SqliteStore
 from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import holder, schema_version
+from notify_server.store.sqlite_writer import check_whole, holder, schema_version
 
 if TYPE_CHECKING:
     # Loaded when a daemon is asked: reading the file should not have to wait for it.
@@ -55,7 +56,7 @@ class SourceError(NotifyServerError):
 
 
 class Readable(Protocol):
-    """What commands read, of `Records`: from the file, or from a daemon."""
+    """What commands read, of `Records`: from the record itself, or from a daemon."""
 
     async def totals(self) -> Totals: ...
 
@@ -75,7 +76,7 @@ class Readable(Protocol):
 
 
 class Acting(Protocol):
-    """Who acts: `Actions` on the file, or a daemon."""
+    """Who acts: `Actions` on the record, or a daemon."""
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None: ...
 
@@ -226,11 +227,15 @@ def _iso(moment_ms: int | None) -> str | None:
 
 
 class Source(NamedTuple):
-    """Where a command reads (`records`), and what it says of that; `daemon` is there when one runs."""
+    """Where a command reads (`records`), and what it says of that; `daemon` is there when one runs that can be asked,
+    `itself` when the record may be changed beside those that run. `served` tells whether any does.
+    """
 
     name: str
     records: Readable
     daemon: Remote | None
+    served: bool
+    itself: Acting | None = None
 
 
 def own_url(config: Config) -> str:
@@ -265,6 +270,7 @@ def check_record(path: Path, holder_process: str | None) -> None:
     try:
         with contextlib.closing(connect_read_only(path)) as connection:
             present = schema_version(connection)
+            check_whole(connection, path)
     except StoreRefusedError as error:
         raise SourceError(str(error)) from error
     known = len(load_migrations("sqlite"))
@@ -280,13 +286,18 @@ def check_record(path: Path, holder_process: str | None) -> None:
 
 @asynccontextmanager
 async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
-    """The record at `url`, or the file of the configuration, which a daemon may be writing to. Raises SourceError."""
+    """The record at `url`, or that of the configuration, which daemons may be writing to. Raises SourceError, or
+    StoreRefusedError for one on PostgreSQL.
+    """
     token = config.auth.admin_token.get_secret_value() if config.auth.admin_token else None
     async with contextlib.AsyncExitStack() as stack:
         if url is not None:
             remote = Remote(url, token)
             stack.push_async_callback(remote.close)
-            yield Source(f"the daemon at {remote.url}", remote, remote)
+            yield Source(f"the daemon at {remote.url}", remote, remote, served=True)
+            return
+        if config.store.is_postgres:
+            yield await _on_postgres(config, stack)
             return
         path = config.store.path
         running = holder(path)
@@ -294,17 +305,39 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
         records = SqliteRecords(path)
         stack.push_async_callback(records.close)
         if running is None:
-            yield Source(f"{path}, no daemon has it", records, None)
+            yield Source(f"{path}, no daemon has it", records, None, served=False)
             return
         daemon = Remote(own_url(config), token, _trusting(config.server.ssl_certificate))
         stack.push_async_callback(daemon.close)
-        yield Source(f"{path}, which process {running} has", records, daemon)
+        yield Source(f"{path}, which process {running} has", records, daemon, served=True)
+
+
+async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Source:
+    # Its driver is loaded by those who use it.
+    from notify_server.store.postgres_desk import PostgresDesk
+    from notify_server.store.postgres_records import PostgresRecords
+
+    desk = await PostgresDesk.open(config.store.url)
+    stack.push_async_callback(desk.close)
+    records = await PostgresRecords.open(config.store.url)
+    stack.push_async_callback(records.close)
+    servers = f"which {', '.join(desk.servers)} {'has' if len(desk.servers) == 1 else 'share'}"
+    return Source(
+        f"{config.store.place}, {servers if desk.servers else 'no daemon has it'}",
+        records,
+        None,
+        served=bool(desk.servers),
+        itself=Actions(config, desk, records, now=unix_ms),
+    )
 
 
 @asynccontextmanager
 async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
-    """Who does what is asked: the daemon when one runs, else this process, which keeps daemons out meanwhile. Raises
-    StoreRefusedError when the file cannot be had."""
+    """Who does what is asked: this process where it may; else the daemon when one runs, else this process, which keeps
+    daemons out meanwhile. Raises StoreRefusedError when the file cannot be had."""
+    if source.itself is not None:
+        yield source.itself
+        return
     if source.daemon is not None:
         if source.daemon.url.endswith(":0"):
             raise SourceError("[server] port is 0: name the address that the daemon has told with --url")

@@ -110,7 +110,29 @@ class Expanding(msgspec.Struct, frozen=True):
     on_unknown_fields: Callable[[int], object]
 
 
-class Store(FileQueue, Protocol):
+class Editable(Protocol):
+    """What people do about the record, beside the daemon or through it."""
+
+    async def accept(self, delivery: Delivery) -> int:
+        """Write a delivery to the inbox and return its id.
+
+        Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same
+        transaction; a nonce consumed before raises NonceReusedError for that delivery alone. When it replays a
+        rejection, that is deleted in the same transaction; RejectionGoneError when it is not there.
+        """
+
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        """Ask for these files anew, at once: pending, nothing known, no attempt spent; their batches have no verdict.
+
+        Left as they are: ids of no file, files reported FAILED, and addresses that cannot be read.
+        """
+
+    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
+        """Delete some of what is older: batches completed, deliveries and rejections received before. Returns the
+        number of rows deleted, at most about `limit`; 0 when nothing is left to delete."""
+
+
+class Store(FileQueue, Editable, Protocol):
     """The verbs. Those marked (single caller) are for one task of the daemon at a time."""
 
     @property
@@ -125,14 +147,6 @@ class Store(FileQueue, Protocol):
 
     async def close(self) -> None:
         """Let what is being written finish, and close. Callers still waiting get StoreUnavailableError."""
-
-    async def accept(self, delivery: Delivery) -> int:
-        """Write a delivery to the inbox and return its id.
-
-        Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same
-        transaction; a nonce consumed before raises NonceReusedError for that delivery alone. When it replays a
-        rejection, that is deleted in the same transaction; RejectionGoneError when it is not there.
-        """
 
     async def reject(self, rejection: Rejection) -> None:
         """Keep a refused body. The number and total size kept are bounded; the oldest go first."""
@@ -162,15 +176,5 @@ class Store(FileQueue, Protocol):
         What of it was expanded before stays; returns the verdict that this brings about for its batch.
         """
 
-    async def recheck(self, files: Sequence[int], now: int) -> Restart:
-        """Ask for these files anew, at once: pending, nothing known, no attempt spent; their batches have no verdict.
-
-        Left as they are: ids of no file, files reported FAILED, and addresses that cannot be read.
-        """
-
     async def ping(self, now: int) -> None:
         """Commit a trivial write, to learn whether the store can."""
-
-    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
-        """Delete some of what is older: batches completed, deliveries and rejections received before. Returns the
-        number of rows deleted, at most about `limit`; 0 when nothing is left to delete."""

@@ -59,8 +59,9 @@ log = structlog.get_logger("notify_server.store")
 SQL = load_queries("postgres")
 
 LEASE_SECONDS = 90.0
-# Connections for all but acks, claims and expansion, which have one each; and how long to wait for one.
+# Connections for all but acks, claims, expansion and the lease, which have one each; and how long to wait for one.
 POOL_SIZE = 4
+CONNECTIONS = 4 + POOL_SIZE
 ACQUIRE_SECONDS = 5.0
 TICK_SECONDS = 1.0
 # Nonces are forgotten so long after they have expired, since the clocks of nodes differ.

@@ -14,7 +14,7 @@ import structlog
 
 from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store.queries import load_migrations
+from notify_server.store.queries import load_migrations, unfinished
 
 T = TypeVar("T")
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -22,6 +22,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolC
 log = structlog.get_logger("notify_server.store")
 
 OLDEST_SERVER = 14
+STORE_URL = "[store] url"
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
@@ -37,7 +38,7 @@ PRUNING = "prune"
 # One for each purpose and schema.
 LOCK_KEY = "$1::int, hashtext(current_schema() || ':' || $2)"
 
-_SETTINGS = {
+SETTINGS = {
     "application_name": "notify_server",
     # A commit waits for the disk, whatever the role's or the database's own setting is.
     "synchronous_commit": "on",
@@ -93,7 +94,7 @@ def patience(lease: float) -> dict[str, str]:
 async def connect(url: str, **settings: str) -> asyncpg.Connection[asyncpg.Record]:
     """A connection whose commits are durable when they return."""
     return await asyncpg.connect(
-        url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS, server_settings=_SETTINGS | settings
+        url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS, server_settings=SETTINGS | settings
     )
 
 
@@ -107,7 +108,7 @@ def create_pool(url: str, size: int, **settings: str) -> asyncpg.Pool[asyncpg.Re
         reset=_keep,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
-        server_settings=_SETTINGS | settings,
+        server_settings=SETTINGS | settings,
     )
 
 
@@ -128,31 +129,32 @@ def reachable(place: str) -> Iterator[None]:
         raise StoreUnavailableError(f"{place}: {_line(error)}") from error
 
 
-async def opening(url: str, opens: Awaitable[T]) -> T:
-    """What `opens` gives; what goes wrong with it becomes StoreRefusedError, with what to do."""
+async def opening(url: str, opens: Awaitable[T], named: str = STORE_URL) -> T:
+    """What `opens` gives; what goes wrong with it becomes StoreRefusedError, with what to do. `named` is where the
+    address was given."""
     try:
         return await opens
     except StoreUnavailableError as error:
-        refusal = _refusal(url, error.__cause__ or error)
+        refusal = _refusal(url, error.__cause__ or error, named)
     except (*_UNAVAILABLE, ValueError) as error:
-        refusal = _refusal(url, error)
+        refusal = _refusal(url, error, named)
     # Out here because an error's context is printed with it, and what the driver says may hold the password.
     raise refusal
 
 
-def _refusal(url: str, error: BaseException) -> StoreRefusedError:
+def _refusal(url: str, error: BaseException, named: str = STORE_URL) -> StoreRefusedError:
     place, said = without_secrets(url), _line(error)
     for secret in _secrets(url):
         said = said.replace(secret, "***")
     match error:
         case asyncpg.InvalidAuthorizationSpecificationError():
-            what = f"lets this user not in ({said}): correct user and password in [store] url"
+            what = f"lets this user not in ({said}): correct user and password in {named}"
         case asyncpg.InvalidCatalogNameError():
-            what = f"is not there ({said}): create the database, or name another one in [store] url"
+            what = f"is not there ({said}): create the database, or name another one in {named}"
         case asyncpg.InsufficientPrivilegeError():
             what = f"lets this user not do what is needed ({said}): make it the owner of the database or schema"
         case asyncpg.ReadOnlySQLTransactionError():
-            what = "is read-only, maybe a standby: name the primary in [store] url"
+            what = f"is read-only, maybe a standby: name the primary in {named}"
         case asyncpg.LockNotAvailableError():
             what = "is locked by another program: end what holds its tables or changes its schema, and start again"
         case asyncpg.TooManyConnectionsError():
@@ -160,7 +162,7 @@ def _refusal(url: str, error: BaseException) -> StoreRefusedError:
         case asyncpg.PostgresError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             what = f"cannot be used ({said})"
         case _:
-            what = f"cannot be reached ({said}): start PostgreSQL, or correct [store] url"
+            what = f"cannot be reached ({said}): start PostgreSQL, or correct {named}"
     return StoreRefusedError(f"{place}: {what}")
 
 
@@ -198,9 +200,13 @@ async def once_more(job: Callable[[], Awaitable[T]]) -> T:
 # The schema
 
 
-async def migrate(connection: Connection, place: str) -> None:
-    """Bring the schema up to date, one node at a time. Raises StoreRefusedError when it is not ours, or newer."""
-    await _check_server(connection, place)
+async def migrate(connection: Connection, place: str, *, whole: bool = True) -> None:
+    """Bring the schema up to date, one node at a time. Raises StoreRefusedError when it is not ours, newer, or, unless
+    `whole` is False, an unfinished copy.
+    """
+    await check_server(connection, place)
+    if whole:
+        await check_whole(connection, place)
     if await schema_version(connection) == len(load_migrations("postgres")):
         return
     await connection.execute(f"SET lock_timeout = {round(MIGRATION_SECONDS * 1000)}")
@@ -213,11 +219,41 @@ async def migrate(connection: Connection, place: str) -> None:
             await connection.execute("RESET lock_timeout")
 
 
+async def migrate_at(url: str) -> tuple[int, int]:
+    """Bring the schema of the database at `url` up to date; its version before, and now. Raises StoreRefusedError."""
+
+    async def migrated() -> tuple[int, int]:
+        place = without_secrets(url)
+        with reachable(place):
+            connection = await connect(url)
+            try:
+                before = await schema_version(connection)
+                await migrate(connection, place)
+                return before, await schema_version(connection)
+            finally:
+                await close(connection)
+
+    return await opening(url, migrated())
+
+
 async def schema_version(connection: Connection) -> int:
     """The number of the last migration applied, 0 for an empty schema."""
     if await connection.fetchval("SELECT to_regclass(quote_ident(current_schema()) || '.schema_version')") is None:
         return 0
     return int(await connection.fetchval("SELECT version FROM schema_version"))
+
+
+async def copied_from(connection: Connection) -> str | None:
+    """What the record is an unfinished copy of; None when it is whole."""
+    if await connection.fetchval("SELECT to_regclass(quote_ident(current_schema()) || '.copying')") is None:
+        return None
+    return str(await connection.fetchval("SELECT source FROM copying"))
+
+
+async def check_whole(connection: Connection, place: str) -> None:
+    """Raises StoreRefusedError when the record is an unfinished copy."""
+    if (source := await copied_from(connection)) is not None:
+        raise unfinished(place, source)
 
 
 async def _migrate(connection: Connection, place: str) -> None:
@@ -241,7 +277,8 @@ async def _migrate(connection: Connection, place: str) -> None:
         log.info("schema migrated", store=place, to=step.name)
 
 
-async def _check_server(connection: Connection, place: str) -> None:
+async def check_server(connection: Connection, place: str) -> None:
+    """Raises StoreRefusedError when the record cannot be kept there; warns when it is not safe there."""
     version = connection.get_server_version()
     if version.major < OLDEST_SERVER:
         raise StoreRefusedError(

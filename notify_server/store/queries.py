@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from notify_server.errors import StoreRefusedError
+
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
 
@@ -50,3 +52,26 @@ def with_rows(query: str, columns: int, rows: int) -> str:
     """The query with `:rows` spelled out as `rows` rows of `columns` parameters."""
     row = "(" + ",".join("?" * columns) + ")"
     return query.replace(":rows", ",".join([row] * rows))
+
+
+def check_version(place: str, dialect: str, present: int) -> None:
+    """Raises StoreRefusedError unless the schema of the record at `place`, whose version is `present`, is the one that
+    this program knows.
+    """
+    known = len(load_migrations(dialect))
+    if present > known:
+        raise StoreRefusedError(
+            f"{place}: has schema version {present}, this program knows {known}: "
+            "use the newer notify_server that wrote it"
+        )
+    if present < known:
+        raise StoreRefusedError(
+            f"{place}: has schema version {present}, this program needs {known}: run `notify-server migrate`"
+        )
+
+
+def unfinished(place: str, source: str) -> StoreRefusedError:
+    """What to tell of a copy that is not whole: it has a table `copying`, which names its source."""
+    return StoreRefusedError(
+        f"{place}: is an unfinished copy of {source}: finish it with the same `notify-server copy` that began it"
+    )

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
-from notify_server.store.queries import load_migrations
+from notify_server.store.queries import load_migrations, unfinished
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -123,10 +123,11 @@ def holder(database: Path) -> str | None:
     return None
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, whole: bool = True) -> sqlite3.Connection:
     """Open the database for writing and bring its schema up to date.
 
-    Raises StoreRefusedError when the file is not ours, corrupt, or newer than this program.
+    Raises StoreRefusedError when the file is not ours, corrupt, newer than this program, or, unless `whole` is False,
+    an unfinished copy.
     """
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         needed = ".".join(map(str, OLDEST_SQLITE))
@@ -150,6 +151,8 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute("PRAGMA temp_store = MEMORY")
+        if whole:
+            check_whole(connection, path)
         migrate(connection, path)
     except sqlite3.DatabaseError as error:
         connection.close()
@@ -228,6 +231,20 @@ def schema_version(connection: sqlite3.Connection) -> int:
     """The number of the last migration applied, 0 for an empty database."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     return int(version)
+
+
+def copied_from(connection: sqlite3.Connection) -> str | None:
+    """What the database is an unfinished copy of; None when it is whole."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'copying'").fetchone():
+        return None
+    (source,) = connection.execute("SELECT source FROM copying").fetchone()
+    return str(source)
+
+
+def check_whole(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises StoreRefusedError when the database is an unfinished copy."""
+    if (source := copied_from(connection)) is not None:
+        raise unfinished(str(path), source)
 
 
 def migrate(connection: sqlite3.Connection, path: Path) -> None:

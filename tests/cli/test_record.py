@@ -25,7 +25,8 @@ import msgspec
 import pytest
 import trustme
 
-from notify_server.cli.record import UsageError, moment
+from notify_server.cli.common import UsageError
+from notify_server.cli.record import moment
 from notify_server.store.queries import load_migrations
 from notify_server.store.records import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
 from notify_server.web.api import Host, Status
@@ -70,10 +71,11 @@ async def started(folder: Path, **config: Any) -> AsyncIterator[Daemon]:
         yield daemon
 
 
-async def fill(daemon: Daemon, origin: Origin) -> None:
+async def fill_through(daemon: Daemon, origin: Origin) -> None:
     """A complete batch `good`; an incomplete one `bad` of 4 files; `both` under two api_codes; two refused bodies."""
-    await daemon.settle("good", [finished(origin.url("/a"), "a"), finished(origin.url("/b"), "=b")])
-    await daemon.settle(
+    await daemon.deliver("good", [finished(origin.url("/a"), "a"), finished(origin.url("/b"), "=b")])
+    await daemon.verdict("good")
+    await daemon.deliver(
         "bad",
         [
             finished(origin.url("/c"), "c"),
@@ -82,11 +84,17 @@ async def fill(daemon: Daemon, origin: Origin) -> None:
             failed("failed"),
         ],
     )
+    await daemon.verdict("bad")
     for code in ("one", "two"):
         body = {"batch_id": "both", "api_code": code, "file_list": [finished(origin.url("/d"))]}
         assert (await daemon.post(json.dumps(body).encode())).status == 200
     for refused in (b'{"batch_id": "refused\\u001b[2J"}', b"{}"):
         assert (await daemon.post(refused)).status == 400
+
+
+async def fill(daemon: Daemon, origin: Origin) -> None:
+    """The same, until all of it is in the file."""
+    await fill_through(daemon, origin)
     await daemon.eventually("SELECT count(*) = 4 FROM batch WHERE verdict <> 'pending'")
     await daemon.eventually("SELECT count(*) = 2 FROM rejection")
 

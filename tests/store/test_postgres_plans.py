@@ -46,6 +46,7 @@ WITH: dict[str, Sequence[Any]] = {
     "node_renew": [1, 90.0],
     "node_leave": [1],
     "nodes_alive": [],
+    "nodes_named": [],
     "nodes_sweep": [],
     "leases_leave": [1],
     "leases_sweep": [],

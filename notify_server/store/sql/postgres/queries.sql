@@ -21,6 +21,13 @@ DELETE FROM node WHERE id = $1;
 -- name: nodes_alive
 SELECT id, roles FROM node WHERE alive_until > clock_timestamp() ORDER BY id;
 
+-- How they are called, and for how many seconds more they count.
+-- name: nodes_named
+SELECT name, ceil(extract(epoch FROM alive_until - clock_timestamp()))::int
+FROM node
+WHERE alive_until > clock_timestamp()
+ORDER BY id;
+
 -- name: leases_leave
 DELETE FROM lease WHERE node = $1;
 
