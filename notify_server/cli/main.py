@@ -217,6 +217,29 @@ def migrate(context: typer.Context, config: ConfigOption = None) -> None:
     run(config or context.obj)
 
 
+@app.command()
+def copy(
+    context: typer.Context,
+    config: ConfigOption = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="The record to copy. Default: [store] url.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="URL", help="Where to, which must be empty. Default: [store] url.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew what was begun before, instead of going on with it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Copy a record from SQLite to PostgreSQL or back, and verify the copy. Goes on with what was stopped before. No
+    server may be running on either. Exits 1 when the copy differs.
+    """
+    from notify_server.cli.copy import run
+
+    run(config or context.obj, source, target, restart=restart, as_json=as_json)
+
+
 # --- The record: read from where it is, or over a daemon's API (--url). One that runs on a file is asked to act. ---
 
 UrlOption = Annotated[
