@@ -17,7 +17,8 @@ import structlog
 from msgspec import Meta, Struct
 
 from notify_server.config import Config
-from notify_server.contract import signature, wire
+from notify_server.contract import wire
+from notify_server.contract.envelope import open_envelope
 from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError
 from notify_server.model import Delivery, FileState, Reason
 from notify_server.store.base import Editable
@@ -154,7 +155,7 @@ class Actions:
         if rejection is None or body is None:
             return None
         try:
-            envelope = signature.open_envelope(body)
+            envelope = open_envelope(body)
             bare = body if envelope is None else envelope.notification
             notification = wire.parse_notification(bare, max_files=self._max_files)
         except ContractError as error:

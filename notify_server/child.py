@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from notify_server.frames import FRAME_HEADER, frame
+from notify_server.frames import Frames, frame
 
 log = structlog.get_logger("notify_server")
 
+READ_BYTES = 1 << 20
 RESTART_SHORTEST = 0.05
 RESTART_LONGEST = 5.0
 # How settings begin in the environment: the daemon's own, and those of its tracing, which may hold credentials.
@@ -77,14 +78,16 @@ class Child:
             )
             try:
                 self.send(self._first)
-                while (payload := await _receive(process)) is not None:
-                    if self._up:
-                        on_frame(payload)
-                    else:
-                        self._up = True
-                        delay = RESTART_SHORTEST
-                        log.debug(f"{self._name} ready", pid=process.pid)
-                        on_up(payload)
+                frames = Frames()
+                while data := await _receive(process):
+                    for payload in frames.feed(data):
+                        if self._up:
+                            on_frame(payload)
+                        else:
+                            self._up = True
+                            delay = RESTART_SHORTEST
+                            log.debug(f"{self._name} ready", pid=process.pid)
+                            on_up(payload)
             finally:
                 was_up, self._up = self._up, False
                 # One that was told to finish is finishing, and is given the time.
@@ -115,13 +118,11 @@ class Child:
                 self._process.kill()
 
 
-async def _receive(process: Process) -> bytes | None:
+async def _receive(process: Process) -> bytes:
     assert process.stdout is not None
-    try:
-        (length,) = FRAME_HEADER.unpack(await process.stdout.readexactly(FRAME_HEADER.size))
-        return await process.stdout.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+    with contextlib.suppress(ConnectionError):
+        return await process.stdout.read(READ_BYTES)
+    return b""
 
 
 def _environment() -> dict[str, str]:

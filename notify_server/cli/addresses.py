@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from notify_server.contract.signature import open_envelope
+from notify_server.contract.envelope import open_envelope
 from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError, NotifyServerError
 from notify_server.model import ReportedStatus

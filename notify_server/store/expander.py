@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 
-from notify_server.contract.signature import open_envelope
+from notify_server.contract.envelope import open_envelope
 from notify_server.contract.trace_context import trace_fields
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError

@@ -50,7 +50,7 @@ RECORD_LINGER = 0.02
 # Results that wait for a store which cannot commit: no file is started when there are more.
 UNRECORDED_MOST = 4096
 # Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.
-AHEAD_PER_SLOT = 16
+AHEAD_PER_SLOT = 32
 AHEAD_SHARES = 8
 # Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
 TRIAL_SHARE = 4

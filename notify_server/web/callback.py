@@ -18,6 +18,7 @@ from aiohttp import web
 
 from notify_server.config import Config, IPNetwork
 from notify_server.contract import signature, wire
+from notify_server.contract.envelope import open_envelope
 from notify_server.contract.trace_context import TraceParent, parse_traceparent
 from notify_server.errors import (
     ContractError,
@@ -281,7 +282,7 @@ class Callback:
         wall = self._wall()
         nonce = None
         proven_by = UNSIGNED
-        envelope = signature.open_envelope(body)
+        envelope = open_envelope(body)
         if self._auth.signature != "off" and (envelope is not None or self._auth.signature == "required"):
             if envelope is None:
                 raise SignatureError(signature.SIGNATURE_WRONG, "the body is not signed")

@@ -23,16 +23,12 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notify_server.contract.envelope import NEWER, OLDER, Envelope, Spelling, open_envelope
 from notify_server.contract.signature import (
-    NEWER,
-    OLDER,
-    Envelope,
     PlatformKey,
-    Spelling,
     canonical_strings,
     load_platform_key,
     nonce_key,
-    open_envelope,
     verify,
 )
 from notify_server.contract.wire import parse_notification
