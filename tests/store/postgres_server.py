@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -50,9 +51,12 @@ def _program(name: str) -> str:
 
 
 class PostgresServer:
-    """A server of one's own, to be stopped and started at will. Close it when done."""
+    """A server of one's own, to be stopped and started at will, with the settings of the tests or those given. Close it
+    when done.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, str] = SETTINGS) -> None:
+        self._settings = settings
         self._directory = Path(tempfile.mkdtemp(prefix="notify-pg-"))
         self._as: list[str] = []
         if os.geteuid() == 0:
@@ -76,11 +80,20 @@ class PostgresServer:
 
     @property
     def url(self) -> str:
+        """Through a socket of its own, or over TCP when it listens there."""
+        if host := self._settings.get("listen_addresses"):
+            return f"postgresql://{USER}@{host}:{self._settings['port']}/postgres"
         return f"postgresql:///postgres?host={self._directory}&user={USER}"
+
+    @property
+    def pid(self) -> int:
+        """The process that all of its others descend from."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start it, and return when it takes connections."""
-        options = [part for key, value in SETTINGS.items() for part in ("-c", f"{key}={value}")]
+        options = [part for key, value in self._settings.items() for part in ("-c", f"{key}={value}")]
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
