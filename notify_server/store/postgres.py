@@ -8,8 +8,9 @@ statement or two of its transaction take, and all take them in the order that sq
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Self, TypeVar
@@ -69,6 +70,10 @@ NONCE_GRACE_MS = 60_000
 PURGE_TICKS = 30
 # The backlog is corrected at a moment of rest, or after so many ticks without one.
 RESTLESS_TICKS = 30
+# The share of the time that adding up the backlog may take: what it costs grows with what waits.
+BACKLOG_SHARE = 0.02
+# Before all times and ids.
+_BEGINNING = (-MOST, 0)
 
 
 class PostgresStore:
@@ -102,6 +107,7 @@ class PostgresStore:
         self._changes = 0
         self._changing = 0
         self._restless = 0
+        self._correct_at = 0.0
         # Set while the inbox may hold something, and how often that has been heard.
         self._inbox_news = asyncio.Event()
         self._heard = 0
@@ -109,6 +115,10 @@ class PostgresStore:
         # What this node has claimed; given back in its turn, before anything else is claimed.
         self._held: dict[int, DueFile] = {}
         self._returned: set[int] = set()
+        # Up to where files of a host have been claimed, by the time they were due and their id. What lies before is
+        # held by somebody or done, but for what has come back; so it is forgotten each second, and when files are
+        # short.
+        self._claimed_to: dict[str, tuple[int, int]] = {}
         # Whether files may be claimed of which this node knows nothing: the answer to a claim was lost.
         self._unsure = False
         self._claiming = asyncio.Lock()
@@ -321,17 +331,45 @@ class PostgresStore:
             async with self._claiming, self._claims.use() as connection:
                 await self._give_back(connection)
                 id = self._node.id
-                parameters = list(sums), list(sums.values()), now, id
-                # Until it is known what was claimed.
-                self._unsure = True
-                rows = await once_more(partial(connection.fetch, SQL["claim"], *parameters))
-                self._unsure = False
-                if self._node.is_now(id) and rows[0]["alive"]:
-                    files = [DueFile(*row[1:]) for row in map(tuple, rows) if row[1] is not None]
+                found = await self._claim(connection, sums, now, id)
+                if found is not None and (short := self._cut_short(sums, found)):
+                    # There may be others before where the claim began.
+                    found += await self._claim(connection, short, now, id) or []
+                    found.sort(key=lambda each: each[0])
+                if found is not None and self._node.is_now(id):
+                    files = [file for _, file in found]
                     self._held.update((file.id, file) for file in files)
                     return files
         self._node.check()
         return []
+
+    async def _claim(
+        self, connection: Connection, wanted: Mapping[str, int], now: int, node: int
+    ) -> list[tuple[int, DueFile]] | None:
+        """What is claimed, from where the last claim of each host ended, with the times at which it was due. None when
+        this node is not alive.
+        """
+        after = [self._claimed_to.get(host, _BEGINNING) for host in wanted]
+        parameters = list(wanted), list(wanted.values()), [at for at, _ in after], [id for _, id in after], now, node
+        # Until it is known what was claimed.
+        self._unsure = True
+        rows = await once_more(partial(connection.fetch, SQL["claim"], *parameters))
+        self._unsure = False
+        if not rows[0]["alive"]:
+            return None
+        found = [(at, DueFile(*rest)) for _, at, *rest in rows if at is not None]
+        got = Counter(file.host for _, file in found)
+        ends = {file.host: (at, file.id) for at, file in found}
+        self._claimed_to.update((host, ends[host]) for host in ends if got[host] == wanted[host])
+        return found
+
+    def _cut_short(self, wanted: Mapping[str, int], found: Sequence[tuple[int, DueFile]]) -> dict[str, int]:
+        """The hosts of which less was found than wanted, and not from the beginning; it is, from now on."""
+        got = Counter(file.host for _, file in found)
+        short = {host: n - got[host] for host, n in wanted.items() if got[host] < n and host in self._claimed_to}
+        for host in short:
+            del self._claimed_to[host]
+        return short
 
     def release(self, files: Sequence[DueFile]) -> None:
         returned = {file.id for file in files if self._held.get(file.id) == file}
@@ -344,7 +382,9 @@ class PostgresStore:
             await connection.execute(SQL["leases_unknown"], self._node.id, list(self._held))
             self._unsure = False
             self._returned.clear()
+            self._claimed_to.clear()
         if self._returned:
+            self._claimed_to.clear()
             returned = list(self._returned)
             await connection.execute(SQL["release"], returned, self._node.id)
             self._returned.difference_update(returned)
@@ -352,6 +392,7 @@ class PostgresStore:
     def _forget_all(self) -> None:
         self._held.clear()
         self._returned.clear()
+        self._claimed_to.clear()
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         with self._verb(), self._change():
@@ -399,6 +440,7 @@ class PostgresStore:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             tick += 1
+            self._claimed_to.clear()
             steps = [self._look_at_inbox, self._correct_backlog, self._return, self._count_nodes]
             if tick % PURGE_TICKS == 0:
                 steps.append(self._purge)
@@ -422,10 +464,13 @@ class PostgresStore:
 
     async def _correct_backlog(self) -> None:
         """What other nodes have done is known from the database alone."""
+        if (began := time.monotonic()) < self._correct_at:
+            return
         changes, before = self._changes, self._backlog
         busy = bool(self._changing)
         async with self._connection() as connection:
             counted = int(await connection.fetchval(SQL["backlog"]))
+        self._correct_at = began + (time.monotonic() - began) / BACKLOG_SHARE
         if not busy and changes == self._changes:
             self._backlog = counted
             self._restless = 0

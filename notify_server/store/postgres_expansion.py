@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import asyncpg
 
@@ -26,6 +26,11 @@ from notify_server.store.postgres_session import (
 from notify_server.store.queries import load_queries
 
 SQL = load_queries("postgres")
+
+FILE_COLUMNS = (
+    "batch", "oss_object_name", "target_url", "host", "reported_status", "state", "reason", "next_attempt_at",
+    "verified_at",
+)  # fmt: skip
 
 
 class Turn:
@@ -85,61 +90,92 @@ class Expanded(NamedTuple):
 
 async def write_expansions(connection: Connection, expansions: Sequence[Expansion], now: int) -> Expanded:
     """Merge what has not been expanded to its end before, whatever the caller remembers. Runs in a transaction."""
-    items = list({expansion.item.id for expansion in expansions})
-    still = {id for (id,) in await connection.fetch(SQL["inbox_still"], items)}
-    expansions = [expansion for expansion in expansions if expansion.item.id in still]
-    first: dict[tuple[str, str], int] = {}
-    for expansion in expansions:
-        first.setdefault((expansion.batch_id, expansion.api_code), expansion.item.received_at)
-    fresh = arrays([(*key, received_at) for key, received_at in first.items()], 3)
-    await connection.execute(SQL["batches_insert"], *fresh)
-    # All of them now, in the order of their ids: whoever changes files of a batch holds it.
-    rows = await connection.fetch(SQL["batches_named"], *fresh[:2])
-    batches = {(batch_id, api_code): id for id, _, batch_id, api_code in rows}
-    filled = {id for id, size, *_ in rows if size}
-
-    merges: list[Merge] = []
-    for part in distinct_batches(expansions):
-        together = [Merge(batches[expansion.batch_id, expansion.api_code], expansion) for expansion in part]
-        await _merge(connection, together, filled, now)
-        merges += together
     done = {expansion.item.id: expansion.item.files for expansion in expansions if expansion.last}
-    await connection.execute(SQL["inbox_done"], list(done), now)
+    left = {id for (id,) in await connection.fetch(SQL["inbox_done"], list(done), now)}
+    still = set(left)
+    if beginnings := {expansion.item.id for expansion in expansions} - done.keys():
+        still |= {id for (id,) in await connection.fetch(SQL["inbox_still"], list(beginnings))}
+    expansions = [expansion for expansion in expansions if expansion.item.id in still]
+    # All of them now, in the order of their ids: whoever changes files of a batch holds it.
+    names = list({(expansion.batch_id, expansion.api_code): None for expansion in expansions})
+    rows = await connection.fetch(SQL["batches_named"], *arrays(names, 2))
+    batches = {(batch_id, api_code): id for id, batch_id, api_code in rows}
+    # Most of the others wait for their files.
+    to_judge = list(batches.values())
+    pending = 0
+    for part in distinct_batches(expansions):
+        merges = [Merge(batches.get((each.batch_id, each.api_code), 0), each) for each in part]
+        fresh, others = [merge for merge in merges if not merge.batch], [merge for merge in merges if merge.batch]
+        await _add(connection, fresh, batches, now)
+        await _merge(connection, others, now)
+        pending += sum(merge.pending for merge in merges)
+        to_judge += [merge.batch for merge in fresh if not merge.pending]
     return Expanded(
-        sum(merge.pending for merge in merges),
-        sum(done.values()),
-        await write_verdicts(connection, batches.values(), now),
+        pending,
+        sum(files for id, files in done.items() if id in left),
+        await write_verdicts(connection, set(to_judge), now),
     )
 
 
-async def _merge(connection: Connection, merges: Sequence[Merge], filled: set[int], now: int) -> None:
-    """Merge expansions of different batches. `filled` are the batches that have files, and those that come to."""
-    existing: dict[int, list[Known]] = {}
-    wanted = [(merge.batch, name) for merge in merges if merge.batch in filled for name in merge.files]
-    if wanted:
-        for batch, id, name, target_url, status, state in await connection.fetch(
-            SQL["files_existing"], *arrays(wanted, 2)
-        ):
-            known = Known(id, name, target_url, ReportedStatus(status), FileState(state))
-            existing.setdefault(batch, []).append(known)
-    added: list[tuple[int, NewFile]] = []
+async def _add(connection: Connection, merges: Sequence[Merge], batches: dict[tuple[str, str], int], now: int) -> None:
+    """Add batches that are not there, with their files, to the database and to `batches`."""
+    if not merges:
+        return
+    files = [merge.settle(()) for merge in merges]
+    rows = []
     for merge in merges:
-        added += [(merge.batch, file) for file in merge.settle(existing.get(merge.batch, ()))]
+        _, *counts, _, notification = merge.batch_row()
+        rows.append((merge.expansion.batch_id, merge.expansion.api_code, *counts, notification))
+    for id, batch_id, api_code in await connection.fetch(SQL["batches_insert"], *arrays(rows, 11)):
+        batches[batch_id, api_code] = id
+    for merge in merges:
+        merge.batch = batches[merge.expansion.batch_id, merge.expansion.api_code]
+    await _add_files(
+        connection, [(merge.batch, file) for merge, added in zip(merges, files, strict=True) for file in added], now
+    )
+
+
+async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> None:
+    """Merge expansions of different batches that are there."""
+    if not merges:
+        return
+    existing: dict[int, list[Known]] = {}
+    wanted = [(merge.batch, name) for merge in merges for name in merge.files]
+    for batch, id, name, target_url, status, state in await connection.fetch(SQL["files_existing"], *arrays(wanted, 2)):
+        known = Known(id, name, target_url, ReportedStatus(status), FileState(state))
+        existing.setdefault(batch, []).append(known)
+    added = [(merge.batch, file) for merge in merges for file in merge.settle(existing.get(merge.batch, ()))]
     if replaced := [each for merge in merges for each in merge.replaced]:
         rows = [(id, *columns(file, now)) for id, file in replaced]
         await connection.execute(SQL["files_replace"], *arrays(rows, 8))
         await connection.execute(SQL["leases_restart"], [id for merge in merges for id in merge.restarted])
-    if added:
-        fresh: list[tuple[Any, ...]] = [(batch, file.oss_object_name, *columns(file, now)) for batch, file in added]
-        await connection.execute(SQL["files_insert"], *arrays(fresh, 9))
-        filled.update(batch for batch, _ in added)
+    await _add_files(connection, added, now)
     await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 11))
 
 
-async def write_verdicts(connection: Connection, batches: Iterable[int], now: int) -> list[BatchVerdict]:
+async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]], now: int) -> None:
+    if files:
+        await connection.copy_records_to_table(
+            "file",
+            records=[(batch, file.oss_object_name, *columns(file, now)) for batch, file in files],
+            columns=FILE_COLUMNS,
+        )
+
+
+async def write_verdicts(connection: Connection, batches: Collection[int], now: int) -> list[BatchVerdict]:
     """The verdicts that are due to these batches now. Of several nodes exactly one gets each."""
-    rows = await connection.fetch(SQL["verdicts"], list(batches), now)
+    return await write_settled(connection, [(batch, 0, 0, 0) for batch in batches], now)
+
+
+async def write_settled(
+    connection: Connection, settled: Sequence[tuple[int, int, int, int]], now: int
+) -> list[BatchVerdict]:
+    """Count so many files of each batch as available, unavailable and blocked; and the verdicts that are due then."""
+    if not settled:
+        return []
+    rows = await connection.fetch(SQL["batches_settled"], *arrays(settled, 4), now)
     return [
         BatchVerdict(id, batch_id, api_code, Verdict(verdict), *rest)
         for id, batch_id, api_code, verdict, *rest in sorted(rows, key=lambda row: int(row[0]))
+        if verdict != Verdict.PENDING
     ]

@@ -9,12 +9,17 @@ from notify_server.errors import NonceReusedError, NotifyServerError, RejectionG
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection
 from notify_server.store.base import Restart
 from notify_server.store.merge import by_batch, settled_by_batch
-from notify_server.store.postgres_expansion import write_verdicts
+from notify_server.store.postgres_expansion import write_settled, write_verdicts
 from notify_server.store.postgres_session import LOCK_KEY, LOCK_SPACE, MOST, PRUNING, Connection, arrays, storable
 from notify_server.store.queries import load_queries
 from notify_server.store.sqlite import ATTEMPTS_KEPT, REJECTION_BYTES_KEPT, REJECTIONS_KEPT
 
 SQL = load_queries("postgres")
+
+ATTEMPT_COLUMNS = (
+    "file", "started_at", "method", "url", "http_status", "reason", "dns_ms", "connect_ms", "tls_ms", "first_byte_ms",
+    "total_ms", "remote_addr",
+)  # fmt: skip
 
 _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
 
@@ -126,15 +131,25 @@ async def write_results(
     connection: Connection, node: int, results: Sequence[FileResult], now: int
 ) -> tuple[int, int, list[BatchVerdict]]:
     """How many of these claims this node still had, how many files it settled, and the verdicts."""
-    await connection.execute(SQL["batches_lock"], list({result.file.batch for result in results}))
     ids = [result.file.id for result in results]
-    rows = await connection.fetch(SQL["files_lock"], ids)
-    pending = {id for id, state in rows if state == FileState.PENDING}
-    rows = await connection.fetch(SQL["leases_end"], ids, node)
-    ended = dict(map(tuple, rows))
+    rows = await connection.fetch(SQL["record_begin"], list({result.file.batch for result in results}), ids, node)
+    pending = {id for id, state, _ in rows if state == FileState.PENDING}
+    ended = {id: restarted for id, _, restarted in rows if restarted is not None}
     current = [r for r in results if not ended.get(r.file.id, True) and r.file.id in pending]
     if not current:
         return len(ended), 0, []
+    await connection.copy_records_to_table(
+        "attempt",
+        records=[
+            (
+                r.file.id, a.started_at, a.method, a.url, a.http_status, a.reason, a.dns_ms, a.connect_ms, a.tls_ms,
+                a.first_byte_ms, a.total_ms, a.remote_addr,
+            )
+            for r in current
+            for a in r.requests
+        ],
+        columns=ATTEMPT_COLUMNS,
+    )  # fmt: skip
     outcomes = [
         (
             r.file.id, r.state, r.reason, r.attempts, r.next_attempt_at, r.http_status, r.content_length,
@@ -142,22 +157,9 @@ async def write_results(
         )
         for r in current
     ]  # fmt: skip
-    await connection.execute(SQL["record_files"], *arrays(outcomes, 14))
-    attempts = [
-        (
-            r.file.id, a.started_at, a.method, a.url, a.http_status, a.reason, a.dns_ms, a.connect_ms, a.tls_ms,
-            a.first_byte_ms, a.total_ms, a.remote_addr,
-        )
-        for r in current
-        for a in r.requests
-    ]  # fmt: skip
-    await connection.execute(SQL["record_attempts"], *arrays(attempts, 12))
-    await connection.execute(SQL["attempts_trim"], [result.file.id for result in current], ATTEMPTS_KEPT)
+    await connection.execute(SQL["record_files"], *arrays(outcomes, 14), ATTEMPTS_KEPT)
     settled = settled_by_batch(current)
-    verdicts: list[BatchVerdict] = []
-    if settled:
-        await connection.execute(SQL["record_batches"], *arrays(by_batch(settled), 4))
-        verdicts = await write_verdicts(connection, settled, now)
+    verdicts = await write_settled(connection, by_batch(settled), now)
     return len(ended), sum(sum(states.values()) for states in settled.values()), verdicts
 
 
@@ -185,25 +187,27 @@ async def prune(connection: Connection, completed_before: int, rejected_before: 
     """How many rows were deleted. See base.Store.prune."""
     # One node at a time: each would find the same.
     await connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_KEY})", LOCK_SPACE, PRUNING)
+    found = await connection.fetch(SQL["prune_batches"], completed_before, limit)
+    batches = [batch for batch, _ in sorted(found, key=lambda row: int(row[1]))]
+    files: list[int] = []
+    gone: dict[int, Counter[str]] = {batch: Counter() for batch in batches}
     deleted = 0
-    for (batch,) in await connection.fetch(SQL["prune_batches"], completed_before, limit):
+    for id, batch, state, attempts in await connection.fetch(SQL["prune_files"], batches, limit):
         # A file goes with its attempts, so the first goes however many it has.
-        files: list[tuple[int, str]] = []
-        rows = 0
-        for id, state, attempts in await connection.fetch(SQL["prune_files"], batch, limit):
-            if files and deleted + rows + 1 + attempts > limit:
-                break
-            files.append((id, state))
-            rows += 1 + attempts
-        ids = [id for id, _ in files]
-        await connection.execute(SQL["prune_attempts_of"], ids)
-        await connection.execute(SQL["prune_files_of"], ids)
-        # While some are left the batch stays, and tells the truth of them, until a later round.
-        gone = Counter(state for _, state in files)
-        await connection.execute(SQL["prune_counted"], batch, len(files), *(gone[state] for state in _SETTLED))
-        deleted += rows + _count(await connection.execute(SQL["prune_batch"], batch))
-        if deleted >= limit:
+        if files and deleted + 1 + attempts > limit:
             break
+        files.append(id)
+        gone[batch][state] += 1
+        deleted += 1 + attempts
+    await connection.execute(SQL["prune_attempts_of"], files)
+    await connection.execute(SQL["prune_files_of"], files)
+    rows = await connection.fetch(SQL["prune_batches_of"], list(gone), [states.total() for states in gone.values()])
+    deleted += len(rows)
+    for batch in gone.keys() - {id for (id,) in rows}:
+        # While some are left the batch stays, and tells the truth of them, until a later round.
+        if states := gone[batch]:
+            counts = [states[state] for state in _SETTLED]
+            await connection.execute(SQL["prune_counted"], batch, states.total(), *counts)
     deleted += _count(await connection.execute(SQL["prune_notifications"], completed_before, limit))
     deleted += _count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
     return deleted

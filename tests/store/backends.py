@@ -23,7 +23,7 @@ import pytest
 from notify_server.store import kept, postgres, postgres_records, postgres_writes, sqlite, sqlite_records
 from notify_server.store.base import Store
 from notify_server.store.records import Records
-from tests.store.postgres_server import empty, new_schema
+from tests.store.postgres_server import empty, fetch, new_schema
 
 Row = tuple[Any, ...]
 
@@ -166,6 +166,15 @@ class PostgresBackend(Backend):
             weakref.finalize(self, self._free.append, self._url)
         return self._url
 
+    async def strays(self) -> list[Row]:
+        """Files of no batch, and attempts of no file: the database itself checks no references."""
+        return await fetch(
+            await self.url(),
+            "SELECT 'file', id FROM file WHERE NOT EXISTS (SELECT FROM batch WHERE batch.id = file.batch)"
+            " UNION ALL"
+            " SELECT 'attempt', id FROM attempt WHERE NOT EXISTS (SELECT FROM file WHERE file.id = attempt.file)",
+        )
+
     async def _open(self) -> Store:
         url = await self.url()
         store, self._reader = await asyncio.gather(postgres.PostgresStore.open(url), asyncpg.connect(url))
@@ -179,6 +188,7 @@ class PostgresBackend(Backend):
             reader, self._reader = self._reader, None
             await reader.close()
         await super().close()
+        assert await self.strays() == []
 
     async def rows(self, query: str) -> list[Row]:
         assert self._reader is not None

@@ -55,6 +55,17 @@ async def until_waiting(connection: asyncpg.Connection[asyncpg.Record], number: 
     return await eventually(enough)
 
 
+async def until_behind(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Return once somebody waits for the end of this connection's transaction, because of a row that it has locked."""
+    behind = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid)))"
+
+    async def somebody() -> bool:
+        waits: bool = await connection.fetchval(behind)
+        return waits
+
+    await eventually(somebody)
+
+
 async def cut(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -> None:
     """End the sessions that wait to write, in the middle of what they are doing."""
     for pid in await until_waiting(connection, number):

@@ -36,7 +36,7 @@ from tests.store.builders import (
     settle,
     take_in,
 )
-from tests.store.postgres_faults import cut, eventually, expire, locked, opened, until_waiting
+from tests.store.postgres_faults import cut, eventually, expire, locked, opened, until_behind, until_waiting
 from tests.store.postgres_server import PostgresServer, fetch, new_schema
 
 
@@ -111,6 +111,50 @@ async def test_what_one_node_gives_back_another_may_claim(url: str, one: Postgre
 
 
 @pytest.mark.usefixtures("quick")
+async def test_claims_go_on_where_the_last_one_ended_and_come_back_for_what_was_given_back(
+    url: str, one: PostgresStore
+) -> None:
+    await take_in(one, *(finished(name) for name in "abcdef"))
+    a, b = await claim(one, n=2)
+    c, d = await claim(one, n=2)
+    assert a.id < b.id < c.id < d.id
+    one.release([b])
+    assert await claim(one, n=1) == [b]
+    assert [file.target_url[-1] for file in await claim(one)] == ["e", "f"]
+    assert await claim(one) == []
+
+
+@pytest.mark.usefixtures("blind")
+async def test_what_lies_before_where_claims_have_got_to_is_found_when_there_is_too_little_behind(
+    one: PostgresStore, other: PostgresStore
+) -> None:
+    await take_in(one, *(finished(name) for name in "abcd"))
+    (a,) = await claim(other, n=1)
+    b, c = await claim(one, n=2)
+    other.release([a])
+    assert await claim(other, "nowhere.example.com") == []
+    (d, again_a) = await claim(one, n=9)
+    assert again_a == a
+    assert len({a.id, b.id, c.id, d.id}) == 4
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_lies_before_where_claims_have_got_to_is_found_soon_though_there_is_enough_behind(
+    one: PostgresStore, other: PostgresStore
+) -> None:
+    await take_in(one, *(finished(f"{n:04}") for n in range(1000)))
+    (first,) = await claim(other, n=1)
+    await claim(one, n=1)
+    other.release([first])
+    assert await claim(other, "nowhere.example.com") == []
+
+    async def came_back() -> bool:
+        (file,) = await claim(one, n=1)
+        return file == first
+
+    await eventually(came_back)
+
+
 async def test_what_is_given_back_is_free_though_its_node_claims_nothing_more(
     one: PostgresStore, other: PostgresStore
 ) -> None:
@@ -284,6 +328,47 @@ async def test_recheck_and_record_of_the_same_files_on_two_nodes_leave_counters_
         )
         counted = "SELECT batch, count(*) FILTER (WHERE state = 'pending') FROM file GROUP BY batch ORDER BY batch"
         assert await fetch(url, "SELECT id, pending FROM batch ORDER BY id") == await fetch(url, counted)
+
+
+async def test_a_file_that_starts_anew_while_its_result_waits_for_the_batch_drops_the_result(
+    url: str, one: PostgresStore
+) -> None:
+    await take_in(one, finished())
+    file = await claim_one(one)
+    connection = await asyncpg.connect(url)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("SELECT FROM batch FOR NO KEY UPDATE")
+    recording = asyncio.create_task(one.record([missing(file)], NOW))
+    await until_behind(connection)
+    # As an expansion or a recheck on another node.
+    await connection.execute("UPDATE file SET next_attempt_at = $1", NOW + 1)
+    await connection.execute("UPDATE lease SET restarted = true")
+    await transaction.commit()
+    await connection.close()
+    assert await recording == []
+    assert await fetch(url, "SELECT state, attempts, next_attempt_at FROM file") == [("pending", 0, NOW + 1)]
+    assert await fetch(url, "SELECT count(*) FROM lease") == [(0,)]
+    assert len(await settle(one, now=NOW + 1)) == 1
+
+
+async def test_a_file_that_is_settled_elsewhere_while_its_result_waits_for_it_drops_the_result(
+    url: str, one: PostgresStore
+) -> None:
+    await take_in(one, finished("a"), finished("b"))
+    a, b = await claim(one)
+    connection = await asyncpg.connect(url)
+    # What is counted first, so that the batch is not held: it would be waited for instead.
+    await connection.execute("UPDATE batch SET pending = pending - 1, available = available + 1")
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("UPDATE file SET state = 'available', next_attempt_at = NULL WHERE id = $1", a.id)
+    recording = asyncio.create_task(one.record([missing(a), found(b)], NOW))
+    await until_behind(connection)
+    await transaction.commit()
+    await connection.close()
+    (verdict,) = await recording
+    assert verdict.available == 2
 
 
 # Expansion
@@ -623,6 +708,31 @@ async def test_a_migration_that_fails_leaves_nothing_of_itself(monkeypatch: pyte
     monkeypatch.undo()
     async with opened(url) as store:
         await take_in(store, finished())
+
+
+async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_is_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = await new_schema()
+    (first, *_) = load_migrations("postgres")
+    references = (
+        "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND connamespace = current_schema()::regnamespace"
+    )
+    contents = "SELECT file.*, attempt.*, notification.* FROM file JOIN attempt ON file = file.id, notification"
+    with monkeypatch.context() as patch:
+        patch.setattr(postgres_session, "load_migrations", lambda dialect: (first,))
+        async with opened(url) as store:
+            await take_in(store, finished("a"), finished("b"))
+            a, _ = await claim(store)
+            assert await store.record([found(a)], NOW) == []
+    assert await fetch(url, references) == [(2,)]
+    before = await fetch(url, contents)
+    async with opened(url) as store:
+        assert await fetch(url, "SELECT version FROM schema_version") == [(len(load_migrations("postgres")),)]
+        assert await fetch(url, references) == [(0,)]
+        assert await fetch(url, contents) == before != []
+        (verdict,) = await settle(store)
+        assert verdict.available == 2
 
 
 async def test_commits_wait_for_the_disk_whatever_the_settings_of_user_and_database(url: str) -> None:

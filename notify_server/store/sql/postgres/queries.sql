@@ -108,7 +108,7 @@ SELECT EXISTS (SELECT FROM notification WHERE expanded_at IS NULL);
 SELECT id FROM notification WHERE id = ANY($1::bigint[]) AND expanded_at IS NULL;
 
 -- name: inbox_done
-UPDATE notification SET expanded_at = $2 WHERE id = ANY($1::bigint[]);
+UPDATE notification SET expanded_at = $2 WHERE id = ANY($1::bigint[]) AND expanded_at IS NULL RETURNING id;
 
 -- name: batch_of_discarded
 SELECT batch.id
@@ -122,16 +122,26 @@ UPDATE batch SET expanding = NULL WHERE id = $1;
 
 -- Only one node expands, so nobody else adds a batch.
 -- name: batches_insert
-INSERT INTO batch (batch_id, api_code, first_received_at, last_received_at)
-SELECT batch_id, api_code, received_at, received_at
-FROM unnest($1::text[], $2::text[], $3::bigint[]) WITH ORDINALITY AS fresh (batch_id, api_code, received_at, place)
-WHERE NOT EXISTS (
-    SELECT FROM batch WHERE batch.batch_id = fresh.batch_id AND batch.api_code = fresh.api_code
+INSERT INTO batch (
+    batch_id, api_code, first_received_at, last_received_at, deliveries, files, pending, available, unavailable,
+    blocked, upload_failed, expanding, last_notification
 )
-ORDER BY place;
+SELECT
+    batch_id, api_code, received_at, received_at, CASE WHEN last THEN 1 ELSE 0 END,
+    pending + available + unavailable + blocked + upload_failed,
+    pending, available, unavailable, blocked, upload_failed, expanding, notification
+FROM unnest(
+    $1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
+    $9::boolean[], $10::bigint[], $11::bigint[]
+) WITH ORDINALITY AS fresh (
+    batch_id, api_code, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at,
+    notification, place
+)
+ORDER BY place
+RETURNING id, batch_id, api_code;
 
 -- name: batches_named
-SELECT batch.id, batch.files, batch.batch_id, batch.api_code
+SELECT batch.id, batch.batch_id, batch.api_code
 FROM unnest($1::text[], $2::text[]) AS wanted (batch_id, api_code)
 JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code
 ORDER BY batch.id
@@ -170,16 +180,6 @@ FROM unnest($1::bigint[], $2::text[]) AS wanted (batch, name)
 JOIN file ON file.batch = wanted.batch AND file.oss_object_name = wanted.name
 ORDER BY file.id
 FOR NO KEY UPDATE OF file;
-
--- name: files_insert
-INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at)
-SELECT batch, name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at
-FROM unnest(
-    $1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::bigint[]
-) WITH ORDINALITY AS fresh (
-    batch, name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at, place
-)
-ORDER BY place;
 
 -- name: files_replace
 UPDATE file
@@ -271,32 +271,32 @@ FROM pending_host
 WHERE host IS NOT NULL
 LIMIT $2;
 
--- For all hosts at once. What another node is claiming at this moment is skipped. The SELECT may have missed a lease
--- that was committed since it began; a lease is taken over only from the dead node that the SELECT has seen it with.
--- One row at least: whether this node is alive.
+-- For all hosts at once; of each from behind the place to which this node has claimed before, so that what it holds is
+-- not looked at again and again. What another node is claiming at this moment is skipped. The SELECT may have missed a
+-- lease that was committed since it began; a lease is taken over only from the dead node that the SELECT has seen it
+-- with. One row at least: whether this node is alive.
 -- name: claim
 WITH me AS MATERIALIZED (
-    SELECT EXISTS (SELECT FROM node WHERE id = $4 AND alive_until > clock_timestamp()) AS alive
+    SELECT EXISTS (SELECT FROM node WHERE id = $6 AND alive_until > clock_timestamp()) AS alive
 ),
 due AS MATERIALIZED (
-    SELECT found.*, wanted.place
-    FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS wanted (host, n, place)
+    SELECT found.*, wanted.place, (SELECT lease.node FROM lease WHERE lease.file = found.id) AS dead
+    FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[]) WITH ORDINALITY
+        AS wanted (host, n, after_time, after_id, place)
     CROSS JOIN LATERAL (
-        SELECT
-            id, batch, host, target_url, attempts, next_attempt_at,
-            (SELECT lease.node FROM lease WHERE lease.file = file.id) AS dead
+        SELECT id, batch, host, target_url, attempts, next_attempt_at
         FROM file
         WHERE state = 'pending'
             AND file.host = wanted.host
-            AND next_attempt_at <= $3
+            AND next_attempt_at <= $5
+            AND (next_attempt_at, id) > (wanted.after_time, wanted.after_id)
             -- A look at one lease for each file, and not a join, which might come to read all leases.
             AND (
-                SELECT node.alive_until > clock_timestamp()
+                SELECT lease.node = ANY(ARRAY(SELECT node.id FROM node WHERE alive_until > clock_timestamp()))
                 FROM lease
-                JOIN node ON node.id = lease.node
                 WHERE lease.file = file.id
             ) IS NOT TRUE
-        ORDER BY next_attempt_at
+        ORDER BY next_attempt_at, id
         LIMIT wanted.n
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS found
@@ -304,12 +304,12 @@ due AS MATERIALIZED (
 ),
 claimed AS (
     INSERT INTO lease (file, node, taken_from)
-    SELECT id, $4, dead FROM due
+    SELECT id, $6, dead FROM due
     ON CONFLICT (file) DO UPDATE SET node = excluded.node, restarted = false, taken_from = excluded.taken_from
     WHERE lease.node = excluded.taken_from
     RETURNING file
 )
-SELECT me.alive, due.id, due.batch, due.host, due.target_url, due.attempts
+SELECT me.alive, due.next_attempt_at, due.id, due.batch, due.host, due.target_url, due.attempts
 FROM me
 LEFT JOIN (due JOIN claimed ON claimed.file = due.id) ON true
 ORDER BY due.place, due.next_attempt_at, due.id;
@@ -322,17 +322,42 @@ DELETE FROM lease WHERE node = $1 AND file <> ALL($2::bigint[]);
 
 -- Record
 
--- name: files_lock
-SELECT id, state FROM file WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
+-- Locks what is to be written, in the one order, and ends the claims that this node still has. A row of each file tells
+-- its state, one of each claim that has ended whether its file has started anew since: whoever says so has locked the
+-- batch, and the DELETE sees what was committed until it came to the row.
+-- name: record_begin
+WITH locked_batch AS MATERIALIZED (
+    SELECT id FROM batch WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE
+),
+locked AS MATERIALIZED (
+    SELECT id, state FROM file
+    WHERE id = ANY($2::bigint[]) AND (SELECT count(*) FROM locked_batch) >= 0
+    ORDER BY id
+    FOR NO KEY UPDATE
+),
+ended AS (
+    DELETE FROM lease
+    WHERE file = ANY(ARRAY(SELECT id FROM locked))
+        AND node = $3
+        AND EXISTS (SELECT FROM node WHERE node.id = $3 AND node.alive_until > clock_timestamp())
+    RETURNING file, restarted
+)
+SELECT id, state, NULL::boolean AS restarted FROM locked
+UNION ALL
+SELECT file, NULL, restarted FROM ended;
 
--- name: leases_end
-DELETE FROM lease
-WHERE file = ANY($1::bigint[])
-    AND node = $2
-    AND EXISTS (SELECT FROM node WHERE node.id = $2 AND node.alive_until > clock_timestamp())
-RETURNING file, restarted;
-
+-- Of each file the latest requests are kept: those just written are there already.
 -- name: record_files
+WITH trimmed AS (
+    DELETE FROM attempt
+    WHERE id = ANY(ARRAY(
+        SELECT old.id
+        FROM unnest($1::bigint[]) AS recorded (file)
+        CROSS JOIN LATERAL (
+            SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC OFFSET $15
+        ) AS old
+    ))
+)
 UPDATE file
 SET state = result.state,
     reason = result.reason,
@@ -356,47 +381,34 @@ FROM unnest(
 )
 WHERE file.id = result.id;
 
--- name: record_attempts
-INSERT INTO attempt (
-    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr
-)
-SELECT
-    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr
-FROM unnest(
-    $1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::float8[], $8::float8[],
-    $9::float8[], $10::float8[], $11::float8[], $12::text[]
-) WITH ORDINALITY AS request (
-    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms,
-    remote_addr, place
-)
-ORDER BY place;
-
--- name: attempts_trim
-DELETE FROM attempt
-WHERE id = ANY(ARRAY(
-    SELECT old.id
-    FROM unnest($1::bigint[]) AS recorded (file)
-    CROSS JOIN LATERAL (SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC OFFSET $2) AS old
-));
-
--- name: record_batches
+-- Counts what was settled, and gives the verdicts that are due then; with nothing settled only those. A batch with
+-- pending files has no verdict, so one that is returned with a verdict has just got it.
+-- name: batches_settled
 UPDATE batch
-SET pending = batch.pending - settled.available - settled.unavailable - settled.blocked,
+SET pending = batch.pending - settled.files,
     available = batch.available + settled.available,
     unavailable = batch.unavailable + settled.unavailable,
-    blocked = batch.blocked + settled.blocked
-FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[]) AS settled (id, available, unavailable, blocked)
-WHERE batch.id = settled.id;
-
--- name: verdicts
-UPDATE batch
-SET verdict = CASE WHEN available = files THEN 'complete' ELSE 'incomplete' END,
-    completed_at = $2
-WHERE batch.id = ANY($1::bigint[]) AND verdict = 'pending' AND pending = 0 AND expanding IS NULL
+    blocked = batch.blocked + settled.blocked,
+    verdict = CASE
+        WHEN batch.pending > settled.files OR expanding IS NOT NULL THEN 'pending'
+        WHEN batch.available + settled.available = batch.files THEN 'complete'
+        ELSE 'incomplete'
+    END,
+    completed_at = CASE WHEN batch.pending > settled.files OR expanding IS NOT NULL THEN NULL ELSE $5::bigint END
+FROM (
+    SELECT id, available, unavailable, blocked, available + unavailable + blocked AS files
+    FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[]) AS each (id, available, unavailable, blocked)
+) AS settled
+WHERE batch.id = settled.id
+    AND (settled.files > 0 OR verdict = 'pending' AND pending = 0 AND expanding IS NULL)
 RETURNING
-    batch.id, batch_id, api_code, verdict, files, available, first_received_at, completed_at,
-    (SELECT request_id FROM notification WHERE notification.id = last_notification),
-    (SELECT traceparent FROM notification WHERE notification.id = last_notification);
+    batch.id, batch_id, api_code, verdict, batch.files, batch.available, first_received_at, completed_at,
+    CASE WHEN verdict <> 'pending' THEN
+        (SELECT request_id FROM notification WHERE notification.id = last_notification)
+    END,
+    CASE WHEN verdict <> 'pending' THEN
+        (SELECT traceparent FROM notification WHERE notification.id = last_notification)
+    END;
 
 -- Housekeeping
 
@@ -409,17 +421,47 @@ SELECT
 -- name: heartbeat
 INSERT INTO heartbeat (id, checked_at) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET checked_at = excluded.checked_at;
 
+-- As many of the oldest as have about so many files.
 -- name: prune_batches
-SELECT id FROM batch WHERE completed_at < $1 AND expanding IS NULL ORDER BY completed_at LIMIT $2 FOR UPDATE;
+SELECT id, completed_at FROM batch
+WHERE completed_at < $1
+    AND expanding IS NULL
+    AND id = ANY(ARRAY(
+        SELECT id
+        FROM (
+            SELECT id, sum(files + 1) OVER (ORDER BY completed_at ROWS UNBOUNDED PRECEDING) - files AS through
+            FROM (
+                SELECT id, files, completed_at FROM batch
+                WHERE completed_at < $1 AND expanding IS NULL
+                ORDER BY completed_at
+                LIMIT $2
+            ) AS oldest
+        ) AS counted
+        WHERE through <= $2
+    ))
+ORDER BY id
+FOR UPDATE;
 
 -- name: prune_files
-SELECT id, state, (SELECT count(*) FROM attempt WHERE attempt.file = file.id) FROM file WHERE batch = $1 LIMIT $2;
+SELECT id, batch, state, (SELECT count(*) FROM attempt WHERE attempt.file = found.id)
+FROM (
+    SELECT file.id, file.batch, file.state
+    FROM unnest($1::bigint[]) AS wanted (batch)
+    CROSS JOIN LATERAL (SELECT id, batch, state FROM file WHERE file.batch = wanted.batch LIMIT $2) AS file
+    LIMIT $2
+) AS found;
 
 -- name: prune_attempts_of
 DELETE FROM attempt WHERE file = ANY($1::bigint[]);
 
 -- name: prune_files_of
 DELETE FROM file WHERE id = ANY($1::bigint[]);
+
+-- name: prune_batches_of
+DELETE FROM batch
+USING unnest($1::bigint[], $2::bigint[]) AS gone (id, files)
+WHERE batch.id = gone.id AND batch.files = gone.files
+RETURNING batch.id;
 
 -- name: prune_counted
 UPDATE batch
@@ -429,9 +471,6 @@ SET files = files - $2,
     blocked = blocked - $5,
     upload_failed = upload_failed - $6
 WHERE id = $1;
-
--- name: prune_batch
-DELETE FROM batch WHERE id = $1 AND files = 0;
 
 -- Oldest first and only from the front, so that it costs what it deletes.
 -- name: prune_notifications
