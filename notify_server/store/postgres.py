@@ -290,7 +290,8 @@ class PostgresStore:
                 await self._turn.give_up()
             if self._turn.held:
                 async with self._turn.use() as connection:
-                    rows = await connection.fetch(SQL["inbox"], limit)
+                    rows = await connection.fetch(SQL["inbox"], self._turn.first, limit)
+                    self._turn.saw([row[0] for row in rows])
                 items = [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
             # Whoever waits is kept waiting only when it is known that there is nothing.
             if not items and heard == self._heard:
@@ -459,7 +460,7 @@ class PostgresStore:
             self._hear_inbox()
         elif not self._inbox_news.is_set():
             async with self._turn.use() as connection:
-                if await connection.fetchval(SQL["inbox_waits"]):
+                if await connection.fetchval(SQL["inbox_waits"], self._turn.first):
                     self._hear_inbox()
 
     async def _correct_backlog(self) -> None:

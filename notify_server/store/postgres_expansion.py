@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import NamedTuple
@@ -27,6 +29,12 @@ from notify_server.store.queries import load_queries
 
 SQL = load_queries("postgres")
 
+# How long a delivery may be under way that has its id; how often the place is noted that expansion has come to; and how
+# often it begins from the first delivery again.
+UNSEEN_SECONDS = 60.0
+MARK_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 3600.0
+
 FILE_COLUMNS = (
     "batch", "oss_object_name", "target_url", "host", "reported_status", "state", "reason", "next_attempt_at",
     "verified_at",
@@ -41,6 +49,7 @@ class Turn:
     def __init__(self, url: str, place: str, lease: float) -> None:
         self._session = Session(url, place, {**SEEKING, **patience(lease), "idle_session_timeout": milliseconds(lease)})
         self._taken = False
+        self._begin()
 
     @property
     def held(self) -> bool:
@@ -56,7 +65,30 @@ class Turn:
                     LOCK_SPACE,
                     EXPANDING,
                 )
+                self._begin()
         return self.held
+
+    def _begin(self) -> None:
+        # Below `first` nothing waits, and nothing comes any more; `marks` are what it will be, and when.
+        self.first = 0
+        self._began = time.monotonic()
+        self._last = 0
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def saw(self, ids: Sequence[int]) -> None:
+        """These wait, the first of all that do among them, or nothing does.
+
+        Ids are given in their order but may be seen out of it, by as long as a transaction takes. And whatever a server
+        did that stood still, all is looked at again now and then.
+        """
+        now = time.monotonic()
+        if now > self._began + LOOK_AGAIN_SECONDS:
+            self._begin()
+        self._last = max(self._last, *ids, 0)
+        if not self._marks or now > self._marks[-1][0] + MARK_SECONDS:
+            self._marks.append((now, ids[0] if ids else self._last))
+        while self._marks[0][0] < now - UNSEEN_SECONDS:
+            self.first = self._marks.popleft()[1]
 
     def use(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
         """The connection. Raises StoreUnavailableError unless the right is held."""

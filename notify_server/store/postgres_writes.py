@@ -166,8 +166,8 @@ async def write_results(
 async def write_recheck(connection: Connection, files: Sequence[int], now: int) -> tuple[int, Restart]:
     """How many files are pending again that were not, and what was set going."""
     wanted = _in_range(files)
-    batches = [batch for (batch,) in await connection.fetch(SQL["batches_of"], wanted)]
-    await connection.execute(SQL["batches_lock"], batches)
+    batches = {batch for (batch,) in await connection.fetch(SQL["batches_of"], wanted)}
+    await connection.execute(SQL["batches_lock"], list(batches))
     found = [
         (id, batch, host, FileState(s)) for id, batch, host, s in await connection.fetch(SQL["recheck_find"], wanted)
     ]

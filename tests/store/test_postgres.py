@@ -12,7 +12,7 @@ import pytest
 
 from notify_server.errors import NonceReusedError, StoreRefusedError, StoreUnavailableError
 from notify_server.model import DueFile, InboxItem
-from notify_server.store import postgres, postgres_records, postgres_session, postgres_writes
+from notify_server.store import postgres, postgres_expansion, postgres_records, postgres_session, postgres_writes
 from notify_server.store.base import Nodes
 from notify_server.store.postgres import PostgresStore
 from notify_server.store.postgres_node import INBOX, WORK
@@ -394,6 +394,36 @@ async def test_one_node_expands_and_another_does_when_that_is_gone(url: str) -> 
 
 
 @pytest.mark.usefixtures("quick")
+async def test_a_delivery_that_is_seen_later_than_those_behind_it_is_expanded_all_the_same(
+    url: str, one: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_expansion, "MARK_SECONDS", 0.0)
+    connection = await asyncpg.connect(url)
+    transaction = connection.transaction()
+    await transaction.start()
+    # It has its id, and another node has not committed it yet.
+    await connection.execute(
+        "INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, body)"
+        " VALUES ('late', 'a', 1, 'r', 'none', 'id', 1, '{}')"
+    )
+    for n in range(3):
+        await take_in(one, finished(), batch_id=str(n))
+        assert await one.inbox(10) == []
+    await transaction.commit()
+    await connection.close()
+    assert len(await one.inbox(10)) == 1
+
+    # Once nothing before them can come any more, it begins behind those that have been expanded.
+    await take_in(one, finished(), batch_id="last")
+    monkeypatch.setattr(postgres_expansion, "UNSEEN_SECONDS", 0.0)
+    first = (await one.inbox(10))[0].id
+    await expand_one(one, "k", batch_id="late")
+    assert await one.inbox(10) == []
+    await deliver(one)
+    assert len(await one.inbox(10)) == 1
+    assert one._turn.first > first
+
+
 async def test_a_node_whose_connection_for_expansion_is_cut_commits_nothing_and_may_take_it_up_again(
     url: str, one: PostgresStore
 ) -> None:

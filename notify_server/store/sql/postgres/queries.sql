@@ -94,15 +94,16 @@ WHERE id <= (
 
 -- The inbox
 
+-- From an id on: what has been expanded stays in the index until the table is vacuumed, and would be walked over.
 -- name: inbox
 SELECT id, body, received_at, remote_addr, request_id, files, traceparent
 FROM notification
-WHERE expanded_at IS NULL
+WHERE expanded_at IS NULL AND id >= $1
 ORDER BY id
-LIMIT $1;
+LIMIT $2;
 
 -- name: inbox_waits
-SELECT EXISTS (SELECT FROM notification WHERE expanded_at IS NULL);
+SELECT EXISTS (SELECT FROM notification WHERE expanded_at IS NULL AND id >= $1);
 
 -- name: inbox_still
 SELECT id FROM notification WHERE id = ANY($1::bigint[]) AND expanded_at IS NULL;
@@ -140,12 +141,15 @@ FROM unnest(
 ORDER BY place
 RETURNING id, batch_id, api_code;
 
+-- A look at each, and not a join, which for many might come to walk over all batches in their order.
 -- name: batches_named
-SELECT batch.id, batch.batch_id, batch.api_code
-FROM unnest($1::text[], $2::text[]) AS wanted (batch_id, api_code)
-JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code
-ORDER BY batch.id
-FOR NO KEY UPDATE OF batch;
+SELECT id, batch_id, api_code FROM batch
+WHERE id = ANY(ARRAY(
+    SELECT (SELECT id FROM batch WHERE batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code)
+    FROM unnest($1::text[], $2::text[]) AS wanted (batch_id, api_code)
+))
+ORDER BY id
+FOR NO KEY UPDATE;
 
 -- name: batches_lock
 SELECT id FROM batch WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
@@ -174,12 +178,15 @@ FROM unnest(
 )
 WHERE batch.id = merged.id;
 
+-- A look at each, for the same reason.
 -- name: files_existing
-SELECT file.batch, file.id, file.oss_object_name, file.target_url, file.reported_status, file.state
-FROM unnest($1::bigint[], $2::text[]) AS wanted (batch, name)
-JOIN file ON file.batch = wanted.batch AND file.oss_object_name = wanted.name
-ORDER BY file.id
-FOR NO KEY UPDATE OF file;
+SELECT batch, id, oss_object_name, target_url, reported_status, state FROM file
+WHERE id = ANY(ARRAY(
+    SELECT (SELECT id FROM file WHERE file.batch = wanted.batch AND file.oss_object_name = wanted.name)
+    FROM unnest($1::bigint[], $2::text[]) AS wanted (batch, name)
+))
+ORDER BY id
+FOR NO KEY UPDATE;
 
 -- name: files_replace
 UPDATE file
@@ -211,7 +218,7 @@ UPDATE lease SET restarted = true WHERE file = ANY($1::bigint[]);
 -- Recheck
 
 -- name: batches_of
-SELECT DISTINCT batch FROM file WHERE id = ANY($1::bigint[]);
+SELECT batch FROM file WHERE id = ANY($1::bigint[]);
 
 -- name: recheck_find
 SELECT id, batch, host, state
