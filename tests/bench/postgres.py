@@ -174,7 +174,6 @@ class Stores:
         record = PostgresRecord(self._server, self._loop.run(new_schema(self._server.url)), self._loop)
         try:
             yield record
-            record.row("SELECT 1 FROM pg_class LIMIT 1")
         finally:
             record.close()
 

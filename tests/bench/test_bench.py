@@ -21,7 +21,7 @@ from rich.console import Console
 from notify_server.clock import unix_ms
 from notify_server.contract.wire import parse_notification
 from tests.bench import __main__ as bench
-from tests.bench import openloop, usage
+from tests.bench import openloop, postgres, postgres_steps, usage
 from tests.bench.figures import Column, MissingToolError, Outcome, Setting, Sheet, in_turn, quantile, row_name, show
 from tests.bench.openloop import Load, measure, requests
 from tests.bench.record import (
@@ -35,8 +35,9 @@ from tests.bench.record import (
     until_expanded,
     until_settled,
 )
-from tests.bench.servers import daemon, packages, tool
+from tests.bench.servers import daemon, free_port, packages, tool
 from tests.harness import Bell
+from tests.store.postgres_server import PostgresServer, new_schema
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -338,6 +339,43 @@ def test_the_daemon_serves_and_drains_a_store_made_by_sql(tmp_path: Path) -> Non
     with closing(sqlite3.connect(store)) as connection:
         states = dict(connection.execute("SELECT state, count(*) FROM file GROUP BY state"))
     assert states == {"available": FILES_A_BATCH, "blocked": FILES_A_BATCH + 1}
+
+
+def test_the_daemon_drains_a_record_on_postgresql_and_what_it_took_is_seen(tmp_path: Path) -> None:
+    addresses = [f"http://127.0.0.1:1/{number}" for number in range(FILES_A_BATCH + 1)]
+    settings = postgres.SETTINGS | {"port": str(free_port())}
+    with PostgresServer(settings) as server, asyncio.Runner() as loop:
+        stores = postgres.Stores(tmp_path, server, loop)
+        with stores.postgres() as record:
+            record.add(addresses, unix_ms())
+            cpu, stored, logged = record.taken()
+            assert record.row("SELECT sum(files), sum(pending) FROM batch") == (FILES_A_BATCH + 1,) * 2
+            with daemon(tmp_path / "unused.db", store__url=record.url, verify__allowed_ports="[80]"):
+                postgres.until(record, postgres.SETTLED)
+                postgres.until(record, postgres.EXPANDED)
+            after = record.taken()
+            assert record.row("SELECT count(*) FROM file WHERE state = 'blocked'") == (FILES_A_BATCH + 1,)
+    assert after[0] > cpu
+    assert after[1] >= stored > 0
+    assert after[2] > logged > 0
+
+
+def test_each_step_on_postgresql_is_measured_and_what_is_kept_of_it() -> None:
+    async def steps() -> Outcome:
+        return await postgres_steps.steps(server, await new_schema(server.url), 70)
+
+    with PostgresServer() as server:
+        outcome = asyncio.run(steps())
+    costs, kept = outcome.sheets
+    assert [row[0] for row in costs.rows] == [
+        "accept, a notification",
+        "expand, a file",
+        "claim",
+        "record",
+        "prune, a row",
+    ]
+    assert all(isinstance(figure, float) and figure >= 0 for row in costs.rows for figure in row[1:])
+    assert [row[0] for row in kept.rows] == ["notification", "batch", "file", "attempt"]
 
 
 def test_forgetting_what_waits_leaves_nothing_to_wait_for(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ async def test_the_inbox_costs_what_waits_though_nothing_that_has_been_expanded_
             " body) SELECT 'e' || n, 'a', n, 'r', 'none', 'id', 1, '{}' FROM generate_series(1, 20000) AS n"
         )
         await connection.execute("UPDATE notification SET expanded_at = 1 WHERE batch_id LIKE 'e%' OR id <= 60")
-        (last,) = await connection.fetchrow(SQL["accept"], *(column[:1] for column in WITH["accept"]))
+        last: int = await connection.fetchval(SQL["accept"], *(column[:1] for column in WITH["accept"]))
 
         async def pages(first: int) -> int:
             answer = await connection.fetchval(f"{EXPLAIN} {SQL['inbox']}", first, 64)
