@@ -1,6 +1,6 @@
 -- A reference that the server checks costs a look-up and a lock for each row: 12 of the 17 µs that a new file takes, 11
--- of the 14 of an attempt. Rows are written and deleted by the statements in queries.sql alone, each in a transaction
--- that holds the batch (and, for attempts, the file) it is about, and a file goes with its attempts.
+-- of the 14 of an attempt. The store alone writes and deletes these rows, in transactions that hold the batch (and, for
+-- attempts, the file) they are about, and a file goes with its attempts.
 ALTER TABLE file DROP CONSTRAINT file_batch_fkey;
 ALTER TABLE attempt DROP CONSTRAINT attempt_file_fkey;
 
@@ -9,9 +9,9 @@ ALTER TABLE attempt DROP CONSTRAINT attempt_file_fkey;
 ALTER TABLE notification SET (toast_tuple_target = 128);
 DO $$
 BEGIN
-    -- From PostgreSQL 14 on, and where it was built with it.
+    -- From PostgreSQL 14 on, and where it was built with it. As text: an older one could not read it.
     IF EXISTS (SELECT FROM pg_settings WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals)) THEN
-        ALTER TABLE notification ALTER COLUMN body SET COMPRESSION lz4;
+        EXECUTE 'ALTER TABLE notification ALTER COLUMN body SET COMPRESSION lz4';
     END IF;
 END
 $$;
