@@ -28,12 +28,15 @@ async def opened(url: str, **options: Any) -> AsyncIterator[PostgresStore]:
 
 
 @asynccontextmanager
-async def locked(url: str, *tables: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-    """Keep everybody else out of these tables. Inside, the connection that does it may end others."""
+async def locked(url: str, *tables: str, readable: bool = False) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """Keep everybody else out of these tables, or, when they are to stay readable, from writing. Inside, the connection
+    that does it may end others. What comes by COPY looks at the table's columns first.
+    """
+    mode = "EXCLUSIVE" if readable else "ACCESS EXCLUSIVE"
     connection = await asyncpg.connect(url)
     try:
         async with connection.transaction():
-            await connection.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE")
+            await connection.execute(f"LOCK TABLE {', '.join(tables)} IN {mode} MODE")
             yield connection
     finally:
         await connection.close()

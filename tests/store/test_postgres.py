@@ -428,7 +428,7 @@ async def test_a_node_whose_connection_for_expansion_is_cut_commits_nothing_and_
     url: str, one: PostgresStore
 ) -> None:
     item = await deliver(one)
-    async with locked(url, "file") as holder:
+    async with locked(url, "file", readable=True) as holder:
         expanding = asyncio.create_task(one.expand([chunk(item, finished())], NOW))
         await cut(holder)
         with pytest.raises(StoreUnavailableError):
@@ -568,7 +568,7 @@ async def test_a_connection_cut_in_the_middle_of_recording_leaves_nothing_behind
 ) -> None:
     await take_in(one, finished())
     file = await claim_one(one)
-    async with locked(url, "attempt") as holder:
+    async with locked(url, "attempt", readable=True) as holder:
         recording = asyncio.create_task(one.record([found(file)], NOW))
         await cut(holder)
         with pytest.raises(StoreUnavailableError):

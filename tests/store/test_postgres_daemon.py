@@ -250,7 +250,7 @@ async def test_callbacks_whose_commit_is_cut_off_are_to_be_sent_again_and_the_da
 
 async def test_results_whose_commit_is_cut_off_are_recorded_later_and_once(tmp_path: Path, url: str) -> None:
     async with Origin() as origin, Daemon(tmp_path, config(url)) as daemon:
-        async with locked(url, "attempt") as holder:
+        async with locked(url, "attempt", readable=True) as holder:
             await daemon.deliver("b", [finished(origin.url(f"/{n}"), f"{n}") for n in range(50)])
             await cut(holder)
             await daemon.line("cannot record results, trying again")

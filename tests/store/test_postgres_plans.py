@@ -128,7 +128,7 @@ INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, sta
 SELECT 1 + n / {HOSTS}, 'k' || n % {HOSTS}, 'u', 'w' || n % {HOSTS}, 'FINISHED', 'pending',
     CASE WHEN n % 3 = 0 THEN 'timeout' END, n
 FROM generate_series(0, {BATCHES * HOSTS - 1}) AS n;
-INSERT INTO node VALUES (1, 'alive', 'infinity', 'probes');
+INSERT INTO node VALUES (1, 'alive', now() + interval '1 day', 'probes');
 INSERT INTO lease (file, node) SELECT id, CASE WHEN id % 6 = 0 THEN 1 ELSE 2 END FROM file WHERE id % 3 = 0;
 """
 # Of months: batches of ten files, one in ten of them incomplete, each file with one attempt.
