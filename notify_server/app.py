@@ -294,11 +294,11 @@ async def _open_records(config: Config) -> Records:
     return await PostgresRecords.open(config.store.url)
 
 
-async def _routed_callback(request: web.Request) -> web.Response:
+async def _routed_callback(request: web.Request) -> web.StreamResponse:
     return await _callback(request.app, request)
 
 
-async def _callback(app: web.Application, request: web.BaseRequest) -> web.Response:
+async def _callback(app: web.Application, request: web.BaseRequest) -> web.StreamResponse:
     response = await app[CALLBACK].handle(request)
     if app[DRAINING].is_set():
         response.force_close()

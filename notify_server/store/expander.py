@@ -20,8 +20,9 @@ log = structlog.get_logger("notify_server.store")
 # Files in one transaction: an ack that arrives meanwhile waits for a few ms at most.
 CHUNK_FILES = 250
 INBOX_ITEMS = 64
-# How long what has arrived waits for company: a transaction costs more than a file does.
+# How long what has arrived waits for company, and how many are company enough: a transaction costs more than a file.
 LINGER_SECONDS = 0.02
+ENOUGH_ITEMS = 16
 RETRY_SECONDS = 1.0
 
 
@@ -36,14 +37,13 @@ class Expander:
 
     async def run(self) -> None:
         """Expand what the inbox holds, and what it comes to hold."""
-        more = False
+        items: Sequence[InboxItem] = ()
         while True:
             await self._store.wait_inbox()
-            if not more:
+            if len(items) < ENOUGH_ITEMS:
                 await asyncio.sleep(LINGER_SECONDS)
             try:
                 items = await self._store.inbox(INBOX_ITEMS)
-                more = len(items) == INBOX_ITEMS
                 await self._take(items)
             except StoreUnavailableError as error:
                 log.warning("cannot expand the inbox, trying again", error=str(error))

@@ -29,6 +29,7 @@ from notify_server.errors import (
 from notify_server.model import Delivery, Rejection
 from notify_server.observe import ACCEPTED, Metrics
 from notify_server.store.base import Store
+from notify_server.web.ack import AckForm
 from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.rate_limit import RateLimit, source_of
 
@@ -124,11 +125,9 @@ class Callback:
         # Bound once: a request pays for its line of debug only when it is written.
         self._debug = log.bind().debug
         self._token = config.auth.callback_token.get_secret_value().encode() if config.auth.callback_token else None
-        self._ack_status = config.ack.status
-        self._ack_headers = {"Content-Type": config.ack.content_type}
-        self._ack_body = [part.encode() for part in config.ack.body.split("{request_id}")]
+        self._ack = AckForm(config.ack)
 
-    async def handle(self, request: web.BaseRequest) -> web.Response:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request to the callback path, whatever its method."""
         caller = None
         # What every line of the log has that concerns this request.
@@ -148,7 +147,7 @@ class Callback:
 
     async def _answer(
         self, request: web.BaseRequest, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
-    ) -> web.Response:
+    ) -> web.StreamResponse:
         request_id = about["request_id"]
         started = time.perf_counter()
         body = b""
@@ -192,9 +191,7 @@ class Callback:
         if span is not None:
             span.accepted(delivery)
         self._debug("accepted", **about, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
-        return web.Response(
-            body=request_id.encode().join(self._ack_body), status=self._ack_status, headers=self._ack_headers
-        )
+        return self._ack.answer(request, request_id)
 
     async def drain(self, seconds: float) -> None:
         """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
