@@ -83,6 +83,8 @@ class Child:
                     for payload in frames.feed(data):
                         if self._up:
                             on_frame(payload)
+                            # Callbacks have their turn between two frames, however many are here.
+                            await asyncio.sleep(0)
                         else:
                             self._up = True
                             delay = RESTART_SHORTEST

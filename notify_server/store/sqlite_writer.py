@@ -46,7 +46,7 @@ ORPHAN_PAUSE = 0.02
 # What the writer's connection remembers of the database.
 CACHE_KIB = 16_384
 # Pages of the WAL at which it is written back, and begun anew.
-CHECKPOINT_PAGES = 4000
+CHECKPOINT_PAGES = 1000
 PAGE_BYTES = 4096
 # Of the free space, what the WAL may take for itself at a start.
 RESERVED_SHARE = 0.1
@@ -147,7 +147,7 @@ def connect(path: Path, *, whole: bool = True) -> sqlite3.Connection:
         connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         # Debian's SQLite overwrites what is deleted, at the cost of writing it once more: a large body three times.
         connection.execute("PRAGMA secure_delete = FAST")
-        # Pages that are written again and again reach the file once for all; the WAL stays around 16 MiB.
+        # Pages that are written again and again reach the file once for all; the WAL stays around 4 MiB.
         connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute("PRAGMA temp_store = MEMORY")

@@ -398,6 +398,8 @@ def main() -> None:
     # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Callbacks and what keeps the record come first where there are not enough processors for all.
+    os.nice(10)
     try:
         Prober(sys.stdin.fileno(), sys.stdout.fileno()).run()
     except (EOFError, BrokenPipeError):
