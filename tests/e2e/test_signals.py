@@ -174,7 +174,7 @@ async def test_the_metrics_tell_of_the_record_and_of_its_files(tmp_path: Path) -
         async with Daemon(tmp_path, {"verify": {"retry_schedule": ["1h"]}}) as daemon:
             await daemon.deliver("waits", [origin.url("/later")])
             assert (await daemon.post(b"[]")).status == 400
-            await daemon.eventually("SELECT attempts = 1 FROM file")
+            await daemon.eventually("SELECT count(*) FROM file WHERE attempts = 1")
             await value_becomes(daemon, 1, "notify_server_rejections")
             waited = await value(daemon, "notify_server_oldest_pending_seconds")
             assert waited is not None

@@ -15,7 +15,7 @@ from notify_server.errors import RejectionGoneError
 from notify_server.model import BatchVerdict, FileResult, FileState
 from notify_server.store.base import NewFile, Store
 from notify_server.store.records import FileFilter
-from tests.store.backends import Backend
+from tests.store.backends import Backend, KeptBackend
 from tests.store.builders import NOW, again, blocked, chunk, delivery, failed, finished, found, missing, rejection
 from tests.store.builders import request as made
 from tests.store.reference import SORTED, TABLES, Claim, Item, Reference, Row
@@ -277,7 +277,8 @@ def test_after_any_sequence_of_verbs_the_tables_hold_what_the_reference_model_kn
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=25,
+            # A keeper is the store of SQLite in a process that has to be started for each of them.
+            max_examples=5 if isinstance(new_backend(), KeptBackend) else 25,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

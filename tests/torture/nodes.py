@@ -33,7 +33,7 @@ A_BATCH = 100
 # Of so many batches one has a file that the platform reports as FAILED.
 FAILED_IN = 5
 SENDERS = 4
-BACKLOG_SHARE = 0.1
+BACKLOG_SHARE = 0.25
 LEASE_SECONDS = 5.0
 TAKEOVER_SECONDS = 5.0
 SETTLE_SECONDS = 600.0
@@ -142,10 +142,12 @@ async def run(setting: Setting) -> list[Figure]:
             killed_at = time.time()
             doomed.send(signal.SIGSTOP)
             acking = platform.waiting[doomed]
-            if (acking and await look.fetch(CLAIMED, pid)) or not platform.left:
+            if await look.fetch(CLAIMED, pid) and (acking or not platform.left):
+                break
+            platform.settled = await look.fetchval(SETTLED)
+            if platform.settled >= batches * A_BATCH:
                 break
             doomed.send(signal.SIGCONT)
-            platform.settled = await look.fetchval(SETTLED)
             await asyncio.sleep(0)
         platform.nodes.remove(doomed)
         await doomed.kill()
