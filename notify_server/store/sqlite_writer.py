@@ -44,7 +44,7 @@ OLDEST_SQLITE = (3, 35, 0)
 ORPHAN_SECONDS = 10.0
 ORPHAN_PAUSE = 0.02
 # What the writer's connection remembers of the database.
-CACHE_KIB = 16_384
+CACHE_KIB = 8_192
 # Pages of the WAL at which it is written back, and begun anew.
 CHECKPOINT_PAGES = 1000
 PAGE_BYTES = 4096

@@ -201,13 +201,13 @@ def draw_growth(part: Part) -> Figure:
 
 
 def draw_backlog(part: Part) -> Figure:
-    """What each thread spends on a file."""
+    """What each process spends on a file."""
     figure, (axes,) = _axes(1, 1, 1.9)
     axes.set_title(f"CPU µs a file, at {part['files_a_second']:,.0f} files a second")
     pieces = [
-        ("main process: event loop", part["loop_us"], BLUE),
-        ("main process: writer", part["writer_us"], TEAL),
-        ("main process: others", part["others_us"], LIGHT),
+        ("event loop", part["loop_us"], BLUE),
+        ("its other threads", part["others_us"], LIGHT),
+        ("keeper", part["keeper_us"], TEAL),
         ("prober", part["prober_us"], GREY),
     ]
     left = 0.0
