@@ -31,11 +31,12 @@ from notify_server.config import Config, HostSettings, ServerConfig, version
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult
-from notify_server.observe import Metrics, report_end, tracing_wanted
+from notify_server.observe import Metrics, tracing_wanted
 from notify_server.store.base import Expanding, Store
 from notify_server.store.kept import KeptStore
 from notify_server.store.records import Records
 from notify_server.store.sqlite_records import SqliteRecords
+from notify_server.tasks import report_end
 from notify_server.timeline import HostRates, Timeline
 from notify_server.verify.frames import ProberConfig
 from notify_server.verify.guard import Guard

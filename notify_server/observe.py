@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -113,14 +112,6 @@ def tracing_wanted(environ: Mapping[str, str]) -> bool:
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return False
     return bool(environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
-
-
-def report_end(task: asyncio.Task[None]) -> None:
-    """A task's done callback, for tasks that should run as long as the daemon does: none of them dies in silence."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        structlog.get_logger("notify_server").critical(
-            "a part of the daemon has stopped, restart it", part=task.get_name(), exc_info=error
-        )
 
 
 class Series:

@@ -81,19 +81,33 @@ class GroupCommit(Generic[Item, Answer]):
         try:
             answers = await self._write([item for item, _ in group])
         except Exception as error:
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(_own(error))
+            fail(group, error)
             return
         self._on_commit(self._loop.time() - began)
-        for (item, future), answer in zip(group, answers, strict=True):
-            if isinstance(answer, NotifyServerError):
-                if not future.done():
-                    future.set_exception(answer)
-                continue
-            self._committed(item, answer)
+        answer(group, answers, self._committed)
+
+
+def answer(
+    group: Sequence[tuple[Item, asyncio.Future[Answer]]],
+    answers: Sequence[Answer | NotifyServerError],
+    committed: Callable[[Item, Answer], object],
+) -> None:
+    """Give each of a group that was written its answer; an exception is raised to its own caller alone."""
+    for (item, future), each in zip(group, answers, strict=True):
+        if isinstance(each, NotifyServerError):
             if not future.done():
-                future.set_result(answer)
+                future.set_exception(each)
+            continue
+        committed(item, each)
+        if not future.done():
+            future.set_result(each)
+
+
+def fail(group: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:
+    """Tell each of a group that was not written."""
+    for _, future in group:
+        if not future.done():
+            future.set_exception(_own(error))
 
 
 def _own(error: Exception) -> Exception:

@@ -28,6 +28,7 @@ from notify_server.store.keeper_frames import (
     Opened,
     Reply,
 )
+from notify_server.tasks import report_end
 from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
@@ -83,6 +84,7 @@ class KeptStore:
         """
         store = cls(path, command or module("store.keeper"), now, on_commit)
         store._task = asyncio.create_task(store._run(), name="keeper")
+        store._task.add_done_callback(report_end)
         try:
             async with asyncio.timeout(START_SECONDS):
                 refused = await asyncio.shield(store._opened)

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
+from notify_server.store.group_commit import GROUP_LIMIT, answer, fail
 from notify_server.store.queries import load_migrations, unfinished
 
 T = TypeVar("T")
@@ -37,8 +38,6 @@ BUSY_TIMEOUT_MS = 3_000
 CROWD = 8
 PATIENCE_SECONDS = 0.01
 JOB_SHARE = 0.1
-# Callers in one transaction.
-GROUP_LIMIT = 256
 OLDEST_SQLITE = (3, 35, 0)
 # How long the lock of a daemon that is no more is waited for.
 ORPHAN_SECONDS = 10.0
@@ -274,7 +273,7 @@ class Group(Generic[Item, Answer]):
         self,
         writer: Writer,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
-        committed: Callable[[Item, Answer], object] | None,
+        committed: Callable[[Item, Answer], object],
         size: Callable[[Item], int],
     ) -> None:
         self._writer = writer
@@ -303,19 +302,9 @@ class Group(Generic[Item, Answer]):
         try:
             answers = self._writer.transact(lambda connection: self._write(connection, items))
         except Exception as error:
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(_for_caller(error))
+            fail(group, _for_caller(error))
             return len(group)
-        for (item, future), answer in zip(group, answers, strict=True):
-            if isinstance(answer, NotifyServerError):
-                if not future.done():
-                    future.set_exception(answer)
-                continue
-            if self._committed is not None:
-                self._committed(item, answer)
-            if not future.done():
-                future.set_result(answer)
+        answer(group, answers, self._committed)
         return sum(map(self._size, items))
 
 
@@ -351,7 +340,7 @@ class Writer:
     def group(
         self,
         write: Callable[[sqlite3.Connection, Sequence[Item]], Sequence[Answer | NotifyServerError]],
-        committed: Callable[[Item, Answer], object] | None = None,
+        committed: Callable[[Item, Answer], object] = lambda item, answer: None,
         size: Callable[[Item], int] = lambda item: 1,
     ) -> Group[Item, Answer]:
         """A group of callers of one kind. `write` answers for each item in its order; `committed` is called for each
@@ -490,7 +479,6 @@ def _transact(connection: sqlite3.Connection, job: Callable[[sqlite3.Connection]
 
 
 def _for_caller(error: Exception) -> Exception:
-    # Each caller gets an exception of its own: a shared one would gather the tracebacks of all of them.
     if isinstance(error, StoreRefusedError | sqlite3.OperationalError | sqlite3.DatabaseError):
         if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
             return error

@@ -10,7 +10,7 @@ import msgspec
 
 from notify_server.child import Child, module
 from notify_server.model import Evidence, Request
-from notify_server.observe import report_end
+from notify_server.tasks import report_end
 from notify_server.verify.frames import ProberConfig, Ready
 
 START_SECONDS = 20.0

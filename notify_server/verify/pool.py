@@ -33,8 +33,8 @@ from notify_server.model import (
     Request,
     http_reason,
 )
-from notify_server.observe import report_end
 from notify_server.store.base import FileQueue
+from notify_server.tasks import report_end
 from notify_server.verify import policy
 from notify_server.verify.guard import Guard
 from notify_server.verify.hosts import Host, hostname_of

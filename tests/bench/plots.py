@@ -254,6 +254,9 @@ def draw(results: Mapping[str, Any], directory: Path) -> list[Path]:
     )
     paths = []
     for name, part in results["parts"].items():
+        # What is as well told by its tables has no drawing.
+        if name not in DRAWINGS:
+            continue
         with mpl.rc_context(STYLE):
             figure = DRAWINGS[name](part)
             figure.supxlabel(below, fontsize=6.5, color=GREY, x=0.99, ha="right")

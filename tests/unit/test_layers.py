@@ -19,7 +19,7 @@ ROOT = Path(notify_server.__file__).parent
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = tuple(
     tuple(frozenset(part.split()) for part in level)
     for level in (
-        ["model", "errors", "clock", "frames"],
+        ["model", "errors", "clock", "frames", "tasks"],
         ["contract", "verify.guard"],
         ["config"],
         ["verify.policy", "verify.frames", "child"],
