@@ -6,7 +6,7 @@ raises StoreUnavailableError, has written nothing, and may be called again. `now
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -25,8 +25,13 @@ from notify_server.model import (
 )
 from notify_server.verify.guard import Guard
 
-# The largest id there can be: what both engines hold, and what goes to the keeper.
-MOST_ID = 2**63 - 1
+# The largest number that both engines hold, and so the largest id there can be.
+MOST = 2**63 - 1
+
+
+def in_range(ids: Iterable[int]) -> list[int]:
+    """Those that can be the id of anything, each once and in their order."""
+    return sorted({id for id in ids if 0 < id <= MOST})
 
 
 def rejection_gone(id: int) -> RejectionGoneError:

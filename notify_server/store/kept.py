@@ -16,7 +16,7 @@ from notify_server.child import Child, module
 from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
 from notify_server.store import sqlite_writer
-from notify_server.store.base import MOST_ID, Expanding, Expansion, HostDue, Nodes, Restart, rejection_gone
+from notify_server.store.base import MOST, Expanding, Expansion, HostDue, Nodes, Restart, in_range, rejection_gone
 from notify_server.store.group_commit import GroupCommit
 from notify_server.store.keeper_frames import (
     VERBS,
@@ -111,11 +111,6 @@ class KeptStore:
         """The keeper's process id, None while there is none."""
         return self._child.pid
 
-    @property
-    def restarts(self) -> int:
-        """How many keepers were started because another had ended."""
-        return self._child.restarts
-
     async def close(self) -> None:
         self._closing = True
         await self._accept.close()
@@ -200,7 +195,7 @@ class KeptStore:
     # The verbs
 
     async def accept(self, delivery: Delivery) -> int:
-        if delivery.replays is not None and delivery.replays > MOST_ID:
+        if delivery.replays is not None and delivery.replays > MOST:
             raise rejection_gone(delivery.replays)
         return await self._accept(delivery)
 
@@ -260,7 +255,7 @@ class KeptStore:
         return verdicts
 
     async def recheck(self, files: Sequence[int], now: int) -> Restart:
-        restart: Restart = await self._call("recheck", [id for id in files if 0 < id <= MOST_ID], now)
+        restart: Restart = await self._call("recheck", in_range(files), now)
         return restart
 
     # Housekeeping

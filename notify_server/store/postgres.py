@@ -21,7 +21,7 @@ import structlog
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.store.base import Expanding, Expansion, HostDue, Nodes, Restart
+from notify_server.store.base import MOST, Expanding, Expansion, HostDue, Nodes, Restart
 from notify_server.store.expander import Expander
 from notify_server.store.group_commit import GroupCommit
 from notify_server.store.merge import first_of_each
@@ -29,7 +29,6 @@ from notify_server.store.postgres_expansion import Turn, write_expansions
 from notify_server.store.postgres_node import INBOX, PROBES, ROLES, WORK, Node
 from notify_server.store.postgres_session import (
     CLAIMING,
-    MOST,
     SEEKING,
     Connection,
     Session,

@@ -13,10 +13,9 @@ from typing import Self, TypeVar
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery
-from notify_server.store.base import Restart
+from notify_server.store.base import MOST, Restart
 from notify_server.store.postgres_node import INBOX, WORK
 from notify_server.store.postgres_session import (
-    MOST,
     Connection,
     Session,
     check_whole,

@@ -17,7 +17,8 @@ import msgspec
 from notify_server.config import without_secrets
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import FileState, Verdict
-from notify_server.store.postgres_session import MOST, create_pool, opening, reachable, storable
+from notify_server.store.base import MOST
+from notify_server.store.postgres_session import create_pool, opening, reachable, storable
 from notify_server.store.queries import load_queries
 from notify_server.store.records import (
     AttemptItem,

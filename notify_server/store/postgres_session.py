@@ -28,8 +28,6 @@ STATEMENT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
 # For as long as another node may take to bring the schema up to date.
 MIGRATION_SECONDS = 600.0
-# The largest number that a bigint holds.
-MOST = 2**63 - 1
 # "ntfy": tells our advisory locks from those of other programs in the same database.
 LOCK_SPACE = 0x6E746679
 MIGRATING = "migrate"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
-from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError
+from notify_server.errors import NonceReusedError, NotifyServerError
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection
-from notify_server.store.base import Restart
+from notify_server.store.base import Restart, in_range, rejection_gone
 from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres_expansion import write_settled, write_verdicts
-from notify_server.store.postgres_session import LOCK_KEY, LOCK_SPACE, MOST, PRUNING, Connection, arrays, storable
+from notify_server.store.postgres_session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, storable
 from notify_server.store.queries import load_queries
 from notify_server.store.sqlite import ATTEMPTS_KEPT, REJECTION_BYTES_KEPT, REJECTIONS_KEPT
 
@@ -85,20 +85,15 @@ async def _consume_rejections(
     }
     if not wanted:
         return {}
-    rows = await connection.fetch(SQL["rejections_replayed"], _in_range(wanted.values()))
+    rows = await connection.fetch(SQL["rejections_replayed"], in_range(wanted.values()))
     there = {id for (id,) in rows}
     gone: dict[int, NotifyServerError] = {}
     for place, id in wanted.items():
         if id in there:
             there.remove(id)
         else:
-            gone[place] = RejectionGoneError(f"rejection {id} is not there: it may have been replayed")
+            gone[place] = rejection_gone(id)
     return gone
-
-
-def _in_range(ids: Iterable[int]) -> list[int]:
-    """Those that can be the id of anything."""
-    return sorted({id for id in ids if 0 < id <= MOST})
 
 
 async def write_rejections(connection: Connection, rejections: Sequence[Rejection]) -> None:
@@ -165,7 +160,7 @@ async def write_results(
 
 async def write_recheck(connection: Connection, files: Sequence[int], now: int) -> tuple[int, Restart]:
     """How many files are pending again that were not, and what was set going."""
-    wanted = _in_range(files)
+    wanted = in_range(files)
     batches = {batch for (batch,) in await connection.fetch(SQL["batches_of"], wanted)}
     await connection.execute(SQL["batches_lock"], list(batches))
     found = [

@@ -63,9 +63,7 @@ _decode_existing = msgspec.json.Decoder(list[Known]).decode
 class SqliteStore:
     """Open it with `open`; close it when done."""
 
-    def __init__(
-        self, lock: FileLock, path: Path, connection: sqlite3.Connection, on_commit: Callable[[float], object]
-    ) -> None:
+    def __init__(self, lock: FileLock, path: Path, connection: sqlite3.Connection) -> None:
         self._lock = lock
         (self._expanded_through,) = connection.execute(SQL["inbox_start"]).fetchone()
         (in_inbox,) = connection.execute(SQL["inbox_files"], (self._expanded_through,)).fetchone()
@@ -86,16 +84,14 @@ class SqliteStore:
         # The newest rejection, how many there are, and of how many bytes.
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
-        self._writer = Writer(path, connection, on_commit)
+        self._writer = Writer(path, connection)
         self._accept = self._writer.group(self._write_deliveries, self._accepted, len)
         self._reject = self._writer.group(self._write_rejections)
 
     @classmethod
-    async def open(
-        cls, path: Path, *, on_commit: Callable[[float], object] = lambda seconds: None, owner: int | None = None
-    ) -> Self:
-        """Open or create the database at `path`, its directory included. `on_commit` is told what each transaction
-        took that callbacks were waiting for, in seconds; `owner` is the process that it is opened for (see FileLock).
+    async def open(cls, path: Path, *, owner: int | None = None) -> Self:
+        """Open or create the database at `path`, its directory included. `owner` is the process
+        that it is opened for (see FileLock).
 
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
@@ -110,7 +106,7 @@ class SqliteStore:
             connection = connect(path)
             try:
                 reserve_log(connection, path)
-                return cls(lock, path, connection, on_commit)
+                return cls(lock, path, connection)
             except sqlite3.DatabaseError as error:
                 connection.close()
                 raise refusal(path, error) from error

@@ -311,12 +311,9 @@ class Group(Generic[Item, Answer]):
 class Writer:
     """Owns the connection. What it does it does at once, in the caller's thread, which does nothing else meanwhile:
     beside a busy event loop a thread of its own would spend as much again on waiting for Python's lock.
-
-    `on_commit` is told what each group's transaction took, in seconds.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, on_commit: Callable[[float], object]) -> None:
-        self._on_commit = on_commit
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = connection
         self._loop = asyncio.get_running_loop()
@@ -392,12 +389,8 @@ class Writer:
             self._news.clear()
             group = next((group for group in self._groups if group.waiting), None)
             if group is not None:
-                began = self._loop.time()
-                size = group.commit()
-                now = self._loop.time()
-                self._on_commit(now - began)
-                if size >= CROWD:
-                    self._crowd_until = now + PATIENCE_SECONDS
+                if group.commit() >= CROWD:
+                    self._crowd_until = self._loop.time() + PATIENCE_SECONDS
             elif self._jobs:
                 if self._may_do_job() or not await self._crowd_comes():
                     self._do_job(*self._jobs.popleft())

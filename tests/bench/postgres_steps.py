@@ -13,10 +13,9 @@ import msgspec
 from notify_server.app import PRUNE_ROWS
 from notify_server.clock import unix_ms
 from notify_server.model import AttemptRow, Delivery, DueFile, FileResult, FileState, ReportedStatus
-from notify_server.store.base import Expansion, NewFile
+from notify_server.store.base import MOST, Expansion, NewFile
 from notify_server.store.expander import INBOX_ITEMS
 from notify_server.store.postgres import PostgresStore
-from notify_server.store.postgres_session import MOST
 from notify_server.verify.pool import RECORD_ROWS
 from tests.bench.acks import SMALL
 from tests.bench.figures import Column, Outcome, Sheet

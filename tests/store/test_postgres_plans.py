@@ -17,8 +17,9 @@ import pytest
 
 from notify_server.model import FileState, Verdict
 from notify_server.store import postgres_records
+from notify_server.store.base import MOST
 from notify_server.store.postgres_records import PostgresRecords
-from notify_server.store.postgres_session import CLAIMING, MOST, SEEKING, connect
+from notify_server.store.postgres_session import CLAIMING, SEEKING, connect
 from notify_server.store.queries import load_queries
 from notify_server.store.records import BatchFilter, FileFilter, Records
 from tests.store.builders import NOW
