@@ -15,14 +15,12 @@ from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import certifi
 import structlog
-from aiohttp import StreamReader, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage
+from aiohttp import web
 from cryptography.x509 import load_pem_x509_certificates
 
 from notify_server.actions import Actions
@@ -49,6 +47,7 @@ from notify_server.web.api import ENDPOINTS, Api, Live
 from notify_server.web.callback import Callback
 from notify_server.web.dashboard import VIEWS, Dashboard, View
 from notify_server.web.errors import error_response
+from notify_server.web.front import Front
 from notify_server.web.health import Health
 from notify_server.web.openapi import Endpoint
 from notify_server.web.stream import Stream
@@ -245,7 +244,7 @@ def make_app(
         await asyncio.gather(task, return_exceptions=True)
 
     app.cleanup_ctx.extend([traces, store, verify, web_side])
-    app.router.add_route("*", config.server.callback_path, _routed_callback, expect_handler=_expect)
+    app.router.add_route("*", config.server.callback_path, _callback, expect_handler=_expect)
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/metrics", _metrics)
@@ -295,44 +294,11 @@ async def _open_records(config: Config) -> Records:
     return await PostgresRecords.open(config.store.url)
 
 
-async def _routed_callback(request: web.Request) -> web.StreamResponse:
-    return await _callback(request.app, request)
-
-
-async def _callback(app: web.Application, request: web.BaseRequest) -> web.StreamResponse:
-    response = await app[CALLBACK].handle(request)
-    if app[DRAINING].is_set():
+async def _callback(request: web.Request) -> web.StreamResponse:
+    response = await request.app[CALLBACK].handle(request)
+    if request.app[DRAINING].is_set():
         response.force_close()
     return response
-
-
-def _take_callbacks_first(server: web.Server, app: web.Application, path: str) -> None:
-    """Give requests to the callback path to their handler as they are: finding a route for them costs a sixth of an
-    ack. All that is written in another way (percent-encoded, with the host) is routed as ever.
-    """
-    make_request, handle = server.request_factory, server.request_handler
-    with_query = f"{path}?"
-    loop = asyncio.get_running_loop()
-
-    def request_factory(
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: web.RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-    ) -> web.BaseRequest:
-        if message.path == path or message.path.startswith(with_query):
-            return web.BaseRequest(message, payload, protocol, writer, task, loop)
-        return make_request(message, payload, protocol, writer, task)
-
-    async def request_handler(request: web.BaseRequest) -> web.StreamResponse:
-        if type(request) is not web.BaseRequest:
-            return await handle(request)
-        if request.headers.get("Expect") and (refused := await _expect(request)) is not None:
-            return refused
-        return await _callback(app, request)
-
-    server.request_factory, server.request_handler = request_factory, request_handler
 
 
 async def _expect(request: web.BaseRequest) -> web.Response | None:
@@ -487,16 +453,11 @@ async def _housekeeping(config: Config, store: Store, metrics: Metrics, now: Cal
         await asyncio.sleep(PRUNE_SECONDS)
 
 
-class _Full(asyncio.Protocol):
-    """What a connection beyond max_connections gets."""
-
-    ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
-        full = cast(asyncio.WriteTransport, transport)
-        full.write(self.ANSWER)
-        full.close()
+def make_front(app: web.Application, handlers: web.Server, config: ServerConfig) -> Front:
+    """Makes the protocols of connections to an app that has been set up; `handlers` makes aiohttp's."""
+    # A callback's span is what aiohttp's task runs in.
+    callback = app[CALLBACK] if app[TRACING] is None else None
+    return Front(config, handlers, callback, app[METRICS].connections_refused.add_plain)
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
@@ -523,18 +484,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     try:
         handlers = runner.server
         assert handlers is not None
-        _take_callbacks_first(handlers, app, server.callback_path)
-
         metrics = app[METRICS]
-        metrics.gauge(
-            "notify_server_connections", "Connections of callers that are open.", lambda: len(handlers.connections)
-        )
-
-        def connection() -> asyncio.Protocol:
-            if len(handlers.connections) < server.max_connections:
-                return handlers()
-            metrics.connections_refused.add_plain()
-            return _Full()
+        front = make_front(app, handlers, server)
+        metrics.gauge("notify_server_connections", "Connections of callers that are open.", lambda: front.connections)
 
         try:
             tls = _tls(server)
@@ -546,7 +498,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
                     lambda: ends_at,
                 )
             listener = await asyncio.get_running_loop().create_server(
-                connection,
+                front,
                 server.host,
                 server.port,
                 ssl=tls,
@@ -572,7 +524,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             await asyncio.sleep(0)
         listener.close()
         app[STREAM].close()
-        await app[CALLBACK].drain(grace / 4)
+        await asyncio.gather(app[CALLBACK].drain(grace / 4), front.drain(grace / 4))
     finally:
         await runner.cleanup()
     log.info("stopped")

@@ -14,12 +14,14 @@ from notify_server.cli.common import EXIT_FAILED, read_config
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError
 from notify_server.observe import set_up_logging
+from notify_server.tasks import spare_collector
 
 
 def run(config_path: Path | None) -> None:
     """Serve until SIGTERM or SIGINT. Exits 1 with one line when it cannot start."""
     config = read_config(config_path)
     set_up_logging(config.log)
+    spare_collector()
     try:
         uvloop.run(_serve(config))
     except NotifyServerError as error:

@@ -6,7 +6,7 @@ raises StoreUnavailableError, has written nothing, and may be called again. `now
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -118,7 +118,7 @@ class Expanding(msgspec.Struct, frozen=True):
 class Editable(Protocol):
     """What people do about the record, beside the daemon or through it."""
 
-    async def accept(self, delivery: Delivery) -> int:
+    def accept(self, delivery: Delivery) -> Awaitable[int]:
         """Write a delivery to the inbox and return its id.
 
         Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same

@@ -90,7 +90,7 @@ class GroupCommit(Generic[Item, Answer]):
 def answer(
     group: Sequence[tuple[Item, asyncio.Future[Answer]]],
     answers: Sequence[Answer | NotifyServerError],
-    committed: Callable[[Item, Answer], object],
+    committed: Callable[[Item, Answer], object] = lambda item, answer: None,
 ) -> None:
     """Give each of a group that was written its answer; an exception is raised to its own caller alone."""
     for (item, future), each in zip(group, answers, strict=True):

@@ -35,6 +35,7 @@ from notify_server.store.keeper_frames import (
     Reply,
 )
 from notify_server.store.sqlite import SqliteStore
+from notify_server.tasks import spare_collector
 from notify_server.verify.guard import Guard
 
 log = structlog.get_logger("notify_server.store")
@@ -171,6 +172,7 @@ def main() -> None:
     # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    spare_collector()
     with contextlib.suppress(BrokenPipeError):
         asyncio.run(Keeper(sys.stdin.fileno(), sys.stdout.fileno()).run())
 

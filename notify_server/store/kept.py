@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -13,11 +14,11 @@ import msgspec
 import structlog
 
 from notify_server.child import Child, module
-from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
+from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
 from notify_server.store import sqlite_writer
 from notify_server.store.base import MOST, Expanding, Expansion, HostDue, Nodes, Restart, in_range, rejection_gone
-from notify_server.store.group_commit import GroupCommit
+from notify_server.store.group_commit import answer, fail
 from notify_server.store.keeper_frames import (
     VERBS,
     Call,
@@ -65,7 +66,8 @@ class KeptStore:
         self._expanding: tuple[Guard, Expanding] | None = None
         self._opened: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._closing = False
-        self._accept = GroupCommit(self._write_deliveries, lambda delivery: len(delivery.body), on_commit=on_commit)
+        self._on_commit = on_commit
+        self._accepting: list[tuple[Delivery, asyncio.Future[int]]] = []
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -113,7 +115,7 @@ class KeptStore:
 
     async def close(self) -> None:
         self._closing = True
-        await self._accept.close()
+        self._send_deliveries()
         await self._end()
 
     async def _end(self) -> None:
@@ -194,16 +196,38 @@ class KeptStore:
 
     # The verbs
 
-    async def accept(self, delivery: Delivery) -> int:
+    def accept(self, delivery: Delivery) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[int] = loop.create_future()
         if delivery.replays is not None and delivery.replays > MOST:
-            raise rejection_gone(delivery.replays)
-        return await self._accept(delivery)
+            future.set_exception(rejection_gone(delivery.replays))
+            return future
+        if self._closing:
+            future.set_exception(self._gone())
+            return future
+        if not self._accepting:
+            # Those that come in one turn of the loop go in one frame. The keeper, which commits meanwhile what came
+            # before, takes all that it finds into its next transaction.
+            loop.call_soon(self._send_deliveries)
+        self._accepting.append((delivery, future))
+        return future
 
-    async def _write_deliveries(self, deliveries: Sequence[Delivery]) -> list[int | NotifyServerError]:
-        return [
-            answer.error() if isinstance(answer, Failure) else answer
-            for answer in await self._call("accept_all", deliveries)
-        ]
+    def _send_deliveries(self) -> None:
+        group, self._accepting = self._accepting, []
+        if not group:
+            return
+        began = time.perf_counter()
+
+        def committed(call: asyncio.Future[list[int | Failure]]) -> None:
+            if (error := call.exception()) is not None:
+                assert isinstance(error, Exception)
+                fail(group, error)
+                return
+            self._on_commit(time.perf_counter() - began)
+            answers = [each.error() if isinstance(each, Failure) else each for each in call.result()]
+            answer(group, answers)
+
+        self._call("accept_all", [delivery for delivery, _ in group]).add_done_callback(committed)
 
     async def reject(self, rejection: Rejection) -> None:
         await self._call("reject", rejection)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
+from multidict import CIMultiDictProxy
+from yarl import URL
 
 from notify_server.config import Config, IPNetwork
 from notify_server.contract import signature, wire
@@ -29,7 +31,8 @@ from notify_server.errors import (
 from notify_server.model import Delivery, Rejection
 from notify_server.observe import ACCEPTED, Metrics
 from notify_server.store.base import Store
-from notify_server.web.ack import AckForm
+from notify_server.tasks import report_end
+from notify_server.web.answer import AckForm, Answer
 from notify_server.web.errors import RefusedError, busy, error_response
 from notify_server.web.rate_limit import RateLimit, source_of
 
@@ -126,16 +129,11 @@ class Callback:
         self._debug = log.bind().debug
         self._token = config.auth.callback_token.get_secret_value().encode() if config.auth.callback_token else None
         self._ack = AckForm(config.ack)
+        self._refusing: set[asyncio.Task[None]] = set()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request to the callback path, whatever its method."""
-        caller = None
-        # What every line of the log has that concerns this request.
-        about = {"request_id": new_request_id()}
-        if "traceparent" in request.headers:
-            caller = parse_traceparent(request.headers.getall("traceparent"))
-            if caller is not None:
-                about["trace_id"] = caller.trace_id
+        about, caller = self._about(request.headers)
         if self._tracing is None:
             return await self._answer(request, about, caller, None)
         path = self._server.callback_path
@@ -148,50 +146,94 @@ class Callback:
     async def _answer(
         self, request: web.BaseRequest, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
     ) -> web.StreamResponse:
-        request_id = about["request_id"]
         started = time.perf_counter()
         body = b""
         remote = request.remote or ""
         try:
-            remote = self._let_in(request, remote)
+            remote = self.admit(request.method, request.headers, request.rel_url, remote)
             body = await self._read(request)
-            if not _is_json(content_type := request.headers.get("Content-Type", "")):
-                raise RefusedError(
-                    415, "415", f"Content-Type: must be application/json, not {content_type[:80]}", keep=True
-                )
-            delivery = self._check(body, request_id, remote, caller)
+            delivery = self._check(request.headers, body, about["request_id"], remote, caller)
             await self._store.accept(delivery)
         except ConnectionError:
-            # The caller has hung up half-way through its body; nobody reads this.
-            self._debug("hung up", **about, remote=remote)
-            return error_response(request_id, 400, "400", "the body is not complete")
-        except RefusedError as error:
-            return await self._refuse(about, remote, body, error)
-        except ContractError as error:
-            # An envelope that cannot be opened.
-            return await self._refuse(about, remote, body, RefusedError(400, "400", str(error), keep=True))
-        except SignatureError as error:
-            log.warning("signature refused", **about, remote=remote, error=str(error))
-            if error.code == signature.TIMESTAMP_EXPIRED:
-                refused = RefusedError(403, "403001", "请求时间非法或已过期 timestamp invalid or expired")
-            else:
-                refused = RefusedError(401, "401001", SIGNATURE_MESSAGE)
-            return await self._refuse(about, remote, body, refused)
-        except NonceReusedError as error:
-            log.warning("nonce refused", **about, remote=remote, error=str(error))
-            refused = RefusedError(403, "403002", "请勿重复请求 duplicate request")
-            return await self._refuse(about, remote, body, refused)
-        except StoreUnavailableError as error:
-            log.error("not accepted, the store cannot commit", **about, error=str(error))
-            return await self._refuse(about, remote, body, busy("the store cannot commit, send it again"))
+            # Nobody reads this.
+            self.hung_up(remote)
+            return error_response(about["request_id"], 400, "400", "the body is not complete")
         except Exception as error:
-            return await self._refuse(about, remote, body, _failed(about, error))
-        self._acks.observe(time.perf_counter() - started)
-        self._callbacks.add(ACCEPTED)
+            return await self._refuse(about, remote, body, error)
+        self._accepted(about, remote, delivery, started)
         if span is not None:
             span.accepted(delivery)
+        return self._ack.response(about["request_id"])
+
+    def receive(
+        self, headers: CIMultiDictProxy[str], remote: str, body: bytes, reply: Callable[[Answer], object]
+    ) -> None:
+        """Take a request that has been admitted, once its body is there; `reply` is called when it is durable, or
+        refused.
+        """
+        started = time.perf_counter()
+        about, caller = self._about(headers)
+        request_id = about["request_id"]
+        try:
+            delivery = self._check(headers, body, request_id, remote, caller)
+        except Exception as error:
+            self._refuse_later(about, remote, body, error, reply)
+            return
+
+        def committed(accepted: asyncio.Future[int]) -> None:
+            if (error := accepted.exception()) is not None:
+                self._refuse_later(about, remote, body, error, reply)
+            else:
+                self._accepted(about, remote, delivery, started)
+                reply(self._ack.answer(request_id))
+
+        asyncio.ensure_future(self._store.accept(delivery)).add_done_callback(committed)
+
+    def refuse(
+        self,
+        headers: CIMultiDictProxy[str],
+        remote: str,
+        refused: RefusedError | None,
+        reply: Callable[[Answer], object],
+    ) -> None:
+        """Refuse a request that has not been admitted, or (None) whose body is not there in time."""
+        about, _ = self._about(headers)
+        self._refuse_later(about, remote, b"", refused or _late(), reply)
+
+    def hung_up(self, remote: str) -> None:
+        """The caller has hung up half-way through its body."""
+        self._debug("hung up", remote=remote)
+
+    def _about(self, headers: CIMultiDictProxy[str]) -> tuple[dict[str, str], TraceParent | None]:
+        """What every line of the log has that concerns a request, and the caller's place in a trace."""
+        about = {"request_id": new_request_id()}
+        caller = None
+        if "traceparent" in headers:
+            caller = parse_traceparent(headers.getall("traceparent"))
+            if caller is not None:
+                about["trace_id"] = caller.trace_id
+        return about, caller
+
+    def _accepted(self, about: dict[str, str], remote: str, delivery: Delivery, started: float) -> None:
+        self._acks.observe(time.perf_counter() - started)
+        self._callbacks.add(ACCEPTED)
         self._debug("accepted", **about, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
-        return self._ack.answer(request, request_id)
+
+    def _refuse_later(
+        self,
+        about: dict[str, str],
+        remote: str,
+        body: bytes,
+        error: BaseException,
+        reply: Callable[[Answer], object],
+    ) -> None:
+        async def refuse() -> None:
+            reply(Answer.of(await self._refuse(about, remote, body, error)))
+
+        task = asyncio.create_task(refuse(), name="refuse")
+        self._refusing.add(task)
+        task.add_done_callback(self._refusing.discard)
+        task.add_done_callback(report_end)
 
     async def drain(self, seconds: float) -> None:
         """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
@@ -202,25 +244,27 @@ class Callback:
                     self._arrived.clear()
                     await self._arrived.wait()
 
-    def _let_in(self, request: web.BaseRequest, peer: str) -> str:
-        """Everything that can be refused before the body is read; the caller's address when nothing is."""
+    def admit(self, method: str, headers: CIMultiDictProxy[str], url: URL, peer: str) -> str:
+        """The caller's address, when nothing of the head is a reason to refuse it before its body is read.
+
+        Raises RefusedError. Only a request that is admitted counts for the rate limit.
+        """
         server, auth = self._server, self._auth
         if server.trusted_proxies:
-            peer = client_address(peer, request.headers.getall("X-Forwarded-For", ()), server.trusted_proxies)
+            peer = client_address(peer, headers.getall("X-Forwarded-For", ()), server.trusted_proxies)
         if self._rate_limit is not None:
             self._check_rate(self._rate_limit, peer)
-        if request.method != "POST":
+        if method != "POST":
             raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
         if not server.takes_callbacks:
             raise busy("this server takes no callbacks ([server] roles), send it again to one that does")
         if auth.callback_networks and not within(peer, auth.callback_networks):
             raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
-        if self._token is not None and not hmac.compare_digest(_token_of(request), self._token):
+        if self._token is not None and not hmac.compare_digest(_token_of(headers, url), self._token):
             raise RefusedError(401, "401001", SIGNATURE_MESSAGE)
         if self._store.backlog >= self._backlog_limit:
             raise busy("too much is waiting to be verified, send it again later")
-        length = request.content_length
-        if length is not None and length > server.body_limit_bytes:
+        if int(headers.get("Content-Length", 0)) > server.body_limit_bytes:
             raise self._too_large()
         return peer
 
@@ -245,9 +289,7 @@ class Callback:
                 async with asyncio.timeout(self._server.body_timeout):
                     body = await self._read_bounded(request)
             except TimeoutError:
-                raise RefusedError(
-                    408, "408", "the body did not arrive in time", headers={"Connection": "close"}
-                ) from None
+                raise _late() from None
             finally:
                 self._arriving -= 1
                 self._arrived.set()
@@ -273,16 +315,34 @@ class Callback:
             keep=True,
         )
 
-    def _check(self, body: bytes, request_id: str, remote: str, caller: TraceParent | None) -> Delivery:
-        """The body as a delivery. Raises ContractError, SignatureError."""
+    def _check(
+        self,
+        headers: CIMultiDictProxy[str],
+        body: bytes,
+        request_id: str,
+        remote: str,
+        caller: TraceParent | None,
+    ) -> Delivery:
+        """The body as a delivery. Raises RefusedError, ContractError, SignatureError."""
+        if not _is_json(content_type := headers.get("Content-Type", "")):
+            raise RefusedError(
+                415, "415", f"Content-Type: must be application/json, not {content_type[:80]}", keep=True
+            )
         now = self._now()
-        wall = self._wall()
         nonce = None
         proven_by = UNSIGNED
-        envelope = open_envelope(body)
+        envelope = None
+        problem = None
+        try:
+            # Nearly every body is bare; what has a file_list of its own is no envelope.
+            notification = wire.parse_notification(body, max_files=self._max_files)
+        except ContractError as error:
+            problem = error
+            envelope = open_envelope(body)
         if self._auth.signature != "off" and (envelope is not None or self._auth.signature == "required"):
             if envelope is None:
                 raise SignatureError(signature.SIGNATURE_WRONG, "the body is not signed")
+            wall = self._wall()
             window_ms = round(self._auth.timestamp_window * 1000)
             key = signature.verify(envelope, self._auth.platform_keys, now_ms=wall, window_ms=window_ms)
             proven_by = key.fingerprint
@@ -290,11 +350,14 @@ class Callback:
             good_ms = envelope.timestamp + window_ms - wall
             expires_at = now + max(math.ceil(self._auth.nonce_ttl * 1000), good_ms)
             nonce = (signature.nonce_key(envelope), expires_at)
-        try:
-            bare = body if envelope is None else envelope.notification
-            notification = wire.parse_notification(bare, max_files=self._max_files)
-        except ContractError as error:
-            raise RefusedError(400, "400", str(error), keep=True, proven=proven_by != UNSIGNED) from error
+        if envelope is not None:
+            try:
+                notification = wire.parse_notification(envelope.notification, max_files=self._max_files)
+                problem = None
+            except ContractError as error:
+                problem = error
+        if problem is not None:
+            raise RefusedError(400, "400", str(problem), keep=True, proven=proven_by != UNSIGNED) from problem
         return Delivery(
             notification.batch_id,
             notification.api_code,
@@ -308,8 +371,9 @@ class Callback:
             caller.text if caller is not None else None,
         )
 
-    async def _refuse(self, about: dict[str, str], remote: str, body: bytes, refused: RefusedError) -> web.Response:
+    async def _refuse(self, about: dict[str, str], remote: str, body: bytes, error: BaseException) -> web.Response:
         request_id = about["request_id"]
+        refused = _refusal(about, remote, error)
         # Where a signature is required, whatever comes before its proof may be anybody's.
         if refused.keep and (refused.proven or self._auth.signature != "required"):
             detail = refused.message[:DETAIL_LIMIT]
@@ -328,12 +392,39 @@ class Callback:
         return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
 
 
-def _failed(about: dict[str, str], error: Exception) -> RefusedError:
+def _refusal(about: dict[str, str], remote: str, error: BaseException) -> RefusedError:
+    """How to answer what went wrong; what the operator has to know of it is logged."""
+    match error:
+        case RefusedError():
+            return error
+        case ContractError():
+            # An envelope that cannot be opened.
+            return RefusedError(400, "400", str(error), keep=True)
+        case SignatureError():
+            log.warning("signature refused", **about, remote=remote, error=str(error))
+            if error.code == signature.TIMESTAMP_EXPIRED:
+                return RefusedError(403, "403001", "请求时间非法或已过期 timestamp invalid or expired")
+            return RefusedError(401, "401001", SIGNATURE_MESSAGE)
+        case NonceReusedError():
+            log.warning("nonce refused", **about, remote=remote, error=str(error))
+            return RefusedError(403, "403002", "请勿重复请求 duplicate request")
+        case StoreUnavailableError():
+            log.error("not accepted, the store cannot commit", **about, error=str(error))
+            return busy("the store cannot commit, send it again")
+        case _:
+            return _failed(about, error)
+
+
+def _late() -> RefusedError:
+    return RefusedError(408, "408", "the body did not arrive in time", headers={"Connection": "close"})
+
+
+def _failed(about: dict[str, str], error: BaseException) -> RefusedError:
     log.error("a request failed, please report this", **about, exc_info=error)
     return RefusedError(500, "500", "系统异常 system error, try again")
 
 
-def _token_of(request: web.BaseRequest) -> bytes:
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-    presented = credentials.strip() if scheme.lower() == "bearer" else request.query.get("token", "")
+def _token_of(headers: CIMultiDictProxy[str], url: URL) -> bytes:
+    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
+    presented = credentials.strip() if scheme.lower() == "bearer" else url.query.get("token", "")
     return presented.encode("utf-8", "surrogatepass")

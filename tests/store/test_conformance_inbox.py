@@ -83,11 +83,11 @@ async def test_deliveries_accepted_just_before_closing_are_there_after_reopening
     store: Store, backend: Backend
 ) -> None:
     deliveries = [delivery(request_id=f"r-{n}") for n in range(400)]
-    early = [asyncio.create_task(store.accept(delivery)) for delivery in deliveries[:200]]
+    early = [asyncio.ensure_future(store.accept(delivery)) for delivery in deliveries[:200]]
     await asyncio.sleep(0)
     closing = asyncio.create_task(backend.close())
     await asyncio.sleep(0)
-    late = [asyncio.create_task(store.accept(delivery)) for delivery in deliveries[200:]]
+    late = [asyncio.ensure_future(store.accept(delivery)) for delivery in deliveries[200:]]
     answers = await asyncio.gather(*early, *late, return_exceptions=True)
     await closing
 
@@ -119,7 +119,7 @@ async def test_every_verb_of_a_closed_store_raises_store_unavailable(store: Stor
 
 async def test_a_delivery_whose_caller_has_gone_is_still_expanded_and_counted_in_the_backlog(store: Store) -> None:
     assert await nothing_in_inbox(store)
-    call = asyncio.create_task(store.accept(delivery(files=7)))
+    call = asyncio.ensure_future(store.accept(delivery(files=7)))
     await asyncio.sleep(0)
     call.cancel()
     await store.ping(NOW)

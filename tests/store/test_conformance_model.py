@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from notify_server.errors import RejectionGoneError
-from notify_server.model import BatchVerdict, FileResult, FileState
+from notify_server.model import BatchVerdict, Delivery, FileResult, FileState
 from notify_server.store.base import NewFile, Store
 from notify_server.store.records import FileFilter
 from tests.store.backends import Backend, KeptBackend
@@ -54,6 +54,9 @@ class StoreMachine(RuleBasedStateMachine):
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
 
+    async def _accept(self, delivery: Delivery) -> int:
+        return await self.store.accept(delivery)
+
     def teardown(self) -> None:
         self.run(self.backend.close())
         self.runner.close()
@@ -63,7 +66,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(batch_id=st.sampled_from(["x", "y"]), chunks=file_lists)
     def accept(self, batch_id: str, chunks: list[list[NewFile]]) -> None:
         files = sum(map(len, chunks))
-        id = self.run(self.store.accept(delivery(batch_id, files=files, received_at=self.now)))
+        id = self.run(self._accept(delivery(batch_id, files=files, received_at=self.now)))
         self.model.inbox.append(Item(id, batch_id, chunks, self.now))
 
     @precondition(lambda self: self.model.inbox)
@@ -94,7 +97,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Take a rejection after all that is there, or was."""
         id = data.draw(st.integers(1, self.model.rejected))
         files = sum(map(len, chunks))
-        accept = self.store.accept(delivery(batch_id, files=files, received_at=self.now, replays=id))
+        accept = self._accept(delivery(batch_id, files=files, received_at=self.now, replays=id))
         try:
             notification = self.run(accept)
         except RejectionGoneError:

@@ -553,7 +553,7 @@ async def test_a_connection_cut_in_the_middle_of_a_commit_of_acks_tells_each_cal
     url: str, one: PostgresStore
 ) -> None:
     async with locked(url, "notification") as holder:
-        calls = [asyncio.create_task(one.accept(delivery())) for _ in range(20)]
+        calls = [asyncio.ensure_future(one.accept(delivery())) for _ in range(20)]
         await cut(holder)
         answers = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(answer, StoreUnavailableError) for answer in answers)

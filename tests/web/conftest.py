@@ -26,12 +26,11 @@ import pytest_asyncio
 import structlog
 import uvloop
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from notify_server.app import POOL, make_app, serve
+from notify_server.app import POOL, make_app, make_front, serve
 from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.contract.signature import load_platform_key
@@ -230,6 +229,7 @@ class Daemon:
         self.events = events
         self.clock = clock
         self.app: web.Application | None = None
+        self.handlers: web.Server | None = None
         # Given by whoever started it: stops it, and waits until it has stopped.
         self.stop: Stop
         self._session = session
@@ -364,16 +364,19 @@ def build_config(directory: Path, sections: Mapping[str, Mapping[str, Any]]) -> 
 
 
 async def start_app(directory: Path, events: Events, clock: Clock, sections: Mapping[str, Any]) -> Daemon:
-    """Run the app under aiohttp's test server, with what `serve` sets that has to do with requests."""
+    """Run the app behind its front, with what `serve` sets that has to do with requests."""
     config = build_config(directory, sections)
     app = make_app(config, wall=clock, now=clock)
-    server = TestServer(app)
-    await server.start_server(access_log=None, auto_decompress=False)
-    client = TestClient(server)
-    await client.start_server()
-    assert server.port is not None
-    daemon = Daemon(config, server.port, client, events, clock)
+    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=1.0)
+    await runner.setup()
+    assert runner.server is not None
+    front = make_front(app, runner.server, config.server)
+    listener = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    session = aiohttp.ClientSession(f"http://127.0.0.1:{port}")
+    daemon = Daemon(config, port, session, events, clock)
     daemon.app = app
+    daemon.handlers = runner.server
 
     async def stop(*, hang_up: bool = True) -> None:
         if hang_up:
@@ -382,7 +385,10 @@ async def start_app(directory: Path, events: Events, clock: Clock, sections: Map
         pool = app[POOL]
         assert pool is not None
         pool.finish()
-        await client.close()
+        listener.close()
+        await session.close()
+        await front.drain(1.0)
+        await runner.cleanup()
 
     daemon.stop = stop
     return daemon
