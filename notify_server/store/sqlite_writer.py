@@ -33,8 +33,9 @@ log = structlog.get_logger("notify_server.store")
 # "ntfy": lets `file` and this program tell the database from any other.
 APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
-# Callers who come together are a crowd: when these have got their acks, others are about to come for theirs, and are
-# waited for so long, because a job that has begun would keep them waiting for longer. Jobs get a share of the time.
+# So many callers within the time of patience are a crowd: when these have got their acks, others are about to come for
+# theirs, and are waited for so long, because a job that has begun would keep them waiting for longer. Jobs get a share
+# of the time.
 CROWD = 8
 PATIENCE_SECONDS = 0.01
 JOB_SHARE = 0.1
@@ -323,6 +324,9 @@ class Writer:
         self._credit = 0.0
         self._credited_at = 0.0
         self._crowd_until = 0.0
+        # Callers, and since when they are counted.
+        self._counted = 0
+        self._counted_from = 0.0
         self._news = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="sqlite-writer")
@@ -341,7 +345,8 @@ class Writer:
         size: Callable[[Item], int] = lambda item: 1,
     ) -> Group[Item, Answer]:
         """A group of callers of one kind. `write` answers for each item in its order; `committed` is called for each
-        that was written, in that order, whatever became of its caller. `size` tells how many wait for an item.
+        that was written, in that order, whatever became of its caller. `size` tells for how many callers an item
+        counts.
         """
         group = Group(self, write, committed, size)
         self._groups.append(group)
@@ -389,8 +394,7 @@ class Writer:
             self._news.clear()
             group = next((group for group in self._groups if group.waiting), None)
             if group is not None:
-                if group.commit() >= CROWD:
-                    self._crowd_until = self._loop.time() + PATIENCE_SECONDS
+                self._came(group.commit())
             elif self._jobs:
                 if self._may_do_job() or not await self._crowd_comes():
                     self._do_job(*self._jobs.popleft())
@@ -400,6 +404,14 @@ class Writer:
                 await self._news.wait()
             # What has arrived meanwhile is seen.
             await asyncio.sleep(0)
+
+    def _came(self, callers: int) -> None:
+        now = self._loop.time()
+        if now - self._counted_from > PATIENCE_SECONDS:
+            self._counted_from, self._counted = now, 0
+        self._counted += callers
+        if self._counted >= CROWD:
+            self._crowd_until = now + PATIENCE_SECONDS
 
     def _may_do_job(self) -> bool:
         now = self._loop.time()
