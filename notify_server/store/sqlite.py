@@ -47,6 +47,11 @@ RECENT_BYTES = 8 * 1024 * 1024
 # A caller that brings more counts for several.
 CALLER_BYTES = 32 * 1024
 
+# Due files that are read at once where fewer are asked for: those who claim little at a time do not pay for what they
+# hold each time. And how many may be kept so, of all hosts together.
+READ_AHEAD = 512
+AHEAD_MOST = 4096
+
 # Statements carry at most this many rows; SQLite takes 32,766 parameters in one.
 _ROWS = 256
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, _ROWS)
@@ -55,7 +60,7 @@ _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileS
 
 SQL = load_queries("sqlite")
 
-_decode_due = msgspec.json.Decoder(list[tuple[int, int, str, str, int]]).decode
+_decode_due = msgspec.json.Decoder(list[tuple[int, int, str, int, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
 _decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
 _decode_recheck = msgspec.json.Decoder(list[tuple[int, int, str, FileState]]).decode
@@ -83,6 +88,8 @@ class SqliteStore:
         self._held: dict[int, str] = {}
         self._held_of: Counter[str] = Counter()
         self._restarted: set[int] = set()
+        # Due files that were read and that nobody has asked for yet, of each host, with when they are due.
+        self._ahead: dict[str, deque[tuple[int, DueFile]]] = {}
         # The newest rejection, how many there are, and of how many bytes.
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
@@ -276,9 +283,7 @@ class SqliteStore:
             return sum(merge.pending for merge in merges), _write_verdicts(connection, batches, now)
 
         restarted: set[int] = set()
-        pending, verdicts = await self._writer.transaction(
-            write, committed=lambda: self._restarted.update(self._held.keys() & restarted)
-        )
+        pending, verdicts = await self._writer.transaction(write, committed=lambda: self._restart(restarted))
         self._backlog += pending
         for item in [expansion.item for expansion in expansions if expansion.last]:
             self._expanded_through = item.id
@@ -317,25 +322,50 @@ class SqliteStore:
     def _read_claims(
         self, connection: sqlite3.Connection, wanted: Sequence[tuple[str, int]], now: int
     ) -> list[DueFile]:
-        claimed: dict[int, DueFile] = {}
         # A host may be named twice, and asks for the sum.
         sums: Counter[str] = Counter()
         for host, n in wanted:
             sums[host] += n
+        if sum(map(len, self._ahead.values())) > AHEAD_MOST:
+            self._ahead.clear()
         for host, n in sums.items():
+            if len(self._ahead.get(host, ())) >= n:
+                continue
             # What is held is still pending on disk: as many more are read, and left out.
-            most = n + self._held_of[host] + len(self._restarted)
+            most = max(n, READ_AHEAD // len(sums)) + self._held_of[host] + len(self._restarted)
             (answer,) = connection.execute(SQL["claim"], (host, now, most)).fetchone()
-            rows = [row for row in _decode_due(answer) if row[0] not in self._held]
-            claimed.update((row[0], DueFile(*row)) for row in rows[:n])
+            self._ahead[host] = deque(
+                (due, DueFile(id, batch, host, url, attempts))
+                for id, batch, url, attempts, due in _decode_due(answer)
+                if id not in self._held
+            )
         # Held only now: a read that fails half-way must not keep what nobody got.
-        for file in claimed.values():
+        claimed: list[DueFile] = []
+        for host, n in sums.items():
+            ahead = self._ahead.pop(host, deque())
+            while n and ahead and ahead[0][0] <= now:
+                claimed.append(ahead.popleft()[1])
+                n -= 1
+            if ahead:
+                self._ahead[host] = ahead
+        for file in claimed:
             self._held[file.id] = file.host
             self._held_of[file.host] += 1
-        return list(claimed.values())
+        return claimed
 
     def release(self, files: Sequence[DueFile]) -> None:
-        self._writer.call(lambda: self._forget(files))
+        def forget() -> None:
+            self._forget(files)
+            # They have been due for longer than what was read behind them.
+            self._ahead.clear()
+
+        self._writer.call(forget)
+
+    def _restart(self, files: set[int]) -> None:
+        """These files have started anew, and are not what was read of them any more."""
+        self._restarted.update(self._held.keys() & files)
+        if files:
+            self._ahead.clear()
 
     def _forget(self, files: Iterable[DueFile]) -> None:
         for file in files:
@@ -377,9 +407,7 @@ class SqliteStore:
             return reopened, Restart(len(found), frozenset(host for _, _, host, _ in found))
 
         restarted: set[int] = set()
-        reopened, restart = await self._writer.transaction(
-            write, committed=lambda: self._restarted.update(self._held.keys() & restarted)
-        )
+        reopened, restart = await self._writer.transaction(write, committed=lambda: self._restart(restarted))
         self._backlog += reopened
         return restart
 

@@ -44,14 +44,14 @@ from notify_server.verify.reach import Reach, ask_name_server, is_name
 log = structlog.get_logger("notify_server.verify")
 
 # Results in one transaction: large enough to share its cost, small enough to keep an ack waiting for a few ms only.
-RECORD_ROWS = 256
+RECORD_ROWS = 128
 # How long results wait for company while more are on their way.
 RECORD_LINGER = 0.02
 # Results that wait for a store which cannot commit: no file is started when there are more.
 UNRECORDED_MOST = 4096
 # Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.
 AHEAD_PER_SLOT = 32
-AHEAD_SHARES = 8
+AHEAD_SHARES = 64
 # Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
 TRIAL_SHARE = 4
 # Hosts looked up at a time, and known at a time.
@@ -374,7 +374,7 @@ class Pool:
             self._ready(waiting)
         if self._stopping or not self._turns:
             return
-        now = time.monotonic()
+        now, at = time.monotonic(), self._now()
         links = [link for link in self._links if link.alive and link.busy < self._a_prober]
         outgoing: dict[ProberLink, list[Request]] = {link: [] for link in links}
         while self._turns and links and len(self._flights) < self._config.concurrency and self._has_room():
@@ -393,7 +393,7 @@ class Pool:
                     self._park(host)
                     continue
                 self._trial_at = now + TRIAL_SECONDS
-            self._start(host, host.queue.popleft(), now, links, outgoing)
+            self._start(host, host.queue.popleft(), now, at, links, outgoing)
             self._ready(host)
             if len(host.queue) <= host.low and not host.exhausted and host.name not in self._hungry:
                 self._hungry[host.name] = host
@@ -406,7 +406,13 @@ class Pool:
         return len(self._results) + self._recording < UNRECORDED_MOST
 
     def _start(
-        self, host: Host, file: DueFile, now: float, links: list[ProberLink], outgoing: dict[ProberLink, list[Request]]
+        self,
+        host: Host,
+        file: DueFile,
+        now: float,
+        at: int,
+        links: list[ProberLink],
+        outgoing: dict[ProberLink, list[Request]],
     ) -> None:
         target = self._guard.examine(file.target_url)
         host.start(now)
@@ -415,16 +421,16 @@ class Pool:
         self._trial_flights += flight.on_trial
         if target.refusal is not None:
             # Refused by settings that came after the file was admitted.
-            self._end(flight, policy.Conclusion(FileState.BLOCKED, target.refusal), None)
+            self._end(flight, policy.Conclusion(FileState.BLOCKED, target.refusal), None, at)
             return
         link = links[0] if len(links) == 1 else min(links, key=lambda link: link.busy + len(outgoing[link]))
-        outgoing[link].append(self._request(flight, link, now))
+        outgoing[link].append(self._request(flight, link, now, at))
 
-    def _request(self, flight: Flight, link: ProberLink, now: float) -> Request:
+    def _request(self, flight: Flight, link: ProberLink, now: float, at: int) -> Request:
         self._last_id += 1
         self._flights[self._last_id] = flight
         flight.link = link
-        flight.sent_at = self._now()
+        flight.sent_at = at
         ask, settings = flight.ask, flight.host.settings
         return Request(
             self._last_id,
@@ -444,22 +450,23 @@ class Pool:
 
     def _on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
         again: list[Request] = []
+        # What arrives together has arrived at the same time.
+        now, at = time.monotonic(), self._now()
         for item in evidence:
             flight = self._flights.pop(item.id, None)
             if flight is None:
                 continue
             outcome = policy.judge(flight.ask, item, flight.host.settings, self._guard.follow)
-            now = time.monotonic()
             if isinstance(outcome, policy.Ask) and now >= flight.deadline:
                 # No time is left to ask again: this was the attempt, on whichever connection it came.
                 outcome = policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
                 if not self._doubt(flight, outcome, item):
-                    self._end(flight, outcome, item)
+                    self._end(flight, outcome, item, at)
                 continue
             flight.ask = outcome
-            again.append(self._request(flight, link, now))
+            again.append(self._request(flight, link, now, at))
         if again:
             link.send(again)
         self._settle_doubts()
@@ -504,11 +511,10 @@ class Pool:
             )
         )
 
-    def _end(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence | None) -> None:
+    def _end(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence | None, now: int) -> None:
         """The attempt is over: what becomes of the file, and who is next."""
         file, config = flight.file, self._config
         attempts = file.attempts + 1
-        now = self._now()
         asked = policy.retry_after_ms(item.retry_after, now) if item is not None and item.retry_after else None
         fate = policy.conclude(conclusion, attempts, config.retry_schedule, config.jitter, self._chance(), asked)
         next_attempt_at = None if fate.wait_ms is None else now + fate.wait_ms
@@ -590,7 +596,7 @@ class Pool:
             while self._parked:
                 self._unpark()
         for doubted in reach.take():
-            self._end(*doubted)
+            self._end(*doubted, self._now())
 
     def _failed(self, reach: Reach[Doubted], host: str) -> None:
         if reach.failed(host):
@@ -614,7 +620,7 @@ class Pool:
                 other.host not in doubted and (reach is self._network or is_name(other.hostname)) for other in others
             ):
                 for attempt in reach.take():
-                    self._end(*attempt)
+                    self._end(*attempt, self._now())
 
     def _ask_name_server(self, host: str) -> None:
         if self._asking_names:
@@ -671,7 +677,7 @@ class Pool:
             file = flight.file
             self._deaths[file.id] = self._deaths.get(file.id, 0) + 1
             if self._deaths[file.id] >= DEATHS_BORNE:
-                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.PROTOCOL_ERROR), None)
+                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.PROTOCOL_ERROR), None, self._now())
                 continue
             released.append(file)
             self._free(flight)

@@ -35,8 +35,8 @@ from notify_server.verify.guard import Guard
 VALUE_LIMIT = 255
 # One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
 LOCATION_LIMIT = 8193
-# Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
-# wake-up, whatever is in it.
+# Evidence goes out together: so much of it, but no more than for half of what may be in flight, or when the first of it
+# has waited for so long. A frame costs the daemon a wake-up, whatever is in it.
 TOGETHER_MOST = 64
 TOGETHER_SECONDS = 0.002
 # Connections kept: select() knows descriptors up to 1,023, and requests in flight need some too.
@@ -307,6 +307,7 @@ class Prober:
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
+        self._together = min(TOGETHER_MOST, max(1, self._config.concurrency // 2))
         self._multi.setopt(pycurl.M_MAXCONNECTS, min(self._config.concurrency * 2, KEPT_MOST))
         os.set_blocking(source, False)
         self._write(self._encode(Ready(pycurl.version_info()[1])))
@@ -348,7 +349,7 @@ class Prober:
             if self._busy:
                 multi.perform()
                 self._collect()
-            if self._evidence and (len(self._evidence) >= TOGETHER_MOST or time.monotonic() >= self._flush_at):
+            if self._evidence and (len(self._evidence) >= self._together or time.monotonic() >= self._flush_at):
                 self._send(self._evidence)
                 self._evidence = []
 

@@ -134,6 +134,35 @@ async def test_a_held_file_does_not_keep_those_behind_it_from_being_claimed(stor
         assert names_of(await claim(store, now=NOW + 9, n=1)) == [str(n)]
 
 
+async def test_what_has_changed_since_others_were_claimed_is_claimed_as_it_is_now(store: Store) -> None:
+    await take_in(store, *(finished(name) for name in "abcde"))
+    (first,) = await claim(store, n=1)
+    others = sorted(set("abcde") - set(names_of([first])))
+    moved, gone, changed, *_ = others
+    await take_in(store, finished(moved, url=f"https://b.example/{moved}", host="b.example"), now=NOW + 1)
+    await take_in(store, blocked(gone), now=NOW + 2)
+    await take_in(store, finished(changed, url=f"https://{HOST}/new-{changed}"), now=NOW + 3)
+    assert sorted(names_of(await claim(store, now=NOW + 9))) == sorted([*others[3:], f"new-{changed}"])
+    assert names_of(await claim(store, "b.example", now=NOW + 9)) == [moved]
+
+
+async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: Store) -> None:
+    await take_in(store, finished("a"), finished("b"), finished("c"))
+    (first,) = await claim(store, n=1)
+    everything = [1, 2, 3]
+    assert (await store.recheck([id for id in everything if id != first.id], NOW + 1)).files == 2
+    files = await claim(store, now=NOW + 1)
+    assert sorted([first.id, *(file.id for file in files)]) == everything
+
+
+async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(store: Store) -> None:
+    await wait_at(store, {str(n): NOW + n for n in range(5)})
+    files = await claim(store, now=NOW + 9, n=2)
+    assert names_of(await claim(store, now=NOW + 9, n=1)) == ["2"]
+    store.release(files)
+    assert names_of(await claim(store, now=NOW + 9, n=9)) == ["0", "1", "3", "4"]
+
+
 async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(store: Store, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"))
     before = await backend.rows("SELECT * FROM file_result")

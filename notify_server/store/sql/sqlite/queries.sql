@@ -180,9 +180,9 @@ FROM pending_host
 WHERE host IS NOT NULL;
 
 -- name: claim
-SELECT json_group_array(json_array(id, batch, host, target_url, attempts))
+SELECT json_group_array(json_array(id, batch, target_url, attempts, next_attempt_at))
 FROM (
-    SELECT id, batch, host, target_url, attempts
+    SELECT id, batch, target_url, attempts, next_attempt_at
     FROM file
     WHERE state = 'pending' AND host = ? AND next_attempt_at <= ?
     ORDER BY next_attempt_at
