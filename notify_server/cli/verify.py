@@ -137,6 +137,10 @@ class Listing:
 
     # The pool's side
 
+    @property
+    def takes_turns(self) -> bool:
+        return False
+
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         return [HostDue(host, 0) for host in nsmallest(limit, (host for host in self._waiting if host > after))]
 

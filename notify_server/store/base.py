@@ -87,6 +87,10 @@ class Nodes(msgspec.Struct, frozen=True):
 class FileQueue(Protocol):
     """Where the verifier's work comes from, and goes to."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether callbacks wait for a claim or a record that is under way, so that small ones are better."""
+
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""
 

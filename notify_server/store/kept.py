@@ -105,6 +105,10 @@ class KeptStore:
         return self._backlog
 
     @property
+    def takes_turns(self) -> bool:
+        return True
+
+    @property
     def nodes(self) -> Nodes:
         return Nodes(0, (0,), (0,))
 

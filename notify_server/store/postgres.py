@@ -183,6 +183,10 @@ class PostgresStore:
         return self._node
 
     @property
+    def takes_turns(self) -> bool:
+        return False
+
+    @property
     def nodes(self) -> Nodes:
         return Nodes(self._node.last_id, self._taking, self._probing)
 

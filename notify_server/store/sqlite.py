@@ -128,6 +128,10 @@ class SqliteStore:
         return self._backlog
 
     @property
+    def takes_turns(self) -> bool:
+        return True
+
+    @property
     def nodes(self) -> Nodes:
         return Nodes(0, (0,), (0,))
 
