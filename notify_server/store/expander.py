@@ -17,8 +17,9 @@ from notify_server.verify.guard import Guard, harmless
 
 log = structlog.get_logger("notify_server.store")
 
-# Files in one transaction: an ack that arrives meanwhile waits for a few ms at most.
+# Files in one transaction, and where callbacks wait for it: for a ms or two.
 CHUNK_FILES = 250
+CHUNK_FILES_BY_TURNS = 100
 INBOX_ITEMS = 64
 # How long what has arrived waits for company, and how many are company enough: a transaction costs more than a file.
 LINGER_SECONDS = 0.02
@@ -31,6 +32,7 @@ class Expander:
 
     def __init__(self, store: Store, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
         self._store = store
+        self._chunk = CHUNK_FILES_BY_TURNS if store.takes_turns else CHUNK_FILES
         self._guard = guard
         self._now = now
         self._told = told
@@ -68,7 +70,7 @@ class Expander:
                 self._told.on_verdicts(await self._store.discard(item, str(error), self._now()))
                 continue
             for expansion in self._expansions(item, notification):
-                if group and size + len(expansion.files) > CHUNK_FILES:
+                if group and size + len(expansion.files) > self._chunk:
                     await self._expand(group)
                     group, size = [], 0
                 group.append(expansion)
@@ -96,13 +98,13 @@ class Expander:
 
     def _expansions(self, item: InboxItem, notification: Notification) -> Iterator[Expansion]:
         files = _last_words(notification.file_list)
-        for start in range(0, max(1, len(files)), CHUNK_FILES):
+        for start in range(0, max(1, len(files)), self._chunk):
             yield Expansion(
                 item,
                 notification.batch_id,
                 notification.api_code,
-                [self._admit(entry) for entry in files[start : start + CHUNK_FILES]],
-                start + CHUNK_FILES >= len(files),
+                [self._admit(entry) for entry in files[start : start + self._chunk]],
+                start + self._chunk >= len(files),
             )
 
     def _admit(self, entry: FileEntry) -> NewFile:
