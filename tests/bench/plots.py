@@ -31,6 +31,7 @@ COLORS = {
     acks.FASTAPI: AMBER,
     "webhook, no command": VIOLET,
     probes.LIMIT: GREY,
+    probes.TWO_PROBERS: "#79b0ff",
     "aiohttp client": TEAL,
     "curl --parallel": AMBER,
     "lychee": RED,

@@ -22,6 +22,7 @@ from tests.bench.usage import PeakMemory, cpu_seconds
 
 CONCURRENCY = 128
 LIMIT = "libcurl alone"
+TWO_PROBERS = f"{OURS}, 2 probers"
 # How long after a daemon's store was made its files are due: it has started by then, and the start costs no file.
 LEAD_SECONDS = 4.0
 RUN_SECONDS = 300.0
@@ -112,13 +113,14 @@ def curl(task: Task) -> Probing:
     return run
 
 
-def ours(task: Task) -> Probing:
+def ours(task: Task, *, processes: int = 1) -> Probing:
     """The daemon, from its first request to its last verdict, on a store that has them all waiting."""
     store = task.work / f"probes-{time.time_ns()}.db"
     lead = LEAD_SECONDS
     due_at = unix_ms() + round(lead * 1000)
     add_pending(store, task.addresses, due_at)
     limits = {"verify__concurrency": str(CONCURRENCY), "verify__per_host_concurrency": str(CONCURRENCY)}
+    limits["verify__processes"] = str(processes)
     if task.origin.ca_file:
         limits["verify__ca_file"] = str(task.origin.ca_file)
     with daemon(store, **limits) as server:
@@ -145,6 +147,7 @@ def ours(task: Task) -> Probing:
 PEERS: dict[str, Callable[[Task], Probing]] = {
     LIMIT: lambda task: _module("libcurl_alone", task),
     OURS: ours,
+    TWO_PROBERS: lambda task: ours(task, processes=2),
     "aiohttp client": lambda task: _module("aiohttp_client", task),
     "curl --parallel": curl,
     "lychee": lychee,
