@@ -114,6 +114,7 @@ class Connection(asyncio.Protocol):
         "_callback",
         "_choked",
         "_due",
+        "_ended",
         "_front",
         "_later",
         "_lingering",
@@ -142,6 +143,8 @@ class Connection(asyncio.Protocol):
         # The caller does not read its answers.
         self._choked = False
         self._lingering = False
+        # The caller sends nothing more.
+        self._ended = False
         # When the caller has kept us waiting for too long; the timer rings then, or earlier and is set again.
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -164,6 +167,11 @@ class Connection(asyncio.Protocol):
         if self._message is not None and not self._answering:
             self._callback.hung_up(self._remote)
         self._leave()
+
+    def eof_received(self) -> bool:
+        # Who has sent all that it had may still read the answer; over TLS there is no such half of a connection.
+        self._ended = True
+        return self._answering and self._transport is not None and self._transport.can_write_eof()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -237,10 +245,10 @@ class Connection(asyncio.Protocol):
 
     def _reply(self, answer: Answer) -> None:
         front, message = self._front, self._message
-        if self._transport is None or message is None:
+        if self._transport is None or self._transport.is_closing() or message is None:
             return
         # What is still coming of a body that was refused would keep the next request waiting.
-        closes = message.should_close or front.draining or answer.closes or self._missing > 0
+        closes = message.should_close or front.draining or answer.closes or self._missing > 0 or self._ended
         self._message = None
         self._answering = False
         self._transport.write(answer.written(closes=closes))

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from notify_server.web.front import HEAD_MOST, Front
 from tests.web.conftest import PATIENCE, Clock, Daemon, Events, notification, start_app
 
 if TYPE_CHECKING:
-    from tests.web.conftest import Start
+    from tests.web.conftest import Locked, Start
 
 LIMIT = 3000
 
@@ -305,6 +306,34 @@ async def test_who_hangs_up_in_the_middle_of_a_body_leaves_nothing_behind(daemon
     await daemon.events.seen("hung up", since)
     assert daemon.counts() == before
     await daemon.serves()
+
+
+async def test_who_ends_its_side_after_a_request_gets_the_answer(daemon: Daemon) -> None:
+    connection = await daemon.connect()
+    await connection.send(request(content(), JSON))
+    connection.end()
+    answer = await connection.answer()
+    answer.accepted()
+    assert answer.headers["Connection"] == "close"
+    assert await connection.rest() == b""
+
+
+async def test_who_hangs_up_before_its_ack_leaves_a_notification_and_no_noise(start: Start, locked: Locked) -> None:
+    daemon = await start()
+    since = len(daemon.events.all)
+    with locked(daemon):
+        for reset in (False, True):
+            gone = socket.create_connection(("127.0.0.1", daemon.port))
+            gone.sendall(request(content(), JSON))
+            # By this answer it has been read.
+            assert (await daemon.get("/healthz")).status == 200
+            if reset:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()
+        assert (await daemon.get("/healthz")).status == 200
+    await daemon.eventually(lambda: daemon.counts() == (2, 0))
+    await daemon.serves()
+    assert [event for event in daemon.events.all[since:] if event["level"] not in ("debug", "info")] == []
 
 
 async def test_who_does_not_read_its_answers_is_not_read_from_and_gets_them_all(daemon: Daemon) -> None:
