@@ -22,7 +22,7 @@ from tests.bench.usage import PeakMemory, cpu_seconds
 
 CONCURRENCY = 128
 LIMIT = "libcurl alone"
-TWO_PROBERS = f"{OURS}, 2 probers"
+TWO_PROBERS = "with 2 probers"
 # How long after a daemon's store was made its files are due: it has started by then, and the start costs no file.
 LEAD_SECONDS = 4.0
 RUN_SECONDS = 300.0
