@@ -89,7 +89,9 @@ class FileQueue(Protocol):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether callbacks wait for a claim or a record that is under way, so that small ones are better."""
+        """Whether callbacks, of which some have come lately, wait for what is recorded, so that little at a time is
+        better.
+        """
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""

@@ -32,7 +32,7 @@ class Expander:
 
     def __init__(self, store: Store, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
         self._store = store
-        self._chunk = CHUNK_FILES_BY_TURNS if store.takes_turns else CHUNK_FILES
+        self._chunk = CHUNK_FILES
         self._guard = guard
         self._now = now
         self._told = told
@@ -53,6 +53,7 @@ class Expander:
 
     async def _take(self, items: Sequence[InboxItem]) -> None:
         """Expand items in their order: small ones share a transaction, a large one takes several."""
+        self._chunk = CHUNK_FILES_BY_TURNS if self._store.takes_turns else CHUNK_FILES
         group: list[Expansion] = []
         size = 0
         for item in items:

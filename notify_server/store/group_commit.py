@@ -14,6 +14,8 @@ Answer = TypeVar("Answer")
 
 GROUP_LIMIT = 256
 GROUP_BYTES = 32 * 1024 * 1024
+# Callers who came within this time are about to come again.
+LATELY_SECONDS = 1.0
 
 
 class GroupCommit(Generic[Item, Answer]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
 from notify_server.store import sqlite_writer
 from notify_server.store.base import MOST, Expanding, Expansion, HostDue, Nodes, Restart, in_range, rejection_gone
-from notify_server.store.group_commit import answer, fail
+from notify_server.store.group_commit import LATELY_SECONDS, answer, fail
 from notify_server.store.keeper_frames import (
     VERBS,
     Call,
@@ -68,6 +69,7 @@ class KeptStore:
         self._closing = False
         self._on_commit = on_commit
         self._accepting: list[tuple[Delivery, asyncio.Future[int]]] = []
+        self._came_at = -math.inf
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -106,7 +108,7 @@ class KeptStore:
 
     @property
     def takes_turns(self) -> bool:
-        return True
+        return asyncio.get_running_loop().time() - self._came_at < LATELY_SECONDS
 
     @property
     def nodes(self) -> Nodes:
@@ -213,6 +215,7 @@ class KeptStore:
             # Those that come in one turn of the loop go in one frame. The keeper, which commits meanwhile what came
             # before, takes all that it finds into its next transaction.
             loop.call_soon(self._send_deliveries)
+            self._came_at = loop.time()
         self._accepting.append((delivery, future))
         return future
 

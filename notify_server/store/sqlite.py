@@ -67,6 +67,18 @@ _decode_recheck = msgspec.json.Decoder(list[tuple[int, int, str, FileState]]).de
 _decode_existing = msgspec.json.Decoder(list[Known]).decode
 
 
+class _Ahead:
+    """Due files of a host that were read and that nobody has asked for yet, each with when it is due."""
+
+    __slots__ = ("files", "last", "more")
+
+    def __init__(self) -> None:
+        self.files: deque[tuple[int, DueFile]] = deque()
+        # When the last one that was read is due, its id, and whether there were others behind it.
+        self.last = (-1, -1)
+        self.more = True
+
+
 class SqliteStore:
     """Open it with `open`; close it when done."""
 
@@ -88,8 +100,7 @@ class SqliteStore:
         self._held: dict[int, str] = {}
         self._held_of: Counter[str] = Counter()
         self._restarted: set[int] = set()
-        # Due files that were read and that nobody has asked for yet, of each host, with when they are due.
-        self._ahead: dict[str, deque[tuple[int, DueFile]]] = {}
+        self._ahead: dict[str, _Ahead] = {}
         # The newest rejection, how many there are, and of how many bytes.
         self._rejections: tuple[int | None, int, int] = (0, 0, 0)
 
@@ -129,7 +140,7 @@ class SqliteStore:
 
     @property
     def takes_turns(self) -> bool:
-        return True
+        return self._writer.callers_lately
 
     @property
     def nodes(self) -> Nodes:
@@ -330,32 +341,52 @@ class SqliteStore:
         sums: Counter[str] = Counter()
         for host, n in wanted:
             sums[host] += n
-        if sum(map(len, self._ahead.values())) > AHEAD_MOST:
+        if sum(1 + len(ahead.files) for ahead in self._ahead.values()) > AHEAD_MOST:
             self._ahead.clear()
         for host, n in sums.items():
-            if len(self._ahead.get(host, ())) >= n:
-                continue
-            # What is held is still pending on disk: as many more are read, and left out.
-            most = max(n, READ_AHEAD // len(sums)) + self._held_of[host] + len(self._restarted)
-            (answer,) = connection.execute(SQL["claim"], (host, now, most)).fetchone()
-            self._ahead[host] = deque(
-                (due, DueFile(id, batch, host, url, attempts))
-                for id, batch, url, attempts, due in _decode_due(answer)
-                if id not in self._held
-            )
+            self._look_ahead(connection, host, n, max(n, READ_AHEAD // len(sums)), now)
         # Held only now: a read that fails half-way must not keep what nobody got.
         claimed: list[DueFile] = []
         for host, n in sums.items():
-            ahead = self._ahead.pop(host, deque())
-            while n and ahead and ahead[0][0] <= now:
-                claimed.append(ahead.popleft()[1])
+            ahead = self._ahead[host]
+            while n and ahead.files and ahead.files[0][0] <= now:
+                claimed.append(ahead.files.popleft()[1])
                 n -= 1
-            if ahead:
-                self._ahead[host] = ahead
+            if not ahead.files and not ahead.more:
+                del self._ahead[host]
         for file in claimed:
             self._held[file.id] = file.host
             self._held_of[file.host] += 1
         return claimed
+
+    def _look_ahead(self, connection: sqlite3.Connection, host: str, n: int, most: int, now: int) -> None:
+        """Have `n` due files of the host ahead, or all that there are; read `most` where there are fewer."""
+        ahead = self._ahead.get(host)
+        if ahead is not None and ahead.more:
+            if len(ahead.files) < n:
+                self._read_on(connection, host, ahead, most, now)
+            if len(ahead.files) >= n:
+                return
+        elif ahead is not None and len(ahead.files) >= n:
+            return
+        # From the beginning: some may have become due behind what was read. What is held is still pending on disk, so
+        # as many more are read, and left out.
+        ahead = self._ahead[host] = _Ahead()
+        self._read_on(connection, host, ahead, most + self._held_of[host] + len(self._restarted), now)
+
+    def _read_on(self, connection: sqlite3.Connection, host: str, ahead: _Ahead, most: int, now: int) -> None:
+        due, id = ahead.last
+        parameters = {"host": host, "due": due, "id": id, "now": now, "most": most}
+        (answer,) = connection.execute(SQL["claim"], parameters).fetchone()
+        rows = _decode_due(answer)
+        ahead.files += (
+            (due, DueFile(id, batch, host, url, attempts))
+            for id, batch, url, attempts, due in rows
+            if id not in self._held
+        )
+        ahead.more = len(rows) == most
+        if rows:
+            ahead.last = rows[-1][4], rows[-1][0]
 
     def release(self, files: Sequence[DueFile]) -> None:
         def forget() -> None:

@@ -54,7 +54,6 @@ UNRECORDED_MOST = 4096
 # Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.
 AHEAD_PER_SLOT = 32
 AHEAD_SHARES = 8
-AHEAD_SHARES_BY_TURNS = 64
 # Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
 TRIAL_SHARE = 4
 # Hosts looked up at a time, and known at a time.
@@ -124,9 +123,6 @@ class Pool:
         # What one prober may have in flight: the living do not take over what the dead had.
         self._a_prober = -(-config.concurrency // max(1, len(links)))
         self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
-
-        self._rows = RECORD_ROWS_BY_TURNS if store.takes_turns else RECORD_ROWS
-        self._shares = AHEAD_SHARES_BY_TURNS if store.takes_turns else AHEAD_SHARES
 
         self._hosts: dict[str, Host] = {}
         # Hosts that may start a file now, in the order of their turns; and hosts that may have more to claim.
@@ -318,7 +314,7 @@ class Pool:
     async def _claim(self) -> bool:
         """Claim for some of the hungry hosts; whether there was anything to do."""
         now = time.monotonic()
-        most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(self._shares, len(self._hosts)))
+        most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(AHEAD_SHARES, len(self._hosts)))
         wanted: list[tuple[str, int]] = []
         for name in list(self._hungry)[:HOSTS_A_CLAIM]:
             host = self._hungry.pop(name)
@@ -698,9 +694,10 @@ class Pool:
         delay = RECORD_LINGER
         while True:
             await self._recordable.wait()
-            if len(self._results) < self._rows and self._flights:
+            rows = RECORD_ROWS_BY_TURNS if self._store.takes_turns else RECORD_ROWS
+            if len(self._results) < rows and self._flights:
                 await asyncio.sleep(RECORD_LINGER)
-            batch = [self._results.popleft() for _ in range(min(self._rows, len(self._results)))]
+            batch = [self._results.popleft() for _ in range(min(rows, len(self._results)))]
             if not self._results:
                 self._recordable.clear()
             if not batch:

@@ -35,8 +35,9 @@ from notify_server.verify.guard import Guard
 VALUE_LIMIT = 255
 # One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
 LOCATION_LIMIT = 8193
-# Evidence goes out together: so much of it, but no more than for half of what may be in flight, or when the first of it
-# has waited for so long. A frame costs the daemon a wake-up, whatever is in it.
+# Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
+# wake-up, whatever is in it. But no more than for half of what is in flight, so that the daemon judges one half, and
+# sends new requests, while we ask for the other: otherwise each waits for the other.
 TOGETHER_MOST = 64
 TOGETHER_SECONDS = 0.002
 # Connections kept: select() knows descriptors up to 1,023, and requests in flight need some too.
@@ -90,6 +91,7 @@ class Answer(NamedTuple):
 
 
 _NO_ANSWER = Answer(None, None, None, None, None, None)
+_STATUS_LINE = b"HTTP/"
 
 
 def read_headers(lines: Sequence[bytes]) -> Answer:
@@ -99,24 +101,31 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
     A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
     answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
     """
-    last = -1
-    for place, line in enumerate(lines):
-        if line.startswith(b"HTTP/"):
-            last = place
-    partial = last >= 0 and _status(lines[last]) in (b"206", b"416")
+    status_line = b""
     fields: dict[bytes, bytes] = {}
-    lengths: set[bytes] = set()
+    contradicted = False
     # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined what continues a field.
-    for line in lines[last + 1 :]:
-        if (field := _field(line)) is None:
+    for line in lines:
+        head, colon, value = line.partition(b":")
+        name = _name(head)
+        if name is None:
             continue
-        name, value = field
-        if name == b"content-length":
-            lengths.add(value.strip())
-        fields.setdefault(name, value)
-    location = fields.get(b"location")
+        if name is _STATUS_LINE:
+            status_line, fields, contradicted = line, {}, False
+        elif not colon:
+            continue
+        elif name not in fields:
+            fields[name] = value
+        elif name == b"content-length":
+            contradicted |= fields[name].strip() != value.strip()
+    content_range, location = fields.get(b"content-range"), fields.get(b"location")
+    if content_range is not None or _status(status_line) in (b"206", b"416"):
+        whole = _CONTENT_RANGE.match((content_range or b"").strip())
+        length = int(whole[1]) if whole else None
+    else:
+        length = None if contradicted else _length(fields.get(b"content-length", b""))
     return Answer(
-        _length(lengths, fields.get(b"content-range", b"" if partial else None)),
+        length,
         _text(fields.get(b"content-type")),
         _text(fields.get(b"etag")),
         _text(fields.get(b"last-modified")),
@@ -126,31 +135,27 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
 
 
 @lru_cache(maxsize=512)
-def _field(line: bytes) -> tuple[bytes, bytes] | None:
-    """Name, in lower case, and value of a header line that is kept; most lines of a host are always the same."""
-    name, colon, value = line.partition(b":")
-    name = name.rstrip(b" \t").lower()
-    return (name, value) if colon and name in _KEPT else None
+def _name(head: bytes) -> bytes | None:
+    """What a header line says before its colon: the name of a field that is kept, in lower case, or _STATUS_LINE. The
+    names that a host sends are always the same.
+    """
+    if head.startswith(_STATUS_LINE):
+        return _STATUS_LINE
+    name = head.rstrip(b" \t").lower()
+    return name if name in _KEPT else None
 
 
-@lru_cache(maxsize=512)
 def _text(value: bytes | None) -> str | None:
     return None if value is None else sanitise(value)
 
 
 def _status(line: bytes) -> bytes:
-    return (*line.split(None, 2), b"")[1]
+    return (*line.split(None, 2), b"", b"")[1]
 
 
-def _length(lengths: set[bytes], content_range: bytes | None) -> int | None:
-    if content_range is not None:
-        whole = _CONTENT_RANGE.match(content_range.strip())
-        return int(whole[1]) if whole else None
-    if len(lengths) == 1:
-        (length,) = lengths
-        if length.isdigit() and len(length) <= 18:
-            return int(length)
-    return None
+def _length(value: bytes) -> int | None:
+    digits = value.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= 18 else None
 
 
 class Handle:
@@ -226,16 +231,17 @@ class Handle:
         if self._complete:
             return None  # Trailers, after the body.
         self._lines.append(line)
-        if line.startswith(b"HTTP/"):
+        if line.startswith(_STATUS_LINE):
             status = _status(line)
             self._interim = status.startswith(b"1")
             # A bad answer on a connection that was used before does not count, and it may be what the server sent late
             # after the answer before. This request's own answer is then still to come, so the connection is given up:
             # it would be one answer behind for ever.
             self._behind = not self._dialled and not status.startswith((b"1", b"2"))
-        elif line in (b"\r\n", b"\n"):
+        elif len(line) <= 2 and line in (b"\r\n", b"\n"):
             self._complete = not self._interim
-        return -1 if self._behind and self._complete else None
+            return -1 if self._behind and self._complete else None
+        return None
 
     def _write(self, data: bytes) -> int | None:
         # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
@@ -303,11 +309,11 @@ class Prober:
         self._busy = 0
         self._evidence: list[Evidence] = []
         self._flush_at = 0.0
+        self._together = 1
         self._decode = msgspec.msgpack.Decoder(list[Request]).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
-        self._together = min(TOGETHER_MOST, max(1, self._config.concurrency // 2))
         self._multi.setopt(pycurl.M_MAXCONNECTS, min(self._config.concurrency * 2, KEPT_MOST))
         os.set_blocking(source, False)
         self._write(self._encode(Ready(pycurl.version_info()[1])))
@@ -346,12 +352,13 @@ class Prober:
                 for payload in self._read():
                     for request in self._decode(payload):
                         self._start(request)
+                self._together = min(TOGETHER_MOST, max(1, self._busy // 2))
             if self._busy:
                 multi.perform()
                 self._collect()
-            if self._evidence and (len(self._evidence) >= self._together or time.monotonic() >= self._flush_at):
-                self._send(self._evidence)
-                self._evidence = []
+            # With nothing else to wait for there is nothing to gain from waiting.
+            if self._evidence and (not self._busy or time.monotonic() >= self._flush_at):
+                self._flush()
 
     def _patience(self) -> float | None:
         """How long to wait for something to happen, in seconds; None is for ever."""
@@ -375,15 +382,24 @@ class Prober:
         self._busy += 1
 
     def _collect(self) -> None:
-        before = len(self._evidence)
         more = 1
         while more:
             more, answered, failed = self._multi.info_read()
-            self._evidence += [self._finish(curl, None) for curl in answered]
-            self._evidence += [self._finish(curl, error) for curl, error, _ in failed]
-        if not before and self._evidence:
-            # With nothing else to wait for there is nothing to gain from waiting.
-            self._flush_at = time.monotonic() + (TOGETHER_SECONDS if self._busy else 0.0)
+            for curl in answered:
+                self._tell(self._finish(curl, None))
+            for curl, error, _ in failed:
+                self._tell(self._finish(curl, error))
+
+    def _tell(self, evidence: Evidence) -> None:
+        if not self._evidence:
+            self._flush_at = time.monotonic() + TOGETHER_SECONDS
+        self._evidence.append(evidence)
+        if len(self._evidence) >= self._together:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._send(self._evidence)
+        self._evidence = []
 
     def _finish(self, curl: Any, error: int | None) -> Evidence:
         handle: Handle = curl.handle

@@ -180,13 +180,26 @@ FROM pending_host
 WHERE host IS NOT NULL;
 
 -- name: claim
+-- Those that are due at the same time as :id come first, for themselves: comparing both columns at once, SQLite would
+-- walk over all of them again.
 SELECT json_group_array(json_array(id, batch, target_url, attempts, next_attempt_at))
 FROM (
-    SELECT id, batch, target_url, attempts, next_attempt_at
-    FROM file
-    WHERE state = 'pending' AND host = ? AND next_attempt_at <= ?
-    ORDER BY next_attempt_at
-    LIMIT ?
+    SELECT * FROM (
+        SELECT id, batch, target_url, attempts, next_attempt_at
+        FROM file
+        WHERE state = 'pending' AND host = :host AND next_attempt_at = :due AND id > :id
+        ORDER BY id
+        LIMIT :most
+    )
+    UNION ALL
+    SELECT * FROM (
+        SELECT id, batch, target_url, attempts, next_attempt_at
+        FROM file
+        WHERE state = 'pending' AND host = :host AND next_attempt_at > :due AND next_attempt_at <= :now
+        ORDER BY next_attempt_at
+        LIMIT :most
+    )
+    LIMIT :most
 );
 
 -- name: record_files
