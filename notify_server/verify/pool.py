@@ -51,9 +51,11 @@ RECORD_ROWS_BY_TURNS = 128
 RECORD_LINGER = 0.02
 # Results that wait for a store which cannot commit: no file is started when there are more.
 UNRECORDED_MOST = 4096
-# Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all.
+# Files claimed ahead, for each request that may be in flight. Hosts share them evenly; few hosts do not take them all,
+# and less where callbacks wait meanwhile.
 AHEAD_PER_SLOT = 32
 AHEAD_SHARES = 8
+AHEAD_SHARES_BY_TURNS = 64
 # Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
 TRIAL_SHARE = 4
 # Hosts looked up at a time, and known at a time.
@@ -314,7 +316,8 @@ class Pool:
     async def _claim(self) -> bool:
         """Claim for some of the hungry hosts; whether there was anything to do."""
         now = time.monotonic()
-        most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(AHEAD_SHARES, len(self._hosts)))
+        shares = AHEAD_SHARES_BY_TURNS if self._store.takes_turns else AHEAD_SHARES
+        most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(shares, len(self._hosts)))
         wanted: list[tuple[str, int]] = []
         for name in list(self._hungry)[:HOSTS_A_CLAIM]:
             host = self._hungry.pop(name)
