@@ -157,7 +157,7 @@ def draw_probes(part: Part) -> Figure:
         axes.set_visible(False)
     for axes, (case, measured) in zip(panels, part.items(), strict=False):
         there = [name for name, runs in measured["runs"].items() if runs]
-        axes.set_title(f"Files a second, {case}")
+        axes.set_title(f"Files/s, {case}")
         _bars(axes, there, [median(_rate(run) for run in measured["runs"][name]) for name in there], "{:,.0f}")
     return figure
 

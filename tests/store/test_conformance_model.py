@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from notify_server.errors import RejectionGoneError
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState
+from notify_server.store import sqlite
 from notify_server.store.base import NewFile, Store
 from notify_server.store.records import FileFilter
-from tests.store.backends import Backend, KeptBackend
+from tests.store.backends import Backend, KeptBackend, SqliteBackend
 from tests.store.builders import NOW, again, blocked, chunk, delivery, failed, finished, found, missing, rejection
 from tests.store.builders import request as made
 from tests.store.reference import SORTED, TABLES, Claim, Item, Reference, Row
@@ -273,6 +275,17 @@ def outline(verdicts: Sequence[BatchVerdict]) -> list[Row]:
 def test_after_any_sequence_of_verbs_the_tables_hold_what_the_reference_model_knows(
     new_backend: Callable[[], Backend],
 ) -> None:
+    run(new_backend)
+
+
+def test_so_they_do_when_what_is_ahead_of_claims_is_read_little_by_little(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(sqlite, "READ_AHEAD", 1)
+    run(lambda: SqliteBackend(tmp_path_factory.mktemp("store")))
+
+
+def run(new_backend: Callable[[], Backend]) -> None:
     class Machine(StoreMachine):
         pass
 

@@ -112,6 +112,15 @@ async def test_what_has_been_due_longest_is_claimed_first_and_at_most_as_many_as
     assert names_of(await claim(store, now=NOW + 9, n=2)) == ["c"]
 
 
+async def test_a_long_queue_is_claimed_in_order_little_by_little(store: Store) -> None:
+    due = {str(n): NOW + n // 3 for n in range(900)}
+    await wait_at(store, due)
+    claimed: list[DueFile] = []
+    while files := await claim(store, now=NOW + 1000, n=100):
+        claimed += files
+    assert [due[name] for name in names_of(claimed)] == sorted(due.values())
+
+
 async def test_each_host_gives_at_most_its_own_number_and_no_other_host_gives_any(store: Store) -> None:
     await take_in(store, *(finished(f"{host}{n}", host=host) for host in "abc" for n in range(5)))
     files = await store.claim([("c", 2), ("a", 9), ("nowhere", 3), ("b", 0)], NOW)
