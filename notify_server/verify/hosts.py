@@ -31,8 +31,8 @@ class Host:
     """Times are monotonic seconds. The pool keeps one for every host it has files of, and drops it when it is idle."""
 
     __slots__ = (
-        "_failures", "_next_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until", "queue",
-        "reuse", "settings", "timer",
+        "_failures", "_next_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until", "prober",
+        "queue", "reuse", "settings", "timer",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: HostSettings) -> None:
@@ -48,8 +48,10 @@ class Host:
         # again.
         self.exhausted = False
         self.low = 0
-        # The pool's: whether the host stands in line, and what will put it there.
+        # The pool's: whether the host stands in line, and what will put it there; and the place of the prober that has
+        # its connections.
         self.in_turn = False
+        self.prober = 0
         self.timer: TimerHandle | None = None
         self.open_until = 0.0
         self._failures = 0

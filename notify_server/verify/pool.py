@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 
 import structlog
@@ -56,6 +56,8 @@ UNRECORDED_MOST = 4096
 AHEAD_PER_SLOT = 32
 AHEAD_SHARES = 8
 AHEAD_SHARES_BY_TURNS = 64
+# A host stays with the prober that has its connections as long as no other has so many requests less to do.
+LOAD_APART = 8
 # Of all slots, what hosts on trial may have together: dead hosts, however many, leave the rest to the living.
 TRIAL_SHARE = 4
 # Hosts looked up at a time, and known at a time.
@@ -428,8 +430,22 @@ class Pool:
             # Refused by settings that came after the file was admitted.
             self._end(flight, policy.Conclusion(FileState.BLOCKED, target.refusal), None, at)
             return
-        link = links[0] if len(links) == 1 else min(links, key=lambda link: link.busy + len(outgoing[link]))
+        link = links[0] if len(links) == 1 else self._link_for(host, links, outgoing)
         outgoing[link].append(self._request(flight, link, now, at))
+
+    def _link_for(
+        self, host: Host, links: Sequence[ProberLink], outgoing: Mapping[ProberLink, Sequence[Request]]
+    ) -> ProberLink:
+        """The prober that has the host's connections, unless another has much less to do."""
+
+        def load(link: ProberLink) -> int:
+            return link.busy + len(outgoing[link])
+
+        idlest, last = min(links, key=load), self._links[host.prober]
+        if last in outgoing and load(last) <= load(idlest) + LOAD_APART:
+            return last
+        host.prober = self._links.index(idlest)
+        return idlest
 
     def _request(self, flight: Flight, link: ProberLink, now: float, at: int) -> Request:
         self._last_id += 1

@@ -40,8 +40,9 @@ LOCATION_LIMIT = 8193
 # sends new requests, while we ask for the other: otherwise each waits for the other.
 TOGETHER_MOST = 64
 TOGETHER_SECONDS = 0.002
-# Connections kept: select() knows descriptors up to 1,023, and requests in flight need some too.
-KEPT_MOST = 800
+# Connections kept: twice what may be in flight, and some for each of many hosts. select() knows descriptors up to
+# 1,023, and requests in flight need some too.
+KEPT_LEAST, KEPT_MOST = 400, 800
 
 
 _TLS_ERRORS = frozenset(
@@ -314,7 +315,7 @@ class Prober:
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
-        self._multi.setopt(pycurl.M_MAXCONNECTS, min(self._config.concurrency * 2, KEPT_MOST))
+        self._multi.setopt(pycurl.M_MAXCONNECTS, min(max(self._config.concurrency * 2, KEPT_LEAST), KEPT_MOST))
         os.set_blocking(source, False)
         self._write(self._encode(Ready(pycurl.version_info()[1])))
 
