@@ -38,10 +38,11 @@ APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
 # So many callers within the time of patience are a crowd: when these have got their acks, others are about to come for
 # theirs, and are waited for so long, because a job that has begun would keep them waiting for longer. Jobs get a share
-# of the time.
+# of the time, and a larger one of what is spent on waiting: callers who leave time must not let the files fall behind.
 CROWD = 8
 PATIENCE_SECONDS = 0.01
 JOB_SHARE = 0.1
+IDLE_SHARE = 0.6
 OLDEST_SQLITE = (3, 35, 0)
 # How long the lock of a daemon that is no more is waited for.
 ORPHAN_SECONDS = 10.0
@@ -436,14 +437,20 @@ class Writer:
         return self._credit > 0 or now >= self._crowd_until
 
     async def _crowd_comes(self) -> bool:
-        while (patience := self._crowd_until - self._loop.time()) > 0:
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._news.wait()
-            if any(group.waiting for group in self._groups):
-                return True
-        return False
+        """Wait for the crowd, until a job has its share of the time; whether somebody has come."""
+        began = self._loop.time()
+        until = min(self._crowd_until, began - self._credit / IDLE_SHARE)
+        try:
+            while (patience := until - self._loop.time()) > 0:
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        await self._news.wait()
+                if any(group.waiting for group in self._groups):
+                    return True
+            return False
+        finally:
+            self._credit += (IDLE_SHARE - JOB_SHARE) * (self._loop.time() - began)
 
     def _do_job(self, job: Callable[[], object], future: asyncio.Future[Any]) -> None:
         if future.cancelled():
