@@ -32,7 +32,6 @@ class Expander:
 
     def __init__(self, store: Store, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
         self._store = store
-        self._chunk = CHUNK_FILES
         self._guard = guard
         self._now = now
         self._told = told
@@ -53,7 +52,7 @@ class Expander:
 
     async def _take(self, items: Sequence[InboxItem]) -> None:
         """Expand items in their order: small ones share a transaction, a large one takes several."""
-        self._chunk = CHUNK_FILES_BY_TURNS if self._store.takes_turns else CHUNK_FILES
+        most = CHUNK_FILES_BY_TURNS if self._store.takes_turns else CHUNK_FILES
         group: list[Expansion] = []
         size = 0
         for item in items:
@@ -70,8 +69,8 @@ class Expander:
                 )
                 self._told.on_verdicts(await self._store.discard(item, str(error), self._now()))
                 continue
-            for expansion in self._expansions(item, notification):
-                if group and size + len(expansion.files) > self._chunk:
+            for expansion in self._expansions(item, notification, most):
+                if group and size + len(expansion.files) > most:
                     await self._expand(group)
                     group, size = [], 0
                 group.append(expansion)
@@ -97,15 +96,15 @@ class Expander:
             self._told.on_unknown_fields(unknown)
         return notification
 
-    def _expansions(self, item: InboxItem, notification: Notification) -> Iterator[Expansion]:
+    def _expansions(self, item: InboxItem, notification: Notification, most: int) -> Iterator[Expansion]:
         files = _last_words(notification.file_list)
-        for start in range(0, max(1, len(files)), self._chunk):
+        for start in range(0, max(1, len(files)), most):
             yield Expansion(
                 item,
                 notification.batch_id,
                 notification.api_code,
-                [self._admit(entry) for entry in files[start : start + self._chunk]],
-                start + self._chunk >= len(files),
+                [self._admit(entry) for entry in files[start : start + most]],
+                start + most >= len(files),
             )
 
     def _admit(self, entry: FileEntry) -> NewFile:

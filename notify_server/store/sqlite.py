@@ -362,13 +362,11 @@ class SqliteStore:
     def _look_ahead(self, connection: sqlite3.Connection, host: str, n: int, most: int, now: int) -> None:
         """Have `n` due files of the host ahead, or all that there are; read `most` where there are fewer."""
         ahead = self._ahead.get(host)
-        if ahead is not None and ahead.more:
-            if len(ahead.files) < n:
+        if ahead is not None:
+            if ahead.more and len(ahead.files) < n:
                 self._read_on(connection, host, ahead, most, now)
             if len(ahead.files) >= n:
                 return
-        elif ahead is not None and len(ahead.files) >= n:
-            return
         # From the beginning: some may have become due behind what was read. What is held is still pending on disk, so
         # as many more are read, and left out.
         ahead = self._ahead[host] = _Ahead()

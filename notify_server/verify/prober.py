@@ -239,7 +239,7 @@ class Handle:
             # after the answer before. This request's own answer is then still to come, so the connection is given up:
             # it would be one answer behind for ever.
             self._behind = not self._dialled and not status.startswith((b"1", b"2"))
-        elif len(line) <= 2 and line in (b"\r\n", b"\n"):
+        elif line in (b"\r\n", b"\n"):
             self._complete = not self._interim
             return -1 if self._behind and self._complete else None
         return None

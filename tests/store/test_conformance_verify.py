@@ -121,6 +121,14 @@ async def test_a_long_queue_is_claimed_in_order_little_by_little(store: Store) -
     assert [due[name] for name in names_of(claimed)] == sorted(due.values())
 
 
+async def test_what_has_become_due_since_others_were_claimed_is_claimed_with_what_was_left(store: Store) -> None:
+    await take_in(store, *(finished(name) for name in "abc"), batch_id="first")
+    claimed = await claim(store, n=1)
+    await take_in(store, *(finished(name) for name in "def"), batch_id="second", now=NOW + 1)
+    claimed += await claim(store, now=NOW + 1, n=5)
+    assert sorted(names_of(claimed)) == list("abcdef")
+
+
 async def test_each_host_gives_at_most_its_own_number_and_no_other_host_gives_any(store: Store) -> None:
     await take_in(store, *(finished(f"{host}{n}", host=host) for host in "abc" for n in range(5)))
     files = await store.claim([("c", 2), ("a", 9), ("nowhere", 3), ("b", 0)], NOW)
