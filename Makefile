@@ -29,6 +29,7 @@ lint: $(STAMP_DEV) ## Check format, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 
 format: $(STAMP_DEV) ## Format the code
 	@$(BIN)/ruff format .

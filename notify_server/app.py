@@ -23,37 +23,37 @@ import structlog
 from aiohttp import web
 from cryptography.x509 import load_pem_x509_certificates
 
-from notify_server.actions import Actions
+from notify_server.callbacks.connection import CallbackConnection
+from notify_server.callbacks.errors import error_response
+from notify_server.callbacks.handler import Callback
 from notify_server.clock import SteadyClock, unix_ms
-from notify_server.config import Config, HostSettings, ServerConfig, version
+from notify_server.config.config import Config, HostSettings, ServerConfig, version
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult
-from notify_server.observe import Metrics, tracing_wanted
-from notify_server.store.base import Expanding, Store
-from notify_server.store.kept import KeptStore
-from notify_server.store.records import Records
-from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.tasks import report_end
-from notify_server.timeline import HostRates, Timeline
-from notify_server.verify.frames import ProberConfig
+from notify_server.operations import Actions
+from notify_server.processes.prober_client import ProberLink
+from notify_server.processes.prober_protocol import ProberConfig
+from notify_server.store.base import ExpansionListener, Store
+from notify_server.store.reading.types import Records
+from notify_server.store.sqlite.client import SqliteClient
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.supervise import log_task_failure
+from notify_server.telemetry.history import HostRates, Timeline
+from notify_server.telemetry.metrics import Metrics, tracing_wanted
 from notify_server.verify.guard import Guard
-from notify_server.verify.link import ProberLink
-from notify_server.verify.pool import Pool
+from notify_server.verify.scheduler import Pool
 from notify_server.verify.shares import limit_of
 from notify_server.web import rendering
 from notify_server.web.admin import Admin
-from notify_server.web.api import ENDPOINTS, Api, Live
-from notify_server.web.callback import Callback
-from notify_server.web.dashboard import VIEWS, Dashboard, View
-from notify_server.web.errors import error_response
-from notify_server.web.front import Front
+from notify_server.web.api.handlers import ENDPOINTS, Api, RuntimeState
+from notify_server.web.dashboard.pages import VIEWS, Dashboard, View
 from notify_server.web.health import Health
 from notify_server.web.openapi import Endpoint
 from notify_server.web.stream import Stream
 
 if TYPE_CHECKING:
-    from notify_server.tracing import Tracing
+    from notify_server.telemetry.tracing import Tracing
 
 log = structlog.get_logger("notify_server")
 
@@ -118,7 +118,7 @@ def make_app(
 
         def on_work() -> None:
             if (pool := app.get(POOL)) is not None:
-                pool.look()
+                pool.poll_soon()
 
         opened = app[STORE] = await _open_store(config, now, on_commit, on_work)
         app[METRICS].gauge("notify_server_backlog_files", "Files accepted and not settled.", lambda: opened.backlog)
@@ -191,7 +191,7 @@ def make_app(
             sqlite=sqlite3.sqlite_version,
             libcurl=next((link.libcurl for link in links if link.libcurl), ""),
         )
-        told = Expanding(_offer_to(pool), on_verdicts, app[METRICS].unknown_fields.add_plain)
+        told = ExpansionListener(_add_hosts_to(pool), on_verdicts, app[METRICS].unknown_fields.add_plain)
         tasks = [
             asyncio.create_task(app[STORE].expand_inbox(guard, now, told), name="expand"),
             asyncio.create_task(_housekeeping(config, app[STORE], app[METRICS], now), name="housekeeping"),
@@ -201,7 +201,7 @@ def make_app(
             latest = partial(_latest_delivery, app[RECORDS])
             tasks.append(asyncio.create_task(tracing.run(latest), name="tracing"))
         for task in tasks:
-            task.add_done_callback(report_end)
+            task.add_done_callback(log_task_failure)
         yield
         if pool is not None:
             await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
@@ -225,7 +225,7 @@ def make_app(
         timeline = Timeline(
             app[METRICS], now=now, backlog=lambda: app[STORE].backlog, in_flight=lambda: _in_flight(pool)
         )
-        live = Live(
+        live = RuntimeState(
             version(),
             started_at,
             config.server.roles,
@@ -234,11 +234,11 @@ def make_app(
             lambda: _in_flight(pool),
             list if pool is None else pool.hosts,
         )
-        actions = Actions(config, app[STORE], app[RECORDS], now=now, offer=_offer_to(pool))
+        actions = Actions(config, app[STORE], app[RECORDS], now=now, add_hosts=_add_hosts_to(pool))
         app[API] = Api(app[RECORDS], actions, admin, live, timeline, rates, stream)
         app[DASHBOARD] = Dashboard(config, app[API], admin, version(), now)
         task = asyncio.create_task(_sample(timeline, stream), name="sample")
-        task.add_done_callback(report_end)
+        task.add_done_callback(log_task_failure)
         yield
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -264,18 +264,18 @@ def _in_flight(pool: Pool | None) -> int:
     return 0 if pool is None else pool.in_flight
 
 
-def _offer_to(pool: Pool | None) -> Callable[[Iterable[str]], None]:
+def _add_hosts_to(pool: Pool | None) -> Callable[[Iterable[str]], None]:
     """What hosts with new files are told to: on a node that does not probe nobody, the store calls those that do."""
-    return (lambda hosts: None) if pool is None else pool.offer
+    return (lambda hosts: None) if pool is None else pool.add_hosts
 
 
 async def _open_store(
     config: Config, now: Callable[[], int], on_commit: Callable[[float], object], on_work: Callable[[], object]
 ) -> Store:
     if not config.store.is_postgres:
-        return await KeptStore.open(config.store.path, now=now, on_commit=on_commit)
+        return await SqliteClient.open(config.store.path, now=now, on_commit=on_commit)
     # Its driver is loaded by those who use it.
-    from notify_server.store.postgres import PostgresStore
+    from notify_server.store.postgres.store import PostgresStore
 
     return await PostgresStore.open(
         config.store.url,
@@ -289,7 +289,7 @@ async def _open_store(
 async def _open_records(config: Config) -> Records:
     if not config.store.is_postgres:
         return SqliteRecords(config.store.path)
-    from notify_server.store.postgres_records import PostgresRecords
+    from notify_server.store.postgres.records import PostgresRecords
 
     return await PostgresRecords.open(config.store.url)
 
@@ -389,7 +389,7 @@ def _tracing() -> Tracing | None:
     if not tracing_wanted(os.environ):
         return None
     try:
-        from notify_server.tracing import Tracing
+        from notify_server.telemetry.tracing import Tracing
 
         tracing = Tracing.to_collector(version())
     except ImportError as error:
@@ -453,11 +453,11 @@ async def _housekeeping(config: Config, store: Store, metrics: Metrics, now: Cal
         await asyncio.sleep(PRUNE_SECONDS)
 
 
-def make_front(app: web.Application, handlers: web.Server, config: ServerConfig) -> Front:
+def make_front(app: web.Application, handlers: web.Server, config: ServerConfig) -> CallbackConnection:
     """Makes the protocols of connections to an app that has been set up; `handlers` makes aiohttp's."""
     # A callback's span is what aiohttp's task runs in.
     callback = app[CALLBACK] if app[TRACING] is None else None
-    return Front(config, handlers, callback, app[METRICS].connections_refused.add_plain)
+    return CallbackConnection(config, handlers, callback, app[METRICS].connections_refused.add_plain)
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:

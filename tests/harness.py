@@ -494,11 +494,11 @@ class Daemon:
 
     def prober_pids(self) -> list[int]:
         """The daemon's children that probe, from /proc."""
-        return [pid for pid in _children(self.pid) if b"notify_server.verify.prober" in _cmdline(pid)]
+        return [pid for pid in _children(self.pid) if b"notify_server.processes.prober" in _cmdline(pid)]
 
     def keeper_pid(self) -> int:
         """The daemon's child that keeps the record on SQLite, from /proc."""
-        (pid,) = [pid for pid in _children(self.pid) if b"notify_server.store.keeper" in _cmdline(pid)]
+        (pid,) = [pid for pid in _children(self.pid) if b"notify_server.processes.keeper" in _cmdline(pid)]
         return pid
 
     def send(self, number: signal.Signals) -> None:
@@ -522,7 +522,7 @@ class Daemon:
         """kill -9 of all its processes, as when the power fails, or of the daemon alone; wait until all are gone."""
         assert self._process is not None
         children = _children(self.pid)
-        keepers = [pid for pid in children if b"notify_server.store.keeper" in _cmdline(pid)]
+        keepers = [pid for pid in children if b"notify_server.processes.keeper" in _cmdline(pid)]
         # Popen's own kill would reap a process that has just ended, and asyncio would not learn how.
         for pid in [self.pid] if alone else [*keepers, self.pid]:
             with contextlib.suppress(ProcessLookupError):

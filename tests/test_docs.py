@@ -16,13 +16,13 @@ import pytest
 import typer
 
 from notify_server.cli.main import app as cli
-from notify_server.config import Config, VerifyConfig
+from notify_server.config.config import Config, VerifyConfig
 from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError
 from notify_server.model import FileState, Reason, Verdict
-from notify_server.store.queries import load_migrations
-from notify_server.store.sqlite import ATTEMPTS_KEPT, REJECTION_BYTES_KEPT, REJECTIONS_KEPT
-from notify_server.web.api import ENDPOINTS
+from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.store import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
+from notify_server.web.api.handlers import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
@@ -98,9 +98,9 @@ def test_the_schedule_and_bounds_told_are_the_defaults(readme: str) -> None:
     )
     assert verify.jitter == 0.2
     assert verify.allowed_ports == (80, 443)
-    assert f"{REJECTIONS_KEPT:,}" in readme
-    assert f"{REJECTION_BYTES_KEPT // 2**20} MiB" in readme
-    assert re.search(rf"\b{ATTEMPTS_KEPT}\b", readme)
+    assert f"{MAX_REJECTIONS:,}" in readme
+    assert f"{MAX_REJECTION_BYTES // 2**20} MiB" in readme
+    assert re.search(rf"\b{MAX_ATTEMPT_ROWS}\b", readme)
     assert Config().retention.completed == 90 * 86_400
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, PlainValidator, SecretStr
 from pydantic.fields import FieldInfo
 
 from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_config
-from notify_server.config import ENV_PREFIX, Config, StatusRange, duration
+from notify_server.config.config import ENV_PREFIX, Config, StatusRange, duration
 from notify_server.contract.signature import PlatformKey
 
 SET = "…(set)"

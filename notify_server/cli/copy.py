@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, read_config, until_signal
-from notify_server.config import LogConfig, store_url
+from notify_server.config.config import LogConfig, store_url
 from notify_server.errors import NotifyServerError, StoreUnavailableError
-from notify_server.observe import set_up_logging
-from notify_server.store.copying import Checked, Progress, Side, Step, copy
-from notify_server.store.copying_sqlite import SqliteSide
+from notify_server.store.copying.copy import Checked, Progress, Side, Step, copy
+from notify_server.store.copying.sqlite import SqliteSide
+from notify_server.telemetry.metrics import set_up_logging
 
 # Where there is no terminal, a table that takes longer is heard of so often.
 LINE_SECONDS = 5.0
@@ -103,7 +103,7 @@ async def _open(url: str, *, to_read: bool) -> Side:
         path = Path(url.removeprefix("sqlite:///"))
         return SqliteSide.source(path) if to_read else SqliteSide.target(path)
     # Its driver is loaded by those who use it.
-    from notify_server.store.copying_postgres import PostgresSide
+    from notify_server.store.copying.postgres import PostgresSide
 
     return await (PostgresSide.source(url) if to_read else PostgresSide.target(url))
 

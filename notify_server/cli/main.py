@@ -112,7 +112,7 @@ def simulate(
 ) -> None:
     """Play the platform and its object store against a daemon, and check its record. Exits 1 when anything differs."""
     from notify_server.cli.simulate import Options, run
-    from notify_server.simulator import Kind, Plan
+    from notify_server.simulator.simulator import Kind, Plan
 
     shares = {
         Kind.MISSING: missing,
@@ -204,7 +204,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a list.")] = False,
 ) -> None:
     """Say what is wrong with this installation, and how to mend it. Changes nothing. Exits 1 on a problem."""
-    from notify_server.cli.doctor import run
+    from notify_server.cli.doctor.run import run
 
     run(config or context.obj, host, as_json=as_json)
 
@@ -377,7 +377,7 @@ def recheck(
     """Ask for files anew, at once: one, those of a batch, or those that fail for a reason. Says how many, and asks."""
     from notify_server.cli import record
 
-    chosen = record.Chosen(file, batch_id, api_code, reason, host, states, dry_run)
+    chosen = record.RecheckSelection(file, batch_id, api_code, reason, host, states, dry_run)
     record.run(
         config or context.obj,
         url,

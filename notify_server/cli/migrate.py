@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from notify_server.cli.common import EXIT_FAILED, read_config
-from notify_server.config import LogConfig
+from notify_server.config.config import LogConfig
 from notify_server.errors import NotifyServerError
-from notify_server.observe import set_up_logging
-from notify_server.store.queries import load_migrations
-from notify_server.store.sqlite_writer import FileLock, connect, refusal, schema_version
+from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.writer import FileLock, connect, refusal, schema_version
+from notify_server.telemetry.metrics import set_up_logging
 
 
 def run(config_path: Path | None) -> None:
@@ -23,7 +23,7 @@ def run(config_path: Path | None) -> None:
     try:
         if store.is_postgres:
             # Its driver is loaded by those who use it.
-            from notify_server.store.postgres_session import migrate_at
+            from notify_server.store.postgres.session import migrate_at
 
             dialect, (before, after) = "postgres", asyncio.run(migrate_at(store.url))
         elif store.path.exists():

@@ -18,24 +18,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from notify_server.actions import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, printable, read_config, until_signal
 from notify_server.cli.source import Acting, Remote, Source, SourceError, acting, reading
-from notify_server.config import Config, duration
+from notify_server.config.config import Config, duration
 from notify_server.errors import NotifyServerError
 from notify_server.model import CircuitState, FileState, Verdict
+from notify_server.operations import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
-from notify_server.store.records import BatchDetail, BatchFilter, BatchItem, FileFilter, FileItem, Page, Totals
+from notify_server.store.reading.types import BatchDetail, BatchFilter, BatchItem, FileFilter, FileItem, Page, Totals
 
 if TYPE_CHECKING:
-    from notify_server.timeline import Sample
-    from notify_server.web.api import Host, Status
+    from notify_server.telemetry.history import Sample
+    from notify_server.web.api.handlers import Host, Status
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 PAGE = 500
-HOSTS_SHOWN = 15
+MAX_HOSTS_SHOWN = 15
 STATE_STYLES = {
     FileState.PENDING: "yellow",
     FileState.AVAILABLE: "green",
@@ -355,7 +355,7 @@ async def _refusable(work: Awaitable[T]) -> T:
         raise SourceError(str(error)) from error
 
 
-class Chosen(NamedTuple):
+class RecheckSelection(NamedTuple):
     """What to ask for anew, as it was named."""
 
     file: int | None
@@ -367,7 +367,7 @@ class Chosen(NamedTuple):
     dry_run: bool
 
 
-async def recheck(config: Config, source: Source, chosen: Chosen, *, yes: bool, as_json: bool) -> int:
+async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, yes: bool, as_json: bool) -> int:
     """Ask for files anew, after saying how many."""
     if chosen.file is None and chosen.batch_id is None and chosen.reason is None:
         raise UsageError("name files with --file, --batch or --reason")
@@ -534,14 +534,14 @@ def _now(sample: Sample | None) -> Table:
 
 
 def _hosts_table(hosts: Sequence[Host]) -> Table:
-    more = len(hosts) - HOSTS_SHOWN
+    more = len(hosts) - MAX_HOSTS_SHOWN
     table = Table(
         title="hosts", title_justify="left", caption=f"and {more:,} more" if more > 0 else None, caption_justify="left"
     )
     table.add_column("host", overflow="fold")
     for heading in ("pending", "in flight", "circuit", "tried", "failed", "mean ms"):
         table.add_column(heading, justify="left" if heading == "circuit" else "right", no_wrap=True)
-    for host in hosts[:HOSTS_SHOWN]:
+    for host in hosts[:MAX_HOSTS_SHOWN]:
         closed = host.circuit is CircuitState.CLOSED
         table.add_row(
             Text(printable(host.host)),

@@ -11,17 +11,17 @@ import uvloop
 
 from notify_server.app import serve
 from notify_server.cli.common import EXIT_FAILED, read_config
-from notify_server.config import Config
+from notify_server.config.config import Config
 from notify_server.errors import NotifyServerError
-from notify_server.observe import set_up_logging
-from notify_server.tasks import spare_collector
+from notify_server.supervise import freeze_gc
+from notify_server.telemetry.metrics import set_up_logging
 
 
 def run(config_path: Path | None) -> None:
     """Serve until SIGTERM or SIGINT. Exits 1 with one line when it cannot start."""
     config = read_config(config_path)
     set_up_logging(config.log)
-    spare_collector()
+    freeze_gc()
     try:
         uvloop.run(_serve(config))
     except NotifyServerError as error:

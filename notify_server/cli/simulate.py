@@ -25,10 +25,10 @@ from rich.text import Text
 from yarl import URL
 
 from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
-from notify_server.config import ENV_PREFIX, Config
+from notify_server.config.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
-from notify_server.simulator import (
-    DIFFERENCES_KEPT,
+from notify_server.simulator.simulator import (
+    MAX_DIFFERENCES,
     Comparison,
     Plan,
     Platform,
@@ -37,7 +37,7 @@ from notify_server.simulator import (
     SimulationError,
     Tally,
 )
-from notify_server.store.reader import Reader
+from notify_server.store.sqlite.reader import Reader
 
 T = TypeVar("T")
 
@@ -374,7 +374,7 @@ def _figures(report: Report, plan: Plan) -> Table:
 
 def _differences_table(comparison: Comparison) -> Table:
     shown = len(comparison.differences)
-    title = f"The first {shown} differences" if shown == DIFFERENCES_KEPT else "Differences"
+    title = f"The first {shown} differences" if shown == MAX_DIFFERENCES else "Differences"
     table = Table(title=title, title_justify="left")
     table.add_column("key", overflow="fold", ratio=1)
     for heading in ("planted", "expected", "state", "reason"):

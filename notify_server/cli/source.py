@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from notify_server.actions import Actions, Prune, Pruned, Recheck, Rechecked, Replayed
 from notify_server.clock import unix_ms
-from notify_server.config import Config
+from notify_server.config.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
-from notify_server.store.queries import load_migrations
-from notify_server.store.reader import connect_read_only
-from notify_server.store.records import (
+from notify_server.operations import Actions, Prune, Pruned, Recheck, Rechecked, Replayed
+from notify_server.store.reading.types import (
     BatchDetail,
     BatchFilter,
     BatchItem,
@@ -35,15 +33,17 @@ from notify_server.store.records import (
     RejectionItem,
     Totals,
 )
-from notify_server.store.sqlite import SqliteStore
-from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import check_whole, holder, schema_version
+from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.reader import connect_read_only
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.store.sqlite.store import SqliteStore
+from notify_server.store.sqlite.writer import check_whole, holder, schema_version
 
 if TYPE_CHECKING:
     # Loaded when a daemon is asked: reading the file should not have to wait for it.
     import aiohttp
 
-    from notify_server.web.api import Host, Status
+    from notify_server.web.api.handlers import Host, Status
 
 T = TypeVar("T")
 
@@ -158,12 +158,12 @@ class Remote:
         return answer
 
     async def status(self) -> Status:
-        from notify_server.web.api import Status
+        from notify_server.web.api.handlers import Status
 
         return await self._have(Status, "status")
 
     async def hosts(self) -> Page[Host]:
-        from notify_server.web.api import Host
+        from notify_server.web.api.handlers import Host
 
         return await self._have(Page[Host], "hosts")
 
@@ -314,10 +314,10 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
 
 async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Source:
     # Its driver is loaded by those who use it.
-    from notify_server.store.postgres_desk import PostgresDesk
-    from notify_server.store.postgres_records import PostgresRecords
+    from notify_server.store.postgres.admin import PostgresAdmin
+    from notify_server.store.postgres.records import PostgresRecords
 
-    desk = await PostgresDesk.open(config.store.url)
+    desk = await PostgresAdmin.open(config.store.url)
     stack.push_async_callback(desk.close)
     records = await PostgresRecords.open(config.store.url)
     stack.push_async_callback(records.close)

@@ -29,15 +29,15 @@ from notify_server.app import prober_config
 from notify_server.cli.addresses import AddressFile, Entry, InputError
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
 from notify_server.clock import unix_ms
-from notify_server.config import Config, LogConfig
+from notify_server.config.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.model import BatchVerdict, DueFile, FileResult, FileState
-from notify_server.observe import set_up_logging
+from notify_server.processes.prober_client import ProberLink
 from notify_server.store.base import HostDue
+from notify_server.telemetry.metrics import set_up_logging
 from notify_server.verify.guard import Guard
-from notify_server.verify.link import ProberLink
 from notify_server.verify.policy import CONNECTION_FAILURES
-from notify_server.verify.pool import Pool
+from notify_server.verify.scheduler import Pool
 
 T = TypeVar("T")
 
@@ -47,9 +47,9 @@ WINDOW = 20_000
 GIVE_UP_SECONDS = 5.0
 GIVE_UP_FAILURES = 20
 # Hosts whose failures are remembered.
-HOSTS_MOST = 10_000
+MAX_HOSTS = 10_000
 # Rows of the table on a terminal.
-ROWS_MOST = 1_000
+MAX_ROWS = 1_000
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -69,7 +69,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     elapsed_ms: float | None = None
 
 
-class Listing:
+class InMemoryQueue:
     """The pool's queue of files (store.base.FileQueue) in memory, fed from a list and emptied by `outcomes`."""
 
     def __init__(self, guard: Guard) -> None:
@@ -87,7 +87,7 @@ class Listing:
         # All that came in; of them, those that have not been handed out by `outcomes` yet.
         self.entered = 0
         self._inside = 0
-        self.offer: Callable[[Iterable[str]], None] = lambda hosts: None
+        self.add_hosts: Callable[[Iterable[str]], None] = lambda hosts: None
 
     # The list's side
 
@@ -110,7 +110,7 @@ class Listing:
             else:
                 self._waiting.setdefault(target.host, deque()).append(DueFile(self.entered, 0, target.host, url, 0))
                 hosts.add(target.host)
-        self.offer(hosts)
+        self.add_hosts(hosts)
 
     def close(self) -> None:
         """Nothing more will enter."""
@@ -138,7 +138,7 @@ class Listing:
     # The pool's side
 
     @property
-    def takes_turns(self) -> bool:
+    def prefers_small_batches(self) -> bool:
         return False
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
@@ -195,14 +195,14 @@ class Listing:
 
 def _remember(hosts: dict[str, T], host: str, what: T) -> None:
     hosts[host] = what
-    if len(hosts) > HOSTS_MOST:
+    if len(hosts) > MAX_HOSTS:
         del hosts[next(iter(hosts))]
 
 
 class Reading(threading.Thread):
     """Reads the list into the listing. A thread that nobody waits for: it may hang in a read that never returns."""
 
-    def __init__(self, urls: Sequence[str], file: AddressFile | None, listing: Listing) -> None:
+    def __init__(self, urls: Sequence[str], file: AddressFile | None, listing: InMemoryQueue) -> None:
         super().__init__(daemon=True)
         self._urls = urls
         self._file = file
@@ -270,7 +270,7 @@ class Report:
                 continue
             elif not self._table:
                 lines.append(f"{outcome.state}\t{outcome.reason or '-'}\t{printable(outcome.url)}")
-            elif len(self._unavailable) < ROWS_MOST:
+            elif len(self._unavailable) < MAX_ROWS:
                 self._unavailable.append(outcome)
         if lines:
             sys.stdout.write("\n".join(lines) + "\n")
@@ -339,10 +339,10 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
     # One attempt: what it shows is what there is to tell.
     verify = config.verify.model_copy(update={"retry_schedule": ()})
     guard = Guard(verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports)
-    listing = Listing(guard)
+    listing = InMemoryQueue(guard)
     links = [ProberLink(prober_config(config)) for _ in range(verify.processes)]
     pool = Pool(listing, guard, verify, links, now=unix_ms, chance=random.random, on_verdicts=lambda verdicts: None)
-    listing.offer = pool.offer
+    listing.add_hosts = pool.add_hosts
     reading = Reading(urls, file, listing)
     report = Report(as_json=as_json)
     stopped = True
@@ -383,7 +383,7 @@ def _progress() -> Progress:
     )
 
 
-def _expected(listing: Listing, file: AddressFile | None) -> int | None:
+def _expected(listing: InMemoryQueue, file: AddressFile | None) -> int | None:
     """How many addresses there are, as far as can be told from how much of the list has been read."""
     if listing.complete or not file or not file.size or not file.bytes_read:
         return listing.entered if listing.complete else None

@@ -26,12 +26,12 @@ from notify_server.model import (
 from notify_server.verify.guard import Guard
 
 # The largest number that both engines hold, and so the largest id there can be.
-MOST = 2**63 - 1
+MAX_ID = 2**63 - 1
 
 
-def in_range(ids: Iterable[int]) -> list[int]:
+def valid_ids(ids: Iterable[int]) -> list[int]:
     """Those that can be the id of anything, each once and in their order."""
-    return sorted({id for id in ids if 0 < id <= MOST})
+    return sorted({id for id in ids if 0 < id <= MAX_ID})
 
 
 def rejection_gone(id: int) -> RejectionGoneError:
@@ -88,7 +88,7 @@ class FileQueue(Protocol):
     """Where the verifier's work comes from, and goes to."""
 
     @property
-    def takes_turns(self) -> bool:
+    def prefers_small_batches(self) -> bool:
         """Whether callbacks, of which some have come lately, wait for what is recorded, so that little at a time is
         better.
         """
@@ -111,7 +111,7 @@ class FileQueue(Protocol):
         """
 
 
-class Expanding(msgspec.Struct, frozen=True):
+class ExpansionListener(msgspec.Struct, frozen=True):
     """What an expansion of the inbox tells as it goes on: the hosts that have new files, the verdicts of batches that
     are settled at once, and how many fields the contract does not know.
     """
@@ -165,7 +165,7 @@ class Store(FileQueue, Editable, Protocol):
     async def wait_inbox(self) -> None:
         """Return when the inbox may hold something to expand (at once when it does)."""
 
-    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: Expanding) -> None:
+    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
         """Expand what the inbox holds, and what it comes to hold, until cancelled (single caller)."""
 
     async def inbox(self, limit: int) -> list[InboxItem]:

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import msgspec
 
-from notify_server.store.records import FileItem
+from notify_server.store.reading.types import FileItem
 
 COLUMNS = FileItem.__struct_fields__
 # A cell that begins with one of these is a formula to a spreadsheet (OWASP, CSV injection).

@@ -266,7 +266,7 @@ class Guard:
         return None
 
 
-def harmless(url: str) -> str:
+def printable_url(url: str) -> str:
     """A form of an address from a stranger that can be logged and shown: at most 300 characters, all printable.
 
     Userinfo is taken out even where the address cannot otherwise be read; what is not printable (control characters,

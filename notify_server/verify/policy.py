@@ -13,9 +13,9 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-from notify_server.config import HostSettings
+from notify_server.config.config import HostSettings
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
-from notify_server.verify.guard import harmless
+from notify_server.verify.guard import printable_url
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the same file may well be there.
@@ -29,7 +29,7 @@ REFUSALS = frozenset(
 CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR})
 
 
-class Ask(msgspec.Struct, frozen=True, gc=False):
+class NextRequest(msgspec.Struct, frozen=True, gc=False):
     """The next request of an attempt. `hops` counts the redirects that led here; `fresh` wants a connection of its
     own.
     """
@@ -53,7 +53,7 @@ class Conclusion(msgspec.Struct, frozen=True, gc=False):
     led_to: str | None = None
 
 
-class Fate(msgspec.Struct, frozen=True, gc=False):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What becomes of the file: settled in `state`, or pending again in `wait_ms`."""
 
     state: FileState
@@ -63,14 +63,14 @@ class Fate(msgspec.Struct, frozen=True, gc=False):
 AVAILABLE = Conclusion(FileState.AVAILABLE)
 
 
-def first(target: Target, settings: HostSettings) -> Ask:
+def first(target: Target, settings: HostSettings) -> NextRequest:
     """The request an attempt begins with."""
-    return Ask(target, settings.methods[0])
+    return NextRequest(target, settings.methods[0])
 
 
 def judge(
-    ask: Ask, evidence: Evidence, settings: HostSettings, follow: Callable[[str, str], Target]
-) -> Ask | Conclusion:
+    ask: NextRequest, evidence: Evidence, settings: HostSettings, follow: Callable[[str, str], Target]
+) -> NextRequest | Conclusion:
     """What one request's evidence comes to. `follow` is `Guard.follow`.
 
     A bad answer counts only when it came on a fresh connection: what a server sends late after a reply would otherwise
@@ -87,7 +87,7 @@ def judge(
     if status in REDIRECTS:
         return _redirect(ask, evidence.location, settings, follow)
     if status in HEAD_REFUSED and (fallback := _next_method(ask.method, settings.methods)):
-        return Ask(ask.target, fallback, ask.hops)
+        return NextRequest(ask.target, fallback, ask.hops)
     return Conclusion(FileState.PENDING, http_reason(status), final=status in FINAL)
 
 
@@ -101,23 +101,23 @@ def was_anothers(doubted: Evidence, confirmed: Evidence) -> bool:
     return not passing and doubted.status != confirmed.status
 
 
-def _empty_range(ask: Ask, evidence: Evidence) -> bool:
+def _empty_range(ask: NextRequest, evidence: Evidence) -> bool:
     # RFC 9110 14.1.2: the first byte of an empty object cannot be had, and `Content-Range: bytes */0` says that it is
     # empty.
     return evidence.status == 416 and ask.method == "GET" and evidence.content_length == 0
 
 
 def _redirect(
-    ask: Ask, location: str | None, settings: HostSettings, follow: Callable[[str, str], Target]
-) -> Ask | Conclusion:
+    ask: NextRequest, location: str | None, settings: HostSettings, follow: Callable[[str, str], Target]
+) -> NextRequest | Conclusion:
     if location is None:
         return Conclusion(FileState.PENDING, Reason.BAD_REDIRECT)
     if ask.hops >= settings.max_redirects:
         return Conclusion(FileState.PENDING, Reason.TOO_MANY_REDIRECTS)
     target = follow(ask.target.url, location)
     if target.refusal is not None:
-        return Conclusion(FileState.BLOCKED, target.refusal, led_to=harmless(location))
-    return Ask(target, ask.method, ask.hops + 1)
+        return Conclusion(FileState.BLOCKED, target.refusal, led_to=printable_url(location))
+    return NextRequest(target, ask.method, ask.hops + 1)
 
 
 def _next_method(method: str, methods: Sequence[str]) -> str | None:
@@ -132,22 +132,22 @@ def conclude(
     jitter: float,
     chance: float,
     asked_wait_ms: int | None,
-) -> Fate:
+) -> Outcome:
     """What becomes of a file after its attempt number `attempts` (from 1).
 
     `schedule` has the waits after the first, second, … attempt in seconds. `chance` in [0, 1) spreads the wait by ±
     `jitter`; `asked_wait_ms` (see `retry_after_ms`) takes its place, kept between 1 and 2 times the scheduled wait.
     """
     if conclusion.state is not FileState.PENDING:
-        return Fate(conclusion.state)
+        return Outcome(conclusion.state)
     if conclusion.final or attempts > len(schedule):
-        return Fate(FileState.UNAVAILABLE)
+        return Outcome(FileState.UNAVAILABLE)
     scheduled_ms = schedule[attempts - 1] * 1000
     if asked_wait_ms is not None:
         wait_ms = min(max(asked_wait_ms, scheduled_ms), 2 * scheduled_ms)
     else:
         wait_ms = scheduled_ms * (1 + jitter * (2 * chance - 1))
-    return Fate(FileState.PENDING, round(wait_ms))
+    return Outcome(FileState.PENDING, round(wait_ms))
 
 
 def retry_after_ms(value: str | None, now: int) -> int | None:

@@ -9,8 +9,8 @@ import msgspec
 from aiohttp import web
 
 from notify_server.errors import StoreUnavailableError
-from notify_server.observe import Metrics
 from notify_server.store.base import Store
+from notify_server.telemetry.metrics import Metrics
 
 # An answer is good for this long, so that asking often costs the store nothing.
 FRESH_SECONDS = 1.0

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import msgspec
 from multidict import MultiMapping
 
-from notify_server.web.errors import RefusedError
+from notify_server.callbacks.errors import RefusedError
 
 T = TypeVar("T", bound=msgspec.Struct)
 

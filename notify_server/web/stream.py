@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import msgspec
 
 # Listeners at a time: each costs a connection.
-LISTENERS_MOST = 64
+MAX_LISTENERS = 64
 # Events that a listener may be behind; then it is cut off, and its browser connects again.
-BEHIND_MOST = 256
+MAX_BEHIND = 256
 
 
 class Stream:
@@ -24,7 +24,7 @@ class Stream:
     @property
     def full(self) -> bool:
         """Whether nobody more may listen: there are as many as there may be, or it is closed."""
-        return self._closed or len(self._listeners) >= LISTENERS_MOST
+        return self._closed or len(self._listeners) >= MAX_LISTENERS
 
     def publish(self, event: str, data: object) -> None:
         """Send an event; `data` becomes JSON."""
@@ -32,7 +32,7 @@ class Stream:
             return
         message = b"event: %s\ndata: %s\n\n" % (event.encode(), msgspec.json.encode(data))
         for queue in list(self._listeners):
-            if queue.qsize() >= BEHIND_MOST:
+            if queue.qsize() >= MAX_BEHIND:
                 self._end(queue)
             else:
                 queue.put_nowait(message)

@@ -85,7 +85,7 @@ def run(setting: Setting) -> Outcome:
 
 def keeper_of(daemon: int) -> int:
     """The process that keeps the daemon's record."""
-    (keeper,) = [pid for pid in tree(daemon) if b"store.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (keeper,) = [pid for pid in tree(daemon) if b"processes.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return keeper
 
 

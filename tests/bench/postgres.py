@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 
 from notify_server.clock import unix_ms
-from notify_server.store.postgres import PostgresStore
+from notify_server.store.postgres.store import PostgresStore
 from tests.bench.acks import SMALL, wrk
 from tests.bench.figures import Column, Outcome, Row, Setting, Sheet, in_turn, median_by
 from tests.bench.postgres_steps import steps

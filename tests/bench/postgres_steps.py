@@ -12,11 +12,11 @@ import msgspec
 
 from notify_server.app import PRUNE_ROWS
 from notify_server.clock import unix_ms
+from notify_server.expansion.expander import INBOX_ITEMS
 from notify_server.model import AttemptRow, Delivery, DueFile, FileResult, FileState, ReportedStatus
-from notify_server.store.base import MOST, Expansion, NewFile
-from notify_server.store.expander import INBOX_ITEMS
-from notify_server.store.postgres import PostgresStore
-from notify_server.verify.pool import RECORD_ROWS
+from notify_server.store.base import MAX_ID, Expansion, NewFile
+from notify_server.store.postgres.store import PostgresStore
+from notify_server.verify.scheduler import RECORD_ROWS
 from tests.bench.acks import SMALL
 from tests.bench.figures import Column, Outcome, Sheet
 from tests.bench.record import API_CODE, batch_name, body_of, object_name
@@ -132,7 +132,7 @@ async def _prune(url: str, meter: Meter, rows: int) -> None:
     store = await PostgresStore.open(url)
     try:
         async with meter.of(PRUNE, rows):
-            while await store.prune(MOST, MOST, PRUNE_ROWS):
+            while await store.prune(MAX_ID, MAX_ID, PRUNE_ROWS):
                 pass
     finally:
         await store.close()

@@ -14,12 +14,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from notify_server.config import without_secrets
-from notify_server.store.copying import TABLES
-from notify_server.store.postgres_session import migrate_at
-from notify_server.store.queries import load_migrations
-from notify_server.store.sqlite import SqliteStore
-from notify_server.store.sqlite_writer import connect
+from notify_server.config.config import without_secrets
+from notify_server.store.copying.copy import TABLES
+from notify_server.store.postgres.session import migrate_at
+from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.store import SqliteStore
+from notify_server.store.sqlite.writer import connect
 from tests.cli.running import on_terminal, running
 from tests.harness import (
     SECONDS,

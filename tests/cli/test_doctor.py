@@ -18,9 +18,10 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from notify_server.cli import checks, doctor
-from notify_server.cli.checks import Finding, Level
-from notify_server.store.sqlite_writer import connect
+from notify_server.cli.doctor import checks
+from notify_server.cli.doctor import run as doctor
+from notify_server.cli.doctor.checks import Finding, Level
+from notify_server.store.sqlite.writer import connect
 from tests.cli.running import on_terminal
 from tests.harness import SILENCE, Answer, Daemon, Origin, clean_environment, run_command, to_toml
 

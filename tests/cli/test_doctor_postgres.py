@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.cli.checks import Level
-from notify_server.cli.postgres_checks import CONNECTIONS
-from notify_server.store.postgres_session import migrate_at
+from notify_server.cli.doctor.checks import Level
+from notify_server.cli.doctor.postgres import CONNECTIONS
+from notify_server.store.postgres.session import migrate_at
 from tests.cli.test_doctor import BEFORE_ALL, configure, examine, run_doctor, snapshot
 from tests.harness import SILENCE, Daemon, Origin
 from tests.store import postgres_server

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.store.queries import load_migrations
-from notify_server.store.sqlite_writer import connect
+from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.writer import connect
 from tests.harness import Daemon, run_command
 
 LATEST = len(load_migrations("sqlite"))

@@ -27,9 +27,9 @@ import trustme
 
 from notify_server.cli.common import UsageError
 from notify_server.cli.record import moment
-from notify_server.store.queries import load_migrations
-from notify_server.store.records import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
-from notify_server.web.api import Host, Status
+from notify_server.store.reading.types import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
+from notify_server.store.sql import load_migrations
+from notify_server.web.api.handlers import Host, Status
 from tests.cli.running import running
 from tests.harness import (
     SECONDS,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from notify_server.config import without_secrets
-from notify_server.store.postgres_session import migrate_at
-from notify_server.store.queries import load_migrations
+from notify_server.config.config import without_secrets
+from notify_server.store.postgres.session import migrate_at
+from notify_server.store.sql import load_migrations
 from tests.cli.test_record import RETRY, fill_through, free_port
 from tests.harness import Answer, Daemon, Finished, Origin, clean_environment, notification, run_command
 from tests.store.postgres_server import fetch, new_schema

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from notify_server.cli.addresses import Entry
-from notify_server.cli.verify import GIVE_UP_FAILURES, HOSTS_MOST, WINDOW, Listing
+from notify_server.cli.verify import GIVE_UP_FAILURES, MAX_HOSTS, WINDOW, InMemoryQueue
 from notify_server.model import DueFile, FileResult, FileState, Reason
 from notify_server.verify.guard import Guard
 from tests.cli.running import on_terminal, running
@@ -227,8 +227,8 @@ async def test_on_a_terminal_the_progress_is_shown_and_taken_away_again(tmp_path
 # --- What is in memory ---
 
 
-def listing() -> Listing:
-    return Listing(Guard([], [], []))
+def listing() -> InMemoryQueue:
+    return InMemoryQueue(Guard([], [], []))
 
 
 def result(file: DueFile, reason: str | None, elapsed_ms: float) -> FileResult:
@@ -267,9 +267,9 @@ async def test_a_host_that_answers_again_is_no_longer_given_up() -> None:
 
 async def test_hosts_whose_failures_are_remembered_are_bounded() -> None:
     held = listing()
-    for start in range(0, HOSTS_MOST + 10, 1000):
+    for start in range(0, MAX_HOSTS + 10, 1000):
         await held.enter([Entry(f"http://h{number}.example/") for number in range(start, start + 1000)])
         files = await held.claim([(due.host, 1) for due in await held.due_hosts("", 1000)], 0)
         await held.record([result(file, "timeout", 1.0) for file in files], 0)
         held.take()
-    assert len(held._failing) == HOSTS_MOST
+    assert len(held._failing) == MAX_HOSTS

@@ -20,9 +20,9 @@ from pathlib import Path
 import certifi
 import msgspec
 
-from notify_server.frames import FRAME_HEADER, frame
 from notify_server.model import Evidence, Request
-from notify_server.verify.frames import ProberConfig, Ready
+from notify_server.processes.frames import FRAME_HEADER, frame
+from notify_server.processes.prober_protocol import ProberConfig, Ready
 
 TIMEOUT = 0.4
 PATIENCE = 30.0
@@ -53,7 +53,7 @@ class Prober:
         environ: Mapping[str, str] | None = None,
     ) -> Prober:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "notify_server.verify.prober"),
+            *(sys.executable, "-m", "notify_server.processes.prober"),
             stdin=PIPE,
             stdout=PIPE,
             env={**os.environ, **(environ or {})},

@@ -26,7 +26,7 @@ import aiohttp
 import pytest
 import yaml
 
-from notify_server.config import Config, load_config
+from notify_server.config.config import Config, load_config
 from tests.bench.servers import free_port, running, tool
 from tests.harness import Daemon, Finished, Origin, clean_environment, finished, notification
 from tests.store.postgres_faults import eventually

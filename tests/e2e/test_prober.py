@@ -26,9 +26,9 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from notify_server.frames import FRAME_HEADER, frame
 from notify_server.model import Evidence, Reason
-from notify_server.verify.frames import ProberConfig
+from notify_server.processes.frames import FRAME_HEADER, frame
+from notify_server.processes.prober_protocol import ProberConfig
 from notify_server.verify.guard import Guard
 from tests.e2e.prober_harness import (
     AGENT,
@@ -682,7 +682,7 @@ async def test_a_prober_ends_at_once_with_requests_in_flight() -> None:
 async def test_a_prober_ends_within_a_frame_and_before_the_first() -> None:
     for begun in (b"", b"\x10", FRAME_HEADER.pack(1000) + b"half of it"):
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "notify_server.verify.prober"), stdin=PIPE, stdout=PIPE
+            *(sys.executable, "-m", "notify_server.processes.prober"), stdin=PIPE, stdout=PIPE
         )
         out, _ = await asyncio.wait_for(process.communicate(begun), PATIENCE)
         assert (out, process.returncode) == (b"", 0)
@@ -691,7 +691,7 @@ async def test_a_prober_ends_within_a_frame_and_before_the_first() -> None:
 async def test_a_prober_ends_when_nobody_reads_its_evidence() -> None:
     reading, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "notify_server.verify.prober"), stdin=PIPE, stdout=writing
+        *(sys.executable, "-m", "notify_server.processes.prober"), stdin=PIPE, stdout=writing
     )
     os.close(writing)
     prober = Prober(process)

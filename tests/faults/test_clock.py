@@ -17,7 +17,7 @@ from aiohttp import web
 
 from notify_server.app import make_app
 from notify_server.clock import unix_ms
-from notify_server.config import load_config
+from notify_server.config.config import load_config
 from tests.harness import Answer, Origin, notification, to_toml
 
 HOUR_MS = 3_600_000

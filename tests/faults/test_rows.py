@@ -20,7 +20,7 @@ from tests.harness import API_CODE, Answer, Daemon, Origin, finished, notificati
 from tests.web.test_api import make_record
 
 MIB = 2**20
-# SQLite cuts a log that has grown beyond this when it begins anew: notify_server/store/sqlite_writer.py.
+# SQLite cuts a log that has grown beyond this when it begins anew: notify_server/store/sqlite/writer.py.
 WAL_LIMIT = 64 * MIB
 # As large as a callback may be, nearly.
 LARGE = 7_500_000

@@ -20,9 +20,14 @@ from typing import Any, ClassVar
 import asyncpg
 import pytest
 
-from notify_server.store import kept, postgres, postgres_records, postgres_writes, sqlite, sqlite_records
 from notify_server.store.base import Store
-from notify_server.store.records import Records
+from notify_server.store.postgres import records as postgres_records
+from notify_server.store.postgres import store as postgres
+from notify_server.store.postgres import writes as postgres_writes
+from notify_server.store.reading.types import Records
+from notify_server.store.sqlite import client as kept
+from notify_server.store.sqlite import records as sqlite_records
+from notify_server.store.sqlite import store as sqlite
 from tests.store.postgres_server import empty, fetch, new_schema
 
 Row = tuple[Any, ...]
@@ -111,7 +116,7 @@ class SqliteBackend(Backend):
         return [name for _, name, *_ in await self.rows(f"PRAGMA table_info({table})")]
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        patch.setattr(sqlite, "REJECTIONS_KEPT", rejections)
+        patch.setattr(sqlite, "MAX_REJECTIONS", rejections)
         patch.setattr(sqlite, "REJECTION_BYTES_KEPT", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
@@ -135,15 +140,15 @@ keeper.main()
 class KeptBackend(SqliteBackend):
     """SQLite in a process of its own, as the daemon has it."""
 
-    _kept: kept.KeptStore
+    _kept: kept.SqliteClient
 
     async def _open_store(self) -> Store:
         command = [sys.executable, "-c", KEEPER, str(self.directory / "bounds.json")]
-        self._kept = await kept.KeptStore.open(self.directory / "notify.db", now=lambda: 0, command=command)
+        self._kept = await kept.SqliteClient.open(self.directory / "notify.db", now=lambda: 0, command=command)
         return self._kept
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        bounds = {"REJECTIONS_KEPT": rejections, "REJECTION_BYTES_KEPT": rejection_bytes}
+        bounds = {"MAX_REJECTIONS": rejections, "REJECTION_BYTES_KEPT": rejection_bytes}
         (self.directory / "bounds.json").write_text(json.dumps(bounds))
         assert self._kept.pid is not None
         os.kill(self._kept.pid, signal.SIGUSR1)
@@ -202,7 +207,7 @@ class PostgresBackend(Backend):
         return [name for (name,) in rows]
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        patch.setattr(postgres_writes, "REJECTIONS_KEPT", rejections)
+        patch.setattr(postgres_writes, "MAX_REJECTIONS", rejections)
         patch.setattr(postgres_writes, "REJECTION_BYTES_KEPT", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.store import reader, sqlite_writer
 from notify_server.store.base import Store
-from notify_server.store.records import Records
+from notify_server.store.reading.types import Records
+from notify_server.store.sqlite import reader
+from notify_server.store.sqlite import writer as sqlite_writer
 from tests.store.backends import BACKENDS, Backend
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from notify_server.store.postgres import PostgresStore
+from notify_server.store.postgres.store import PostgresStore
 from tests.store.postgres_server import fetch
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import Self
 from notify_server.model import AttemptRow, DueFile, FileResult, FileState, ReportedStatus, Verdict
 from notify_server.store.base import NewFile, Restart
 
-ATTEMPTS_KEPT = 50
+MAX_ATTEMPT_ROWS = 50
 Row = tuple[object, ...]
 
 
@@ -206,7 +206,7 @@ class Reference:
             file.state, file.reason, file.attempts = result.state, result.reason, result.attempts
             file.next_attempt_at, file.verified_at = result.next_attempt_at, result.verified_at
             file.outcome = result
-            file.requests = [*file.requests, *result.requests][-ATTEMPTS_KEPT:]
+            file.requests = [*file.requests, *result.requests][-MAX_ATTEMPT_ROWS:]
         self.release([claim for claim, _ in results])
         return self._verdicts(touched, now)
 

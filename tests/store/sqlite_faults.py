@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from notify_server.store.sqlite import SqliteStore
+from notify_server.store.sqlite.store import SqliteStore
 
 HOLD_LOCK = """
 import sqlite3, sys

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from notify_server.errors import RejectionGoneError
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState
-from notify_server.store import sqlite
 from notify_server.store.base import NewFile, Store
-from notify_server.store.records import FileFilter
+from notify_server.store.reading.types import FileFilter
+from notify_server.store.sqlite import store as sqlite
 from tests.store.backends import Backend, KeptBackend, SqliteBackend
 from tests.store.builders import NOW, again, blocked, chunk, delivery, failed, finished, found, missing, rejection
 from tests.store.builders import request as made

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import FileState, Verdict
 from notify_server.store.base import Expansion, NewFile, Store
-from notify_server.store.records import (
+from notify_server.store.reading.types import (
     AttemptItem,
     BatchDetail,
     BatchFilter,

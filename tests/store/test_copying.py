@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store import copying
-from notify_server.store.copying import TABLES, Checked, Digest, Row, Side, copy
-from notify_server.store.copying_postgres import PostgresSide
-from notify_server.store.copying_sqlite import SqliteSide
-from notify_server.store.postgres import PostgresStore
-from notify_server.store.postgres_session import migrate_at
-from notify_server.store.sqlite import SqliteStore
+from notify_server.store.copying import copy as copying
+from notify_server.store.copying.copy import TABLES, Checked, Digest, Row, Side, copy
+from notify_server.store.copying.postgres import PostgresSide
+from notify_server.store.copying.sqlite import SqliteSide
+from notify_server.store.postgres.session import migrate_at
+from notify_server.store.postgres.store import PostgresStore
+from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, delivery
 from tests.store.copies import LARGE, dump, fill, writing
 from tests.store.postgres_faults import opened

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from notify_server.expansion.expander import CHUNK_FILES
 from notify_server.model import BatchVerdict
-from notify_server.store.base import Expanding, Store
-from notify_server.store.expander import CHUNK_FILES
+from notify_server.store.base import ExpansionListener, Store
 from notify_server.verify.guard import Guard
 from tests.store.backends import Backend
 from tests.store.builders import API_CODE, NOW, delivery, found
@@ -30,7 +30,7 @@ async def expand_all(store: Store, backend: Backend) -> list[BatchVerdict]:
     def on_verdicts(reached: Sequence[BatchVerdict]) -> None:
         verdicts.extend(reached)
 
-    told = Expanding(lambda hosts: None, on_verdicts, lambda count: None)
+    told = ExpansionListener(lambda hosts: None, on_verdicts, lambda count: None)
     task = asyncio.create_task(store.expand_inbox(Guard([], [], [80, 443]), lambda: NOW, told))
     async with asyncio.timeout(20):
         while await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") != [(0,)]:

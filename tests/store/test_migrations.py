@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError
-from notify_server.store import sqlite_writer
-from notify_server.store.queries import Migration, load_migrations
-from notify_server.store.reader import Reader
-from notify_server.store.records import FileFilter
-from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import connect, migrate, schema_version
+from notify_server.store.reading.types import FileFilter
+from notify_server.store.sql import Migration, load_migrations
+from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite.reader import Reader
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.store.sqlite.writer import connect, migrate, schema_version
 from tests.store.builders import NOW, chunk, delivery, failed, found, rejection
 from tests.store.sqlite_faults import opened
 
@@ -51,7 +51,7 @@ def known_to_be(patch: pytest.MonkeyPatch, migrations: Sequence[Migration]) -> N
 
 def test_migrations_are_numbered_from_one_without_a_gap_and_named_for_what_they_do() -> None:
     scripts = sorted(
-        entry.name for entry in (files("notify_server.store") / "sql" / "sqlite").iterdir() if entry.name[0].isdigit()
+        entry.name for entry in (files("notify_server.store") / "sqlite").iterdir() if entry.name[0].isdigit()
     )
     migrations = load_migrations("sqlite")
     assert [f"{step.name}.sql" for step in migrations] == scripts

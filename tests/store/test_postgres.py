@@ -12,13 +12,17 @@ import pytest
 
 from notify_server.errors import NonceReusedError, StoreRefusedError, StoreUnavailableError
 from notify_server.model import DueFile, InboxItem
-from notify_server.store import postgres, postgres_expansion, postgres_records, postgres_session, postgres_writes
 from notify_server.store.base import Nodes
-from notify_server.store.postgres import PostgresStore
-from notify_server.store.postgres_node import INBOX, WORK
-from notify_server.store.postgres_records import PostgresRecords
-from notify_server.store.queries import load_migrations
-from notify_server.store.records import BatchFilter, FileFilter, Found, Page
+from notify_server.store.postgres import expansion as postgres_expansion
+from notify_server.store.postgres import records as postgres_records
+from notify_server.store.postgres import session as postgres_session
+from notify_server.store.postgres import store as postgres
+from notify_server.store.postgres import writes as postgres_writes
+from notify_server.store.postgres.node import INBOX, WORK
+from notify_server.store.postgres.records import PostgresRecords
+from notify_server.store.postgres.store import PostgresStore
+from notify_server.store.reading.types import BatchFilter, FileFilter, Found, Page
+from notify_server.store.sql import load_migrations
 from tests.store.backends import PostgresBackend
 from tests.store.builders import (
     HOST,
@@ -523,7 +527,7 @@ async def test_nodes_that_bring_one_schema_up_to_date_at_once_all_open(caplog: p
 async def test_rejections_are_bounded_together(
     url: str, one: PostgresStore, other: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_writes, "REJECTIONS_KEPT", 5)
+    monkeypatch.setattr(postgres_writes, "MAX_REJECTIONS", 5)
     await asyncio.gather(*(store.reject(rejection()) for store in (one, other) for _ in range(20)))
     await one.reject(rejection())
     assert await fetch(url, "SELECT count(*) FROM rejection") == [(5,)]

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from notify_server.store.postgres import POOL_SIZE
-from notify_server.store.queries import load_migrations
+from notify_server.store.postgres.store import POOL_SIZE
+from notify_server.store.sql import load_migrations
 from tests.harness import SILENCE, Answer, Daemon, Origin, failed, finished, notification
 from tests.store.postgres_faults import cut, eventually, locked, until_waiting
 from tests.store.postgres_server import PostgresServer, fetch, new_schema

@@ -16,12 +16,12 @@ import asyncpg
 import pytest
 
 from notify_server.model import FileState, Verdict
-from notify_server.store import postgres_records
-from notify_server.store.base import MOST
-from notify_server.store.postgres_records import PostgresRecords
-from notify_server.store.postgres_session import CLAIMING, SEEKING, connect
-from notify_server.store.queries import load_queries
-from notify_server.store.records import BatchFilter, FileFilter, Records
+from notify_server.store.base import MAX_ID
+from notify_server.store.postgres import records as postgres_records
+from notify_server.store.postgres.records import PostgresRecords
+from notify_server.store.postgres.session import CLAIMING, SEEKING, connect
+from notify_server.store.reading.types import BatchFilter, FileFilter, Records
+from notify_server.store.sql import load_queries
 from tests.store.builders import NOW
 from tests.store.postgres_faults import opened
 from tests.store.postgres_server import new_schema
@@ -102,7 +102,7 @@ WITH: dict[str, Sequence[Any]] = {
     "recheck_files": [IDS, NOW],
     "recheck_batches": [IDS, [0] * MANY, [0] * MANY, [0] * MANY],
     "due_hosts": ["", 5],
-    "claim": [["w0", "w1"], [128, 128], [-MOST, 100], [0, 5], NOW, 1],
+    "claim": [["w0", "w1"], [128, 128], [-MAX_ID, 100], [0, 5], NOW, 1],
     "release": [IDS, 1],
     "record_begin": [IDS, IDS, 1],
     "record_files": [IDS, *OUTCOME, 50],
@@ -295,7 +295,7 @@ async def test_a_claim_costs_what_it_claims_however_much_this_node_holds_already
             answer = await connection.fetchval(f"{EXPLAIN} {SQL['claim']}", ["w0"], [10], [after], [0], NOW, 1)
             return cost(json.loads(answer)[0]["Plan"])
 
-    from_the_beginning, from_behind = await claiming(-MOST), await claiming(2000)
+    from_the_beginning, from_behind = await claiming(-MAX_ID), await claiming(2000)
     assert from_behind[0] < 100 < 200 < from_the_beginning[0]
 
 
@@ -333,10 +333,10 @@ class Observed(PostgresRecords):
         return await super()._row(statement, **parameters)
 
 
-Ask = Callable[[Records], Awaitable[object]]
+NextRequest = Callable[[Records], Awaitable[object]]
 
 
-def listings() -> Iterator[tuple[str, Ask]]:
+def listings() -> Iterator[tuple[str, NextRequest]]:
     """Every combination of filters that batches and files can be asked for with, and one thing of each kind."""
     for values in product((None, *Verdict), (None, "a", "nowhere"), (None, "b7"), (None, 30), (None, 3000)):
         batches = BatchFilter(*values)

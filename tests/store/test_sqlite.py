@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store import sqlite, sqlite_writer
-from notify_server.store.sqlite import SqliteStore
+from notify_server.store.sqlite import store as sqlite
+from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import (
     NOW,
     again,

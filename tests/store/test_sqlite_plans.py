@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from notify_server.store.queries import load_queries, with_rows
-from notify_server.store.sqlite import SqliteStore
-from notify_server.store.sqlite_writer import connect
+from notify_server.store.sql import expand_rows, load_queries
+from notify_server.store.sqlite.store import SqliteStore
+from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW, finished, take_in
 from tests.store.sqlite_faults import connection_of, opened
 
@@ -128,7 +128,7 @@ def statement(name: str) -> tuple[str, Parameters]:
         return SQL[name], parameters
     assert isinstance(parameters, tuple)
     columns, count, values = parameters
-    return with_rows(SQL[name], columns, count), values
+    return expand_rows(SQL[name], columns, count), values
 
 
 @pytest.fixture(params=["never", "when full", "when nearly empty"], scope="module")

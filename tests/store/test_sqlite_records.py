@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store import sqlite_records
-from notify_server.store.reader import connect_read_only
-from notify_server.store.records import BatchFilter, FileFilter
-from notify_server.store.sqlite import SqliteStore
-from notify_server.store.sqlite_records import SqliteRecords
+from notify_server.store.reading.types import BatchFilter, FileFilter
+from notify_server.store.sqlite import records as sqlite_records
+from notify_server.store.sqlite.reader import connect_read_only
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, claim, delivery, finished, missing, take_in
 from tests.store.sqlite_faults import HOLD_ALL, child, connection_of, opened
 

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import pytest
 
 from notify_server.model import FileState, Verdict
-from notify_server.store import sqlite_records
-from notify_server.store.queries import load_queries
-from notify_server.store.records import BatchFilter, FileFilter, Page
-from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import connect
+from notify_server.store.reading.types import BatchFilter, FileFilter, Page
+from notify_server.store.sql import load_queries
+from notify_server.store.sqlite import records as sqlite_records
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW
 
 FILES = 14
@@ -100,7 +100,7 @@ class Observed(SqliteRecords):
 
 
 Filter = TypeVar("Filter", BatchFilter, FileFilter)
-Ask = Callable[[SqliteRecords], Coroutine[Any, Any, object]]
+NextRequest = Callable[[SqliteRecords], Coroutine[Any, Any, object]]
 
 
 @pytest.fixture(params=["never", "when full", "when nearly empty"], scope="module")
@@ -131,7 +131,7 @@ async def databases(
         await records.close()
 
 
-async def costs(databases: tuple[Observed, Observed], ask: Ask) -> tuple[int, int, list[str]]:
+async def costs(databases: tuple[Observed, Observed], ask: NextRequest) -> tuple[int, int, list[str]]:
     """The steps that it takes in the small and in the large database, and the lines of both plans."""
     steps, plans = [], []
     for records in databases:
@@ -144,7 +144,7 @@ async def costs(databases: tuple[Observed, Observed], ask: Ask) -> tuple[int, in
 
 def pages(
     wanted: Filter, call: Callable[[Filter, SqliteRecords, str | None], Coroutine[Any, Any, Page[Any]]]
-) -> dict[str, Ask]:
+) -> dict[str, NextRequest]:
     """To ask for the first page of a listing, and for one further on."""
 
     async def later(records: SqliteRecords) -> object:
@@ -158,9 +158,9 @@ def pages(
     return {f"first page of {wanted}": lambda records: call(wanted, records, None), f"later page of {wanted}": later}
 
 
-def batch_listings() -> dict[str, Ask]:
+def batch_listings() -> dict[str, NextRequest]:
     """Every combination of filters that batches can be asked for with."""
-    asked: dict[str, Ask] = {}
+    asked: dict[str, NextRequest] = {}
     filters = product(
         (None, "batch 7"), (None, *Verdict), (None, "a", "b", "nowhere"), (None, NOW + 2), (None, NOW + 8)
     )
@@ -170,9 +170,9 @@ def batch_listings() -> dict[str, Ask]:
     return asked
 
 
-def file_listings() -> dict[str, Ask]:
+def file_listings() -> dict[str, NextRequest]:
     """Every combination of filters that files can be asked for with."""
-    asked: dict[str, Ask] = {}
+    asked: dict[str, NextRequest] = {}
     reasons, hosts = (None, "timeout", "http_404", "nothing"), (None, "h0001", "nowhere")
     for values in product((None, 7), (None, *FileState), reasons, hosts):
         wanted = FileFilter(*values)
@@ -191,7 +191,7 @@ ALONG_AN_ORDER = {
 
 @pytest.mark.parametrize("listings", [batch_listings, file_listings], ids=["batches", "files"])
 async def test_a_page_of_any_listing_costs_the_same_however_large_the_record_is_and_is_never_sorted(
-    databases: tuple[Observed, Observed], listings: Callable[[], dict[str, Ask]]
+    databases: tuple[Observed, Observed], listings: Callable[[], dict[str, NextRequest]]
 ) -> None:
     wrong: dict[str, object] = {}
     for name, ask in listings().items():
@@ -221,7 +221,7 @@ async def test_files_of_a_batch_are_found_by_their_batch_whatever_else_is_asked_
             assert f"SEARCH file USING {index}{key})" in found or not key
 
 
-ONE_THING: dict[str, Ask] = {
+ONE_THING: dict[str, NextRequest] = {
     "batch": lambda records: records.batch(7),
     "file": lambda records: records.file(7),
     "rejection": lambda records: records.rejection(7),
@@ -247,7 +247,7 @@ async def test_one_thing_costs_the_same_however_large_the_record_is(
 
 
 # What is walked over, and how: by the order of what is grouped, and without looking at the rest.
-WALKS: list[tuple[Ask, str]] = [
+WALKS: list[tuple[NextRequest, str]] = [
     (lambda records: records.totals(), r"SCAN batch$"),
     (lambda records: records.failures(5), r"SEARCH file USING COVERING INDEX file_failing \(reason>\?\)"),
     (lambda records: records.backlog(5), r"SCAN file USING INDEX file_due"),
@@ -270,7 +270,7 @@ WALKS: list[tuple[Ask, str]] = [
 
 @pytest.mark.parametrize(("ask", "walk"), WALKS)
 async def test_what_costs_a_walk_walks_over_what_it_says(
-    databases: tuple[Observed, Observed], ask: Ask, walk: str
+    databases: tuple[Observed, Observed], ask: NextRequest, walk: str
 ) -> None:
     *_, plan = await costs(databases, ask)
     tables = [line for line in plan if re.match(r"(SCAN|SEARCH) (batch|file)\b", line)]

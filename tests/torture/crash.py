@@ -32,7 +32,7 @@ from tests.torture.figures import Figure, Setting
 ROUNDS = 200
 SENDERS = 8
 # Batches in a round: files enough for what the origin waits for, and no hours of checking in the end.
-ROUND_MOST = 1000
+MAX_ROUND = 1000
 MOMENTS = ("starting", "acking", "expanding", "recording")
 LARGE = (1500, 2500)
 # Kills of the daemon alone: what keeps its record finishes what it was told, and is in the next one's way meanwhile.
@@ -130,7 +130,7 @@ class Torture:
             await platform.send(daemon, batch)
             # Before the others send: it comes after all that has been acked, and acks come before it.
             await daemon.eventually("SELECT EXISTS (SELECT 1 FROM batch WHERE batch_id = ?)", batch)
-        most = len(platform.acked) + ROUND_MOST
+        most = len(platform.acked) + MAX_ROUND
         senders = [asyncio.create_task(platform.send_until_it_fails(daemon, most)) for _ in range(SENDERS)]
         if moment == "acking":
             enough = len(platform.acked) + dice.randint(1, 120)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from notify_server.web.dashboard import _local
-from notify_server.web.refused_body import LINES_MOST, field_at_fault, readable
+from notify_server.callbacks.refused_body import MAX_LINES, field_at_fault, readable
+from notify_server.web.dashboard.pages import _local
 from notify_server.web.rendering import bar, is_link, milliseconds, size
 
 
@@ -85,9 +85,9 @@ def test_the_field_at_fault_is_marked() -> None:
 def test_a_long_body_is_shown_around_its_fault() -> None:
     body = {"batch_id": "b", "file_list": [{"status": "FINISHED"}] * 5000}
     shown = readable(json.dumps(body), "file_list[2500].status: is wrong")
-    assert len(shown.lines) == LINES_MOST
+    assert len(shown.lines) == MAX_LINES
     assert sum(line.at_fault for line in shown.lines) == 1
-    assert shown.before + LINES_MOST + shown.after == 4 + 3 * 5000 + 1 - 1 + 1
+    assert shown.before + MAX_LINES + shown.after == 4 + 3 * 5000 + 1 - 1 + 1
     assert shown.batch_id == "b"
 
 

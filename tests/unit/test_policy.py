@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from notify_server.config import HostSettings, StatusRange, VerifyConfig
+from notify_server.config.config import HostSettings, StatusRange, VerifyConfig
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import Guard
 from notify_server.verify.policy import (
     AVAILABLE,
     CONNECTION_FAILURES,
-    Ask,
     Conclusion,
-    Fate,
+    NextRequest,
+    Outcome,
     conclude,
     first,
     judge,
@@ -59,17 +59,17 @@ def evidence(
     )
 
 
-def head(*, hops: int = 0, fresh: bool = False, target: Target = TARGET) -> Ask:
-    return Ask(target, "HEAD", hops, fresh)
+def head(*, hops: int = 0, fresh: bool = False, target: Target = TARGET) -> NextRequest:
+    return NextRequest(target, "HEAD", hops, fresh)
 
 
-def get(*, hops: int = 0, fresh: bool = False) -> Ask:
-    return Ask(TARGET, "GET", hops, fresh)
+def get(*, hops: int = 0, fresh: bool = False) -> NextRequest:
+    return NextRequest(TARGET, "GET", hops, fresh)
 
 
 # -- every status, method and connection -------------------------------------------------------------------------------
 
-METHODS: tuple[tuple[HostSettings, Ask], ...] = tuple(
+METHODS: tuple[tuple[HostSettings, NextRequest], ...] = tuple(
     (HostSettings.model_validate({"methods": methods}), ask)
     for methods, ask in (
         (("HEAD", "GET"), head()),
@@ -96,20 +96,22 @@ def follow(url: str, location: str) -> Target:
 
 @pytest.mark.parametrize("accepted", ACCEPTED, ids=str)
 @pytest.mark.parametrize(("methods", "ask"), METHODS, ids=lambda value: getattr(value, "method", None))
-def test_every_status_has_one_meaning(accepted: tuple[StatusRange, ...], methods: HostSettings, ask: Ask) -> None:
+def test_every_status_has_one_meaning(
+    accepted: tuple[StatusRange, ...], methods: HostSettings, ask: NextRequest
+) -> None:
     some = HostSettings(methods=methods.methods, accept_status=accepted)
     falls_back = ask.method == "HEAD" and some.methods == ("HEAD", "GET")
     for status, reused, fresh in product(range(100, 600), (True, False), (True, False)):
-        asked = Ask(ask.target, ask.method, 1, fresh)
+        asked = NextRequest(ask.target, ask.method, 1, fresh)
         found = judge(asked, evidence(status, reused=reused, location="/elsewhere"), some, follow)
         if any(low <= status <= high for low, high in accepted):
             assert found == AVAILABLE
         elif reused and not fresh:
-            assert found == Ask(ask.target, ask.method, 1, fresh=True)
+            assert found == NextRequest(ask.target, ask.method, 1, fresh=True)
         elif status in (301, 302, 303, 307, 308):
-            assert found == Ask(GUARD.examine("https://files.example.com/elsewhere"), ask.method, 2)
+            assert found == NextRequest(GUARD.examine("https://files.example.com/elsewhere"), ask.method, 2)
         elif status in (400, 403, 405, 501) and falls_back:
-            assert found == Ask(ask.target, "GET", 1)
+            assert found == NextRequest(ask.target, "GET", 1)
         else:
             assert found == Conclusion(FileState.PENDING, f"http_{status}", final=status == 410)
 
@@ -146,7 +148,7 @@ def test_an_attempt_begins_with_the_first_method_on_any_connection() -> None:
 def test_a_status_that_is_not_accepted_is_retried(status: int) -> None:
     found = judge(get(), evidence(status), HostSettings(accept_status=(StatusRange(200, 200),)), follow)
     assert found == Conclusion(FileState.PENDING, http_reason(status))
-    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Fate(FileState.PENDING, 5000)
+    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Outcome(FileState.PENDING, 5000)
 
 
 def test_410_alone_among_the_statuses_is_final() -> None:
@@ -164,14 +166,14 @@ def test_410_alone_among_the_statuses_is_final() -> None:
 def test_a_failure_to_get_an_answer_is_retried(failure: Reason) -> None:
     found = judge(head(), evidence(failure=failure), DEFAULTS, follow)
     assert isinstance(found, Conclusion)
-    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Fate(FileState.PENDING, 5000)
+    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Outcome(FileState.PENDING, 5000)
 
 
 @pytest.mark.parametrize("refusal", [Reason.PRIVATE_ADDRESS, Reason.PORT_NOT_ALLOWED, Reason.HOST_NOT_ALLOWED])
 def test_what_the_guard_refused_while_dialling_is_blocked_at_once(refusal: Reason) -> None:
     found = judge(head(), evidence(failure=refusal), DEFAULTS, follow)
     assert isinstance(found, Conclusion)
-    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, 1000) == Fate(FileState.BLOCKED)
+    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, 1000) == Outcome(FileState.BLOCKED)
 
 
 def test_the_circuit_is_fed_by_failures_of_the_connection_alone() -> None:
@@ -186,14 +188,14 @@ def test_a_refused_head_falls_back_to_get_for_these_statuses_alone() -> None:
     asked_again = [
         status
         for status in range(100, 600)
-        if isinstance(found := judge(head(), evidence(status), DEFAULTS, follow), Ask) and found.method == "GET"
+        if isinstance(found := judge(head(), evidence(status), DEFAULTS, follow), NextRequest) and found.method == "GET"
     ]
     assert asked_again == [400, 403, 405, 501]
 
 
 @pytest.mark.parametrize("status", [400, 403, 405, 501])
 @pytest.mark.parametrize(("methods", "ask"), METHODS[1:], ids=lambda value: getattr(value, "method", None))
-def test_without_a_later_method_there_is_no_fallback(status: int, methods: HostSettings, ask: Ask) -> None:
+def test_without_a_later_method_there_is_no_fallback(status: int, methods: HostSettings, ask: NextRequest) -> None:
     assert judge(ask, evidence(status), methods, follow) == Conclusion(FileState.PENDING, f"http_{status}")
 
 
@@ -203,7 +205,7 @@ def test_the_fallback_keeps_the_hops_and_may_use_any_connection() -> None:
 
 def test_a_fallback_follows_redirects_as_get() -> None:
     found = judge(get(), evidence(307, location="/moved"), DEFAULTS, follow)
-    assert found == Ask(GUARD.examine("https://files.example.com/moved"), "GET", 1)
+    assert found == NextRequest(GUARD.examine("https://files.example.com/moved"), "GET", 1)
 
 
 # -- an empty object ---------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_416_to_get_shows_that_an_empty_object_is_there() -> None:
 
 @pytest.mark.parametrize(("ask", "length"), [(get(), None), (get(), 1), (head(), 0)])
 def test_416_is_a_bad_answer_when_the_object_is_not_known_to_be_empty_or_no_range_was_asked_for(
-    ask: Ask, length: int | None
+    ask: NextRequest, length: int | None
 ) -> None:
     found = judge(ask, evidence(416, content_length=length), DEFAULTS, follow)
     assert found == Conclusion(FileState.PENDING, "http_416")
@@ -247,7 +249,7 @@ def test_as_many_redirects_are_followed_as_the_limit_says(limit: int) -> None:
     ask = first(TARGET, some)
     for hop in range(limit):
         found = judge(ask, evidence(302, location="/loop"), some, follow)
-        assert isinstance(found, Ask)
+        assert isinstance(found, NextRequest)
         assert found.hops == hop + 1
         ask = found
     assert judge(ask, evidence(302, location="/loop"), some, follow) == Conclusion(
@@ -277,7 +279,7 @@ def test_a_redirect_that_the_guard_refuses_is_blocked_and_shown_harmlessly(
 ) -> None:
     found = judge(head(), evidence(302, location=location), DEFAULTS, follow)
     assert found == Conclusion(FileState.BLOCKED, reason, led_to=led_to)
-    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Fate(FileState.BLOCKED)
+    assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Outcome(FileState.BLOCKED)
 
 
 def test_a_redirect_to_a_host_that_is_not_allowed_is_blocked() -> None:
@@ -300,7 +302,7 @@ def test_a_redirect_may_lead_from_https_to_http() -> None:
 def test_a_redirect_is_resolved_against_the_address_that_sent_it() -> None:
     second = head(hops=1, target=GUARD.examine("http://cdn.example.net/deep/x"))
     found = judge(second, evidence(302, location="y?z"), DEFAULTS, follow)
-    assert isinstance(found, Ask)
+    assert isinstance(found, NextRequest)
     assert found.target.url == "http://cdn.example.net/deep/y?z"
 
 
@@ -319,12 +321,12 @@ BAD: tuple[Callable[[bool], Evidence], ...] = (
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("ask", [head(hops=2), get()])
 def test_a_bad_answer_on_a_reused_connection_is_asked_again_once_on_a_fresh_one(
-    ask: Ask, bad: Callable[[bool], Evidence]
+    ask: NextRequest, bad: Callable[[bool], Evidence]
 ) -> None:
     again = judge(ask, bad(True), DEFAULTS, follow)
-    assert again == Ask(ask.target, ask.method, ask.hops, fresh=True)
+    assert again == NextRequest(ask.target, ask.method, ask.hops, fresh=True)
     # Whatever the prober says of it: the second answer counts.
-    fresh = Ask(ask.target, ask.method, ask.hops, fresh=True)
+    fresh = NextRequest(ask.target, ask.method, ask.hops, fresh=True)
     assert judge(fresh, bad(True), DEFAULTS, follow) == judge(fresh, bad(False), DEFAULTS, follow)
     assert judge(fresh, bad(False), DEFAULTS, follow) != again
 
@@ -333,7 +335,7 @@ def test_a_bad_answer_on_a_reused_connection_is_asked_again_once_on_a_fresh_one(
 def test_a_bad_answer_on_a_fresh_connection_counts_at_once(bad: Callable[[bool], Evidence]) -> None:
     found = judge(head(), bad(False), DEFAULTS, follow)
     assert found == judge(head(fresh=True), bad(False), DEFAULTS, follow)
-    assert not (isinstance(found, Ask) and found.fresh)
+    assert not (isinstance(found, NextRequest) and found.fresh)
 
 
 @pytest.mark.parametrize("reused", [True, False])
@@ -399,11 +401,11 @@ def test_the_bound_is_reached_by_the_most_tiresome_origin(max_redirects: int) ->
 def test_a_file_is_tried_once_more_than_the_schedule_has_waits() -> None:
     fates = [conclude(RETRY, attempt, SCHEDULE, 0.0, 0.5, None) for attempt in range(1, 6)]
     assert fates == [
-        Fate(FileState.PENDING, 5_000),
-        Fate(FileState.PENDING, 30_000),
-        Fate(FileState.PENDING, 300_000),
-        Fate(FileState.UNAVAILABLE),
-        Fate(FileState.UNAVAILABLE),
+        Outcome(FileState.PENDING, 5_000),
+        Outcome(FileState.PENDING, 30_000),
+        Outcome(FileState.PENDING, 300_000),
+        Outcome(FileState.UNAVAILABLE),
+        Outcome(FileState.UNAVAILABLE),
     ]
 
 
@@ -414,12 +416,12 @@ def test_the_default_schedule_gives_up_after_eight_attempts() -> None:
 
 
 def test_an_empty_schedule_means_one_attempt() -> None:
-    assert conclude(RETRY, 1, (), 0.2, 0.5, 60_000) == Fate(FileState.UNAVAILABLE)
-    assert conclude(AVAILABLE, 1, (), 0.2, 0.5, None) == Fate(FileState.AVAILABLE)
+    assert conclude(RETRY, 1, (), 0.2, 0.5, 60_000) == Outcome(FileState.UNAVAILABLE)
+    assert conclude(AVAILABLE, 1, (), 0.2, 0.5, None) == Outcome(FileState.AVAILABLE)
 
 
 def test_a_final_answer_settles_the_file_while_the_schedule_lasts() -> None:
-    assert conclude(Conclusion(FileState.PENDING, "http_410", final=True), 1, SCHEDULE, 0.2, 0.5, 60_000) == Fate(
+    assert conclude(Conclusion(FileState.PENDING, "http_410", final=True), 1, SCHEDULE, 0.2, 0.5, 60_000) == Outcome(
         FileState.UNAVAILABLE
     )
 
@@ -427,7 +429,7 @@ def test_a_final_answer_settles_the_file_while_the_schedule_lasts() -> None:
 @pytest.mark.parametrize("attempts", [1, 3, 4, 1000])
 @pytest.mark.parametrize("state", [FileState.AVAILABLE, FileState.BLOCKED])
 def test_a_settled_file_stays_settled_after_any_attempt(state: FileState, attempts: int) -> None:
-    assert conclude(Conclusion(state), attempts, SCHEDULE, 0.2, 0.5, 1000) == Fate(state)
+    assert conclude(Conclusion(state), attempts, SCHEDULE, 0.2, 0.5, 1000) == Outcome(state)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +437,7 @@ def test_a_settled_file_stays_settled_after_any_attempt(state: FileState, attemp
     [(0.2, 0.0, 24_000), (0.2, 0.5, 30_000), (0.2, 1 - 2**-53, 36_000), (0.0, 0.0, 30_000), (0.0, 0.9, 30_000)],
 )
 def test_jitter_spreads_the_wait_both_ways(jitter: float, chance: float, wait: int) -> None:
-    assert conclude(RETRY, 2, SCHEDULE, jitter, chance, None) == Fate(FileState.PENDING, wait)
+    assert conclude(RETRY, 2, SCHEDULE, jitter, chance, None) == Outcome(FileState.PENDING, wait)
 
 
 def test_a_greater_chance_waits_longer() -> None:
@@ -451,11 +453,11 @@ def test_a_greater_chance_waits_longer() -> None:
 def test_a_wait_that_was_asked_for_is_kept_between_one_and_two_scheduled_waits(
     asked: int, wait: int, chance: float
 ) -> None:
-    assert conclude(RETRY, 2, SCHEDULE, 0.2, chance, asked) == Fate(FileState.PENDING, wait)
+    assert conclude(RETRY, 2, SCHEDULE, 0.2, chance, asked) == Outcome(FileState.PENDING, wait)
 
 
 def test_a_wait_that_was_asked_for_does_not_lengthen_the_schedule() -> None:
-    assert conclude(RETRY, 4, SCHEDULE, 0.2, 0.5, 60_000) == Fate(FileState.UNAVAILABLE)
+    assert conclude(RETRY, 4, SCHEDULE, 0.2, 0.5, 60_000) == Outcome(FileState.UNAVAILABLE)
 
 
 @many
@@ -570,7 +572,7 @@ def test_a_date_without_a_zone_is_utc_wherever_the_daemon_runs(value: str) -> No
     ],
 )
 def test_whatever_retry_after_says_the_wait_stays_between_one_and_two_scheduled_waits(value: str, wait: int) -> None:
-    assert conclude(RETRY, 2, SCHEDULE, 0.0, 0.5, retry_after_ms(value, NOW)) == Fate(FileState.PENDING, wait)
+    assert conclude(RETRY, 2, SCHEDULE, 0.0, 0.5, retry_after_ms(value, NOW)) == Outcome(FileState.PENDING, wait)
 
 
 DATE_LIKE = (

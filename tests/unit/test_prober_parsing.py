@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from notify_server.model import Reason
+from notify_server.processes.prober import LOCATION_LIMIT, VALUE_LIMIT, Answer, read_headers, sanitise
 from notify_server.verify.guard import Guard
-from notify_server.verify.prober import LOCATION_LIMIT, VALUE_LIMIT, Answer, read_headers, sanitise
 
 NOTHING = Answer(None, None, None, None, None, None)
 MARK = "\ufffd"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notify_server.web import rate_limit
-from notify_server.web.rate_limit import RateLimit, source_of
+from notify_server.callbacks import rate_limit
+from notify_server.callbacks.rate_limit import RateLimit, source_of
 
 SOURCE = "192.0.2.7"
 
@@ -58,7 +58,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: int, gaps: list[float]) ->
 
 
 def test_memory_is_bounded_and_the_one_silent_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate_limit, "SOURCES_MOST", 3)
+    monkeypatch.setattr(rate_limit, "MAX_SOURCES", 3)
     limit = RateLimit(2)
     for source in ("a", "b", "c", "a", "d"):
         assert limit.wait(source, 0.0) == 0

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from notify_server.verify.reach import (
+from notify_server.verify.connectivity import (
     ANY_TO_CUT_OFF,
-    KNOWN_MOST,
     KNOWN_TO_CUT_OFF,
-    Reach,
+    MAX_KNOWN,
+    Connectivity,
     ask_name_server,
     is_name,
 )
@@ -27,7 +27,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reach: Reach[int] = Reach()
+        self.reach: Connectivity[int] = Connectivity()
         self.heard: list[tuple[str, bool]] = []
         self.doubted: list[tuple[str, int]] = []
 
@@ -74,7 +74,7 @@ TestReach.settings = settings(max_examples=30)
 
 @given(st.lists(st.sampled_from(HOSTS)))
 def test_one_host_alone_never_cuts_us_off(answers: list[str]) -> None:
-    reach: Reach[int] = Reach()
+    reach: Connectivity[int] = Connectivity()
     for host in answers:
         reach.answered(host)
     for _ in range(100):
@@ -82,7 +82,7 @@ def test_one_host_alone_never_cuts_us_off(answers: list[str]) -> None:
 
 
 def test_strangers_that_are_dead_do_not_cut_us_off_while_nobody_who_is_known_fails() -> None:
-    reach: Reach[int] = Reach()
+    reach: Connectivity[int] = Connectivity()
     assert [reach.failed(f"dead{number}") for number in range(ANY_TO_CUT_OFF)] == [False] * (ANY_TO_CUT_OFF - 1) + [
         True
     ]
@@ -92,8 +92,8 @@ def test_strangers_that_are_dead_do_not_cut_us_off_while_nobody_who_is_known_fai
 
 
 def test_of_many_hosts_the_last_to_answer_are_remembered() -> None:
-    reach: Reach[int] = Reach()
-    for number in range(KNOWN_MOST + 1):
+    reach: Connectivity[int] = Connectivity()
+    for number in range(MAX_KNOWN + 1):
         reach.answered(f"host{number}")
     # Two of which one has been forgotten are not enough; with another that is remembered they are.
     assert not reach.failed("host0")

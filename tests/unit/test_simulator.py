@@ -23,15 +23,15 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from notify_server import simulator
 from notify_server.cli.main import app
 from notify_server.cli.simulate import Options, configured, run, show, trust_only
-from notify_server.config import AuthConfig, Config, ServerConfig, StoreConfig
+from notify_server.config.config import AuthConfig, Config, ServerConfig, StoreConfig
 from notify_server.contract.object_key import decode_object_key
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import FileState, ReportedStatus, Verdict
-from notify_server.simulator import (
+from notify_server.simulator import simulator
+from notify_server.simulator.simulator import (
     CONTENT_TYPE,
     EXPECTED,
     Difference,
@@ -47,9 +47,9 @@ from notify_server.simulator import (
     compare,
     percentile,
 )
-from notify_server.store import reader as reader_module
-from notify_server.store.reader import Reader
-from notify_server.store.sqlite_writer import connect
+from notify_server.store.sqlite import reader as reader_module
+from notify_server.store.sqlite.reader import Reader
+from notify_server.store.sqlite.writer import connect
 
 OBJECTS = "http://127.0.0.1:9/"
 SHARES = {

@@ -11,7 +11,7 @@ import pytest
 
 from notify_server.model import CircuitState, FileState, Reason, Verdict
 from notify_server.web import rendering
-from notify_server.web.api import ENDPOINTS
+from notify_server.web.api.handlers import ENDPOINTS
 from notify_server.web.rendering import LANGUAGES, Texts
 
 WEB = Path(rendering.__file__).parent
@@ -62,7 +62,7 @@ def test_the_chinese_is_chinese() -> None:
 
 def said() -> set[str]:
     """The keys that templates and modules ask for."""
-    sources = [path.read_text(encoding="utf-8") for path in [*TEMPLATES, WEB / "dashboard.py", WEB / "rendering.py"]]
+    sources = [path.read_text(encoding="utf-8") for path in [*TEMPLATES, WEB / "dashboard/pages.py", WEB / "rendering.py"]]
     keys = set(re.findall(r"""(?:\bt|self)\(["']([a-z0-9_.]+\.[a-z0-9_]+)["'][,)]""", "".join(sources)))
     return keys | {f"{family}.{word}" for family, words in FAMILIES.items() for word in words}
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notify_server import timeline
 from notify_server.model import DueFile, FileResult, FileState, Verdict
-from notify_server.observe import ACCEPTED, BUCKETS, Metrics
-from notify_server.timeline import MINUTES_KEPT, SECONDS_KEPT, HostRate, HostRates, Timeline, quantile_ms
+from notify_server.telemetry import history as timeline
+from notify_server.telemetry.history import HISTORY_MINUTES, HISTORY_SECONDS, HostRate, HostRates, Timeline, quantile_ms
+from notify_server.telemetry.metrics import ACCEPTED, BUCKETS, Metrics
 
 NOW = 1_760_000_000_000
 BOUNDS = (0.0, *BUCKETS)
@@ -144,13 +144,13 @@ def test_a_code_or_reason_that_comes_up_late_is_counted() -> None:
 
 def test_no_more_is_kept_than_ten_minutes_of_seconds_and_a_day_of_minutes() -> None:
     line = Timeline(Metrics(), now=lambda: NOW, backlog=lambda: 0, in_flight=lambda: 0)
-    for second in range(SECONDS_KEPT + 5):
+    for second in range(HISTORY_SECONDS + 5):
         line.sample(1.0 + second)
-    assert len(line.seconds) == SECONDS_KEPT
-    assert len(line.minutes) == (SECONDS_KEPT + 4) // 60
-    for minute in range(MINUTES_KEPT + 5):
+    assert len(line.seconds) == HISTORY_SECONDS
+    assert len(line.minutes) == (HISTORY_SECONDS + 4) // 60
+    for minute in range(HISTORY_MINUTES + 5):
         line.sample(10_000.0 + 60 * minute)
-    assert len(line.minutes) == MINUTES_KEPT
+    assert len(line.minutes) == HISTORY_MINUTES
 
 
 # -- hosts -------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_hosts_rates_are_what_its_attempts_were() -> None:
 
 
 def test_the_hosts_that_were_asked_last_are_the_ones_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "HOSTS_KEPT", 3)
+    monkeypatch.setattr(timeline, "MAX_HOSTS_KEPT", 3)
     rates = HostRates()
     for host in ("a", "b", "c", "a", "d"):
         rates.recorded([result(host)], 100.0)

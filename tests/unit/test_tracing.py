@@ -14,11 +14,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from notify_server import tracing
 from notify_server.contract.trace_context import TraceParent, parse_traceparent
 from notify_server.model import AttemptRow, Delivery, DueFile, FileResult, FileState
-from notify_server.observe import tracing_wanted
-from notify_server.tracing import Tracing
+from notify_server.telemetry import tracing
+from notify_server.telemetry.metrics import tracing_wanted
+from notify_server.telemetry.tracing import Tracing
 
 AT = 1_760_000_000_000
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -255,7 +255,7 @@ async def test_requests_hang_on_the_callback_that_delivered_their_batch_last(
 async def test_no_more_callbacks_are_remembered_than_there_is_room_for(
     traces: Tracing, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing, "CALLBACKS_KEPT", 2)
+    monkeypatch.setattr(tracing, "MAX_CALLBACKS_KEPT", 2)
     for number in range(3):
         with traces.callback(f"request-{number}", None, "POST", "/notify", ""):
             pass
@@ -309,4 +309,6 @@ def test_nothing_of_opentelemetry_is_loaded_unless_it_is_wanted() -> None:
         check=True,
     ).stdout.split()
     assert "notify_server.app" in loaded
-    assert not [name for name in loaded if name.startswith(("opentelemetry", "notify_server.tracing", "requests"))]
+    assert not [
+        name for name in loaded if name.startswith(("opentelemetry", "notify_server.telemetry.tracing", "requests"))
+    ]

@@ -32,9 +32,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from notify_server.app import POOL, make_app, make_front, serve
 from notify_server.clock import unix_ms
-from notify_server.config import Config
+from notify_server.config.config import Config
 from notify_server.contract.signature import load_platform_key
-from notify_server.store import sqlite_writer
+from notify_server.store.sqlite import writer as sqlite_writer
 
 SAMPLE: Final = (Path(__file__).parents[1] / "samples" / "notification.json").read_bytes()
 JSON: Final = {"Content-Type": "application/json"}

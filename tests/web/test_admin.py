@@ -15,8 +15,8 @@ from aiohttp import DummyCookieJar, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from notify_server.app import ADMIN
+from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.web.admin import COOKIE, CSRF_HEADER, LOGINS_A_SECOND, SESSION_SECONDS, Admin
-from notify_server.web.errors import RefusedError, error_response
 from tests.web.conftest import JSON, Answer, Clock, Connection, Daemon, Start, build_config, notification
 
 TOKEN = "correct-horse-battery"

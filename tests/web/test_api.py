@@ -19,13 +19,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from notify_server import actions
-from notify_server.actions import Pruned, Rechecked, Replayed
+from notify_server import operations as actions
 from notify_server.app import API
 from notify_server.clock import unix_ms
-from notify_server.store import sqlite_records
+from notify_server.operations import Pruned, Rechecked, Replayed
 from notify_server.store.export import csv_lines
-from notify_server.store.records import (
+from notify_server.store.reading.types import (
     BatchDetail,
     BatchItem,
     FailureGroup,
@@ -37,11 +36,12 @@ from notify_server.store.records import (
     RejectionItem,
     Totals,
 )
-from notify_server.store.sqlite_records import SqliteRecords
-from notify_server.store.sqlite_writer import connect
-from notify_server.timeline import Sample
-from notify_server.web import api
-from notify_server.web.api import ENDPOINTS, Api, Host, Status
+from notify_server.store.sqlite import records as sqlite_records
+from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.store.sqlite.writer import connect
+from notify_server.telemetry.history import Sample
+from notify_server.web.api import handlers as api
+from notify_server.web.api.handlers import ENDPOINTS, Api, Host, Status
 from notify_server.web.openapi import Endpoint
 from tests.web.conftest import JSON, PATIENCE, Answer, Clock, Daemon, Start, entry, eventually, notification
 
@@ -596,7 +596,7 @@ async def test_what_is_old_is_deleted_by_retention_or_by_a_time(start: Start) ->
 
 
 async def test_what_was_being_counted_when_something_changed_is_counted_again() -> None:
-    remembered, gate, asked = api.Remembered(), asyncio.Event(), asyncio.Event()
+    remembered, gate, asked = api.TimedCache(), asyncio.Event(), asyncio.Event()
 
     async def before() -> str:
         asked.set()

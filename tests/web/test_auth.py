@@ -12,7 +12,7 @@ import pytest_asyncio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from notify_server.web.callback import client_address, within
+from notify_server.callbacks.handler import client_address, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ TOKEN = "correct-horse-battery"
 EXAMPLES = 15
 # Ends only with its listener.
 STREAM = "/api/v1/stream"
-LINE_MOST = 8000
+MAX_LINE = 8000
 
 load_all_checks()
 WANTED: list[Any] = CHECKS.get_by_names(
@@ -68,7 +68,7 @@ def check(url: str, token: str | None) -> int:
                 def send(case: Case[Any]) -> None:
                     nonlocal asked
                     # Longer lines are refused before they are a request.
-                    assume(len(str(session.prepare_request(requests.Request(**_sent(case, url))).url)) < LINE_MOST)
+                    assume(len(str(session.prepare_request(requests.Request(**_sent(case, url))).url)) < MAX_LINE)
                     asked += 1
                     case.call_and_validate(session=session, headers=headers, checks=WANTED, timeout=SECONDS)
 

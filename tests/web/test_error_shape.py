@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from notify_server.store.kept import KeptStore
-from notify_server.web.errors import error_response
+from notify_server.callbacks.errors import error_response
+from notify_server.store.sqlite.client import SqliteClient
 
 if TYPE_CHECKING:
     from tests.web.conftest import Answer, Clock, Daemon, Locked, Signer, Start
@@ -108,12 +108,12 @@ async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served:
 async def test_an_error_that_nobody_foresaw_is_answered_in_the_shape_and_logged(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    async def fail(self: KeptStore, given: Any) -> int:
+    async def fail(self: SqliteClient, given: Any) -> int:
         raise RuntimeError("the inside story")
 
     since = len(daemon.events.all)
     with monkeypatch.context() as patch:
-        patch.setattr(KeptStore, verb, fail)
+        patch.setattr(SqliteClient, verb, fail)
         answer = await daemon.post(daemon.notification() if verb == "accept" else b"[]")
     message = answer.refusal(500, "500")
     assert "inside story" not in message

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from notify_server.app import CALLBACK
-from notify_server.web.front import HEAD_MOST, Front
+from notify_server.callbacks.connection import MAX_HEAD, CallbackConnection
 from tests.web.conftest import PATIENCE, Clock, Daemon, Events, notification, start_app
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ async def doors(events: Events, tmp_path_factory: pytest.TempPathFactory) -> Asy
     handlers = daemon.handlers
     assert handlers is not None
     loop = asyncio.get_running_loop()
-    fronts = [Front(daemon.config.server, handlers, callback, int) for callback in (daemon.app[CALLBACK], None)]
+    fronts = [
+        CallbackConnection(daemon.config.server, handlers, callback, int) for callback in (daemon.app[CALLBACK], None)
+    ]
     listeners = [await loop.create_server(front, "127.0.0.1", 0) for front in fronts]
     ports = [listener.sockets[0].getsockname()[1] for listener in listeners]
     yield Doors(daemon, *ports)
@@ -196,7 +198,7 @@ fields = st.lists(
             "Latin: \xe9",
             "NUL: \x00",
             f"Long: {'x' * 3000}",
-            f"Long: {'x' * HEAD_MOST}",
+            f"Long: {'x' * MAX_HEAD}",
         ]
     ),
     max_size=4,
@@ -384,4 +386,4 @@ def test_the_front_parses_heads_with_the_bounds_that_aiohttp_has() -> None:
         handler = web.Server(never)()
         return handler.max_line_size, handler.max_field_size
 
-    assert asyncio.run(bounds()) == (HEAD_MOST, HEAD_MOST)
+    assert asyncio.run(bounds()) == (MAX_HEAD, MAX_HEAD)

@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from notify_server.app import STREAM
-from notify_server.timeline import Sample
-from notify_server.web import api, stream
+from notify_server.telemetry.history import Sample
+from notify_server.web import stream
+from notify_server.web.api import handlers as api
 from notify_server.web.stream import Stream
 from tests import harness
 from tests.web.conftest import PATIENCE, Daemon, Start, eventually, notification
@@ -78,7 +79,7 @@ async def test_a_listener_that_goes_is_no_error(tmp_path: Path) -> None:
 
 
 async def test_no_more_listen_than_may_and_a_place_is_free_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LISTENERS_MOST", 2)
+    monkeypatch.setattr(stream, "MAX_LISTENERS", 2)
     daemon = await start()
     first, second = await daemon.connect(), await daemon.connect()
     for connection in (first, second):
@@ -122,12 +123,12 @@ async def _first(source: AsyncIterator[Any], number: int) -> AsyncIterator[Any]:
 async def test_a_listener_that_is_too_far_behind_is_ended() -> None:
     it = Stream()
     with it.listen() as messages:
-        for number in range(stream.BEHIND_MOST + 1):
+        for number in range(stream.MAX_BEHIND + 1):
             it.publish("event", number)
         assert not it._listeners
         received = [message async for message in messages]
-    assert len(received) == stream.BEHIND_MOST
-    assert received[-1] == b"event: event\ndata: %d\n\n" % (stream.BEHIND_MOST - 1)
+    assert len(received) == stream.MAX_BEHIND
+    assert received[-1] == b"event: event\ndata: %d\n\n" % (stream.MAX_BEHIND - 1)
 
 
 async def test_once_closed_all_listeners_are_ended_and_nobody_may_listen() -> None:

@@ -1,0 +1,95 @@
+"""`notify-server doctor`: what is wrong with this installation, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.text import Text
+
+from notify_server.cli.common import EXIT_FAILED, config_file, output, printable
+from notify_server.cli.doctor.checks import Check, Finding, Level, Subject, configured_checks, first_checks
+from notify_server.config.config import load_config
+from notify_server.errors import ConfigError
+
+# A check that takes longer is not waited for; they all run at once.
+CHECK_SECONDS = 5.0
+UNTOLD = "run it again; when that does not help, look at it by hand"
+COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+
+
+def run(config_path: Path | None, host: str | None, *, as_json: bool) -> None:
+    """Look at everything and print what was found. Exits 1 when there is a problem. Changes nothing."""
+    findings = examine(config_path, host)
+    if as_json:
+        shown = [finding._asdict() for finding in findings]
+        print(
+            json.dumps({"problems": _count(findings, Level.PROBLEM), "findings": shown}, ensure_ascii=False, indent=2)
+        )
+    else:
+        _show(findings)
+    raise SystemExit(EXIT_FAILED if _count(findings, Level.PROBLEM) else 0)
+
+
+def examine(config_path: Path | None, host: str | None) -> list[Finding]:
+    """What there is to find; with a wrong configuration only what can be told without one."""
+    checks = first_checks()
+    try:
+        config = load_config(config_path)
+    except ConfigError as error:
+        mend = "correct the key; `notify-server config init` writes an example"
+        found = [Finding("configuration", Level.PROBLEM, problem, mend) for problem in error.problems]
+    else:
+        file = config_file(config_path)
+        source = str(file) if file else "no config.toml here: defaults"
+        found = [Finding("configuration", Level.OK, f"{source}, and the environment")]
+        checks |= configured_checks(Subject(config, file, host))
+    return found + look(checks)
+
+
+def _count(findings: Iterable[Finding], level: Level) -> int:
+    return sum(finding.level is level for finding in findings)
+
+
+def look(checks: Mapping[str, Check]) -> list[Finding]:
+    """Do the checks at the same time; their findings in their order."""
+    found: dict[str, list[Finding]] = {}
+
+    def one(name: str, check: Check) -> None:
+        try:
+            found[name] = list(check())
+        except Exception as error:
+            # A check that breaks must not keep the others from being told.
+            found[name] = [Finding(name, Level.WARNING, f"cannot be checked ({type(error).__name__}: {error})", UNTOLD)]
+
+    # Nobody waits for a thread that hangs in a look-up or on a dead network drive.
+    threads = [threading.Thread(target=one, args=item, daemon=True) for item in checks.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + CHECK_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = f"cannot be told within {CHECK_SECONDS:g} seconds"
+    return [finding for name in checks for finding in found.get(name, [Finding(name, Level.WARNING, late, UNTOLD)])]
+
+
+def _show(findings: list[Finding]) -> None:
+    console = output()
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        line = Text.assemble((f"{finding.level:<8} ", COLOURS[finding.level]), f"{finding.check:<{width}}  ")
+        console.print(line + Text(printable(finding.text)), soft_wrap=True)
+        if finding.mend:
+            console.print(Text(f"{'':9}{'':{width}}  -> {printable(finding.mend)}"), soft_wrap=True)
+    problems, warnings = _count(findings, Level.PROBLEM), _count(findings, Level.WARNING)
+    console.print(
+        Text(
+            f"{problems} problem{'' if problems == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}.",
+            "bold red" if problems else "bold green",
+        )
+    )
+    sys.stdout.flush()

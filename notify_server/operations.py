@@ -1,0 +1,198 @@
+"""What people do about the record: ask for files anew, take what was refused after all, delete what is old.
+
+The same for the API of a running daemon and for the command line beside it. Each goes on in small transactions, so that
+callbacks do not wait for it, and for ACTION_SECONDS: what is left then is told, and done by asking again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated
+from uuid import uuid4
+
+import msgspec
+import structlog
+from msgspec import Meta, Struct
+
+from notify_server.config.config import Config
+from notify_server.contract import wire
+from notify_server.contract.envelope import open_envelope
+from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError
+from notify_server.model import Delivery, FileState, Reason
+from notify_server.store.base import Editable
+from notify_server.store.reading.types import FileFilter, Records
+
+log = structlog.get_logger("notify_server")
+
+ACTION_SECONDS = 15.0
+ACTION_ROWS = 500
+UNSIGNED = "none"
+NOT_AVAILABLE = (FileState.PENDING, FileState.UNAVAILABLE, FileState.BLOCKED)
+
+Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Text = Annotated[str, Meta(min_length=1, max_length=2000)]
+Time = Annotated[datetime, Meta(tz=True, description="RFC 3339, with an offset or Z.")]
+
+
+class ActionRefusedError(NotifyServerError):
+    """What was asked for cannot be done as it is; the text says why, and what to do."""
+
+
+class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files to ask for anew: one file, whatever its state; or those of a batch, or those that fail for a reason
+    (at a host), and of these the ones in `states`. With `dry_run` they are only counted.
+    """
+
+    file: Id | None = None
+    batch: Id | None = None
+    reason: Text | None = None
+    host: Text | None = None
+    states: list[FileState] = msgspec.field(default_factory=lambda: list(NOT_AVAILABLE))
+    dry_run: bool = False
+
+
+class Rechecked(Struct, frozen=True):
+    """How many files were (or with `dry_run` would be) asked for anew; with `more` there are some left."""
+
+    files: int
+    more: bool = False
+
+
+class Prune(Struct, frozen=True, forbid_unknown_fields=True):
+    """What to delete: batches completed, and rejections received, before a time; by default what [retention] says."""
+
+    completed_before: Time | None = None
+    rejections_before: Time | None = None
+
+
+class Pruned(Struct, frozen=True):
+    """How many rows were deleted; with `more` there are some left."""
+
+    rows: int
+    more: bool = False
+
+
+class Replayed(Struct, frozen=True):
+    """The delivery that a rejection has become."""
+
+    delivery: int
+    request_id: str
+
+
+class Actions:
+    """`now` gives Unix ms; `add_hosts` is told the hosts that have files to be asked for."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Editable,
+        records: Records,
+        *,
+        now: Callable[[], int],
+        add_hosts: Callable[[frozenset[str]], None] = lambda hosts: None,
+    ) -> None:
+        self._retention = config.retention
+        self._max_files = config.contract.max_files
+        self._store = store
+        self._records = records
+        self._now = now
+        self._add_hosts = add_hosts
+
+    async def recheck(self, wanted: Recheck) -> Rechecked | None:
+        """Ask for files anew; None when there is no such file or batch. Raises ActionRefusedError."""
+        if wanted.file is not None:
+            if wanted.batch is not None or wanted.reason is not None or wanted.host is not None:
+                raise ActionRefusedError("file: name it alone, without batch, reason or host")
+            file = await self._records.file(wanted.file)
+            if file is None:
+                return None
+            if wanted.dry_run:
+                asked = file.state is not FileState.UPLOAD_FAILED and file.reason != Reason.INVALID_URL
+                return Rechecked(int(asked))
+            return Rechecked(await self._restart([file.id]))
+        if wanted.batch is None and wanted.reason is None:
+            raise ActionRefusedError("file, batch or reason: name one of them, to say which files")
+        if wanted.batch is not None and await self._records.batch(wanted.batch) is None:
+            return None
+        # What is asked for anew becomes pending, and must not be met again.
+        states = sorted(set(wanted.states), key=lambda state: (state is not FileState.PENDING, state))
+        filters = [FileFilter(wanted.batch, state, wanted.reason, wanted.host) for state in states]
+        if wanted.dry_run:
+            return Rechecked(sum([await self._count(files) for files in filters]))
+        files, deadline = 0, time.monotonic() + ACTION_SECONDS
+        for chosen in filters:
+            cursor: str | None = None
+            while True:
+                page = await self._records.files(chosen, cursor, ACTION_ROWS)
+                files += await self._restart([file.id for file in page.items])
+                if (cursor := page.next) is None:
+                    break
+                if time.monotonic() >= deadline:
+                    return Rechecked(files, more=True)
+        return Rechecked(files)
+
+    async def _count(self, wanted: FileFilter) -> int:
+        """How many of these files Store.recheck does not leave as they are."""
+        if wanted.state is FileState.UPLOAD_FAILED or wanted.reason == Reason.INVALID_URL:
+            return 0
+        number = await self._records.count(wanted)
+        if wanted.state is FileState.BLOCKED and wanted.reason is None:
+            number -= await self._records.count(msgspec.structs.replace(wanted, reason=Reason.INVALID_URL))
+        return number
+
+    async def _restart(self, files: list[int]) -> int:
+        restart = await self._store.recheck(files, self._now())
+        self._add_hosts(restart.hosts)
+        return restart.files
+
+    async def replay(self, id: int) -> Replayed | None:
+        """Take a refused body after all, now that more is allowed, or this program knows better; None when there is no
+        such rejection. Whoever sent it had been let in. Raises ActionRefusedError when it would be refused again.
+        """
+        rejection, body = await self._records.rejection(id), await self._records.rejected_body(id)
+        if rejection is None or body is None:
+            return None
+        try:
+            envelope = open_envelope(body)
+            bare = body if envelope is None else envelope.notification
+            notification = wire.parse_notification(bare, max_files=self._max_files)
+        except ContractError as error:
+            raise ActionRefusedError(f"it is still refused: {error}") from error
+        delivery = Delivery(
+            notification.batch_id,
+            notification.api_code,
+            body,
+            len(notification.file_list),
+            self._now(),
+            rejection.remote_addr,
+            UNSIGNED,
+            str(uuid4()),
+            replays=id,
+        )
+        try:
+            taken = await self._store.accept(delivery)
+        except RejectionGoneError:
+            return None
+        log.info("replayed", request_id=delivery.request_id, rejection=id, batch_id=delivery.batch_id)
+        return Replayed(taken, delivery.request_id)
+
+    async def prune(self, wanted: Prune) -> Pruned:
+        """Delete what is old."""
+        if wanted.completed_before is None and wanted.rejections_before is None:
+            completed = self._now() - round(self._retention.completed * 1000)
+            rejections = self._now() - round(self._retention.rejections * 1000)
+        else:
+            completed, rejections = to_ms(wanted.completed_before) or 0, to_ms(wanted.rejections_before) or 0
+        rows, deadline = 0, time.monotonic() + ACTION_SECONDS
+        while deleted := await self._store.prune(completed, rejections, ACTION_ROWS):
+            rows += deleted
+            if time.monotonic() >= deadline:
+                return Pruned(rows, more=True)
+        return Pruned(rows)
+
+
+def to_ms(moment: datetime | None) -> int | None:
+    """A time as the tables have it."""
+    return None if moment is None else round(moment.timestamp() * 1000)

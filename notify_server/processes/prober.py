@@ -1,0 +1,428 @@
+"""A child process that makes HTTP requests: requests in on standard input, evidence out on standard output.
+
+It knows no database, no schedule and no files. It ends when its standard input does, so it cannot outlive the daemon.
+The first frame in is a `ProberConfig`, every later one a list of `Request`; the first frame out is a `Ready`,
+every later one a list of `Evidence`.
+
+libcurl's own multi loop is driven with select(): measured against its socket callbacks and epoll it probes 1.5 times
+as many files a second. select() knows descriptors up to 1,023, which bounds how many requests one prober may have in
+flight.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+import pycurl
+
+from notify_server.model import Evidence, Reason, Request
+from notify_server.processes.frames import Frames, frame
+from notify_server.processes.prober_protocol import ProberConfig, Ready
+from notify_server.verify.guard import Guard
+
+# Longer values are cut: they are kept to be read by people.
+VALUE_LIMIT = 255
+# One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
+LOCATION_LIMIT = 8193
+# Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
+# wake-up, whatever is in it. But no more than for half of what is in flight, so that the daemon judges one half, and
+# sends new requests, while we ask for the other: otherwise each waits for the other.
+MAX_TOGETHER = 64
+TOGETHER_SECONDS = 0.002
+# Connections kept: twice what may be in flight, and some for each of many hosts. select() knows descriptors up to
+# 1,023, and requests in flight need some too.
+MIN_KEPT, MAX_KEPT = 400, 800
+
+
+_TLS_ERRORS = frozenset(
+    {
+        pycurl.E_SSL_CONNECT_ERROR,
+        pycurl.E_PEER_FAILED_VERIFICATION,
+        pycurl.E_SSL_CERTPROBLEM,
+        pycurl.E_SSL_CIPHER,
+        pycurl.E_SSL_CACERT_BADFILE,
+        pycurl.E_SSL_ISSUER_ERROR,
+        pycurl.E_SSL_PINNEDPUBKEYNOTMATCH,
+        pycurl.E_SSL_INVALIDCERTSTATUS,
+    }
+)
+_REASONS = {
+    pycurl.E_COULDNT_RESOLVE_HOST: Reason.DNS_ERROR,
+    pycurl.E_COULDNT_CONNECT: Reason.CONNECT_ERROR,
+    pycurl.E_OPERATION_TIMEDOUT: Reason.TIMEOUT,
+    pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
+} | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
+
+_KEPT = frozenset(
+    {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
+)
+# C0, DEL and C1: nothing that a terminal, a log or a spreadsheet acts on.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_CONTENT_RANGE = re.compile(rb"bytes\s+(?:\d+-\d+|\*)/(\d{1,18})\s*$", re.IGNORECASE)
+
+
+def sanitise(value: bytes, limit: int = VALUE_LIMIT) -> str:
+    """A stranger's header value as text that is safe to keep: UTF-8 or replaced, no control characters, cut at
+    `limit`.
+    """
+    text = value.decode("utf-8", "replace").strip()[:limit]
+    return text if text.isascii() and text.isprintable() else _CONTROL.sub("\ufffd", text)
+
+
+class Answer(NamedTuple):
+    """The fields of a final response that are kept."""
+
+    content_length: int | None
+    content_type: str | None
+    etag: str | None
+    last_modified: str | None
+    retry_after: str | None
+    location: str | None
+
+
+_NO_ANSWER = Answer(None, None, None, None, None, None)
+_STATUS_LINE = b"HTTP/"
+
+
+def read_headers(lines: Sequence[bytes]) -> Answer:
+    """What is kept of the header lines that libcurl passed on. Interim (1xx) responses before the last one do not
+    count.
+
+    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
+    answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
+    """
+    status_line = b""
+    fields: dict[bytes, bytes] = {}
+    contradicted = False
+    # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined what continues a field.
+    for line in lines:
+        head, colon, value = line.partition(b":")
+        name = _name(head)
+        if name is None:
+            continue
+        if name is _STATUS_LINE:
+            status_line, fields, contradicted = line, {}, False
+        elif not colon:
+            continue
+        elif name not in fields:
+            fields[name] = value
+        elif name == b"content-length":
+            contradicted |= fields[name].strip() != value.strip()
+    content_range, location = fields.get(b"content-range"), fields.get(b"location")
+    if content_range is not None or _status(status_line) in (b"206", b"416"):
+        whole = _CONTENT_RANGE.match((content_range or b"").strip())
+        length = int(whole[1]) if whole else None
+    else:
+        length = None if contradicted else _length(fields.get(b"content-length", b""))
+    return Answer(
+        length,
+        _text(fields.get(b"content-type")),
+        _text(fields.get(b"etag")),
+        _text(fields.get(b"last-modified")),
+        _text(fields.get(b"retry-after")),
+        sanitise(location, LOCATION_LIMIT) if location is not None else None,
+    )
+
+
+@lru_cache(maxsize=512)
+def _name(head: bytes) -> bytes | None:
+    """What a header line says before its colon: the name of a field that is kept, in lower case, or _STATUS_LINE. The
+    names that a host sends are always the same.
+    """
+    if head.startswith(_STATUS_LINE):
+        return _STATUS_LINE
+    name = head.rstrip(b" \t").lower()
+    return name if name in _KEPT else None
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else sanitise(value)
+
+
+def _status(line: bytes) -> bytes:
+    return (*line.split(None, 2), b"", b"")[1]
+
+
+def _length(value: bytes) -> int | None:
+    digits = value.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= 18 else None
+
+
+class Handle:
+    """One libcurl easy handle, used for one request after the other; its connections belong to the multi handle."""
+
+    def __init__(self, config: ProberConfig, guard: Guard) -> None:
+        self._guard = guard
+        self._lines: list[bytes] = []
+        self._body_bytes = 0
+        self._refused: Reason | None = None
+        self._dialled = False
+        self._behind = False
+        self._interim = False
+        self._complete = False
+        self._manner: tuple[object, ...] = ()
+        self.request: Request | None = None
+        self.curl = curl = pycurl.Curl()
+        curl.handle = self
+        curl.setopt(pycurl.NOSIGNAL, 1)
+        curl.setopt(pycurl.USERAGENT, config.user_agent)
+        curl.setopt(pycurl.CAINFO, config.ca_file)
+        curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
+        # The environment's proxies would do the dialling in our place, unguarded.
+        curl.setopt(pycurl.PROXY, "")
+        curl.setopt(pycurl.NOPROXY, "*")
+        curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
+        curl.setopt(pycurl.FOLLOWLOCATION, 0)
+        curl.setopt(pycurl.PATH_AS_IS, 1)
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
+        curl.setopt(pycurl.WRITEFUNCTION, self._write)
+        curl.setopt(pycurl.HEADERFUNCTION, self._header)
+
+    def start(self, request: Request) -> None:
+        """Set the handle up for a request."""
+        self.request = request
+        self._lines = []
+        self._body_bytes = 0
+        self._refused = None
+        self._dialled = False
+        self._behind = False
+        self._interim = False
+        self._complete = False
+        curl = self.curl
+        curl.setopt(pycurl.URL, request.url)
+        # Most requests are like the last one but for their address.
+        manner = (request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep)
+        if manner == self._manner:
+            return
+        self._manner = manner
+        if request.method == "HEAD":
+            curl.setopt(pycurl.NOBODY, 1)
+            curl.unsetopt(pycurl.RANGE)
+        else:
+            curl.setopt(pycurl.HTTPGET, 1)
+            curl.setopt(pycurl.RANGE, "0-0")
+        curl.setopt(pycurl.TIMEOUT_MS, max(1, request.timeout_ms))
+        curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, request.connect_timeout_ms))
+        curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
+        curl.setopt(pycurl.FORBID_REUSE, not request.keep)
+
+    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
+        # Asked for every address about to be dialled, also each of a name's answers in turn: what is refused here is
+        # passed over, and nothing has been sent to it.
+        family, kind, protocol, peer = address
+        refused = self._guard.check_address(peer[0], peer[1])
+        if refused is not None:
+            self._refused = refused
+            return int(pycurl.SOCKET_BAD)
+        self._dialled = True
+        return socket.socket(family, kind, protocol)
+
+    def _header(self, line: bytes) -> int | None:
+        if self._complete:
+            return None  # Trailers, after the body.
+        self._lines.append(line)
+        if line.startswith(_STATUS_LINE):
+            status = _status(line)
+            self._interim = status.startswith(b"1")
+            # A bad answer on a connection that was used before does not count, and it may be what the server sent late
+            # after the answer before. This request's own answer is then still to come, so the connection is given up:
+            # it would be one answer behind for ever.
+            self._behind = not self._dialled and not status.startswith((b"1", b"2"))
+        elif line in (b"\r\n", b"\n"):
+            self._complete = not self._interim
+            return -1 if self._behind and self._complete else None
+        return None
+
+    def _write(self, data: bytes) -> int | None:
+        # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
+        self._body_bytes += len(data)
+        return None if self._body_bytes <= 1 else 0
+
+    def finish(self, error: int | None) -> Evidence:
+        """The evidence of the request, which libcurl has ended with `error` or with an answer (None)."""
+        curl, request = self.curl, self.request
+        assert request is not None
+        status = curl.getinfo(pycurl.RESPONSE_CODE)
+        # Once the headers are complete the question is answered; what happens to the body makes no difference.
+        answered = self._complete and 200 <= status <= 599
+        remote_addr = curl.getinfo(pycurl.PRIMARY_IP) or None
+        # On a connection, and nothing was dialled for it: it had carried another answer before.
+        reused = remote_addr is not None and not self._dialled and self._refused is None
+        dns = connect = tls = first_byte = None
+        begin = 0
+        if not reused:
+            dns_end = curl.getinfo(pycurl.NAMELOOKUP_TIME_T)
+            connect_end = curl.getinfo(pycurl.CONNECT_TIME_T)
+            tls_end = curl.getinfo(pycurl.APPCONNECT_TIME_T)
+            dns = dns_end / 1000 if dns_end else None
+            connect = (connect_end - dns_end) / 1000 if connect_end else None
+            tls = (tls_end - connect_end) / 1000 if tls_end else None
+            begin = tls_end or connect_end
+        if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME_T)):
+            first_byte = max(0, first_byte_end - begin) / 1000
+        answer = read_headers(self._lines) if answered else _NO_ANSWER
+        return Evidence(
+            request.id,
+            status if answered else None,
+            None if answered else self._failure(error, reached=remote_addr is not None),
+            reused,
+            remote_addr,
+            dns,
+            connect,
+            tls,
+            first_byte,
+            curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
+            *answer,
+            error == pycurl.E_COULDNT_CONNECT and curl.getinfo(pycurl.OS_ERRNO) == errno.ECONNREFUSED,
+        )
+
+    def _failure(self, error: int | None, *, reached: bool) -> Reason:
+        if error is None:
+            return Reason.PROTOCOL_ERROR
+        if self._refused is not None and not self._dialled:
+            return self._refused
+        if error == pycurl.E_OPERATION_TIMEDOUT and not (reached or self.curl.getinfo(pycurl.NAMELOOKUP_TIME_T)):
+            # The time was up before there was an address.
+            return Reason.DNS_ERROR
+        return _REASONS.get(error, Reason.PROTOCOL_ERROR)
+
+
+class Prober:
+    """Reads requests, drives libcurl, writes evidence, until its input ends."""
+
+    def __init__(self, source: int, sink: int) -> None:
+        self._source = source
+        self._sink = sink
+        self._frames = Frames()
+        self._multi = pycurl.CurlMulti()
+        self._idle: list[Handle] = []
+        self._busy = 0
+        self._evidence: list[Evidence] = []
+        self._flush_at = 0.0
+        self._together = 1
+        self._decode = msgspec.msgpack.Decoder(list[Request]).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
+        self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, min(max(self._config.concurrency * 2, MIN_KEPT), MAX_KEPT))
+        os.set_blocking(source, False)
+        self._write(self._encode(Ready(pycurl.version_info()[1])))
+
+    def _first_frame(self) -> bytes:
+        while not (frames := self._read()):
+            pass
+        return frames[0]
+
+    def _read(self) -> list[bytes]:
+        try:
+            data = os.read(self._source, 1 << 18)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise EOFError
+        return self._frames.feed(data)
+
+    def _send(self, evidence: list[Evidence]) -> None:
+        self._write(self._encode(evidence))
+
+    def _write(self, payload: bytes) -> None:
+        view = memoryview(frame(payload))
+        while view:
+            view = view[os.write(self._sink, view) :]
+
+    def run(self) -> None:
+        """Work until standard input ends (EOFError) or standard output is gone (BrokenPipeError)."""
+        multi = self._multi
+        while True:
+            # Without a request in flight there is nothing to wake up for but the next frame.
+            reads, writes, errors = multi.fdset() if self._busy else ([], [], [])
+            reads.append(self._source)
+            ready, _, _ = select.select(reads, writes, errors, self._patience())
+            if self._source in ready:
+                for payload in self._read():
+                    for request in self._decode(payload):
+                        self._start(request)
+                self._together = min(MAX_TOGETHER, max(1, self._busy // 2))
+            if self._busy:
+                multi.perform()
+                self._collect()
+            # With nothing else to wait for there is nothing to gain from waiting.
+            if self._evidence and (not self._busy or time.monotonic() >= self._flush_at):
+                self._flush()
+
+    def _patience(self) -> float | None:
+        """How long to wait for something to happen, in seconds; None is for ever."""
+        timeout_ms = self._multi.timeout() if self._busy else -1
+        patience = None if timeout_ms < 0 else timeout_ms / 1000
+        if self._evidence:
+            flush = max(0.0, self._flush_at - time.monotonic())
+            return flush if patience is None else min(flush, patience)
+        return patience
+
+    def _start(self, request: Request) -> None:
+        handle = self._idle.pop() if self._idle else Handle(self._config, self._guard)
+        try:
+            handle.start(request)
+        except (ValueError, pycurl.error):
+            # No address that the guard has read: libcurl cannot even be told of it.
+            self._idle.append(handle)
+            self._send([Evidence(request.id, None, Reason.INVALID_URL, False, None, None, None, None, None, 0.0)])
+            return
+        self._multi.add_handle(handle.curl)
+        self._busy += 1
+
+    def _collect(self) -> None:
+        more = 1
+        while more:
+            more, answered, failed = self._multi.info_read()
+            for curl in answered:
+                self._tell(self._finish(curl, None))
+            for curl, error, _ in failed:
+                self._tell(self._finish(curl, error))
+
+    def _tell(self, evidence: Evidence) -> None:
+        if not self._evidence:
+            self._flush_at = time.monotonic() + TOGETHER_SECONDS
+        self._evidence.append(evidence)
+        if len(self._evidence) >= self._together:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._send(self._evidence)
+        self._evidence = []
+
+    def _finish(self, curl: Any, error: int | None) -> Evidence:
+        handle: Handle = curl.handle
+        evidence = handle.finish(error)
+        self._multi.remove_handle(curl)
+        self._idle.append(handle)
+        self._busy -= 1
+        return evidence
+
+
+def main() -> None:
+    """The process: ends quietly when the daemon does."""
+    # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Callbacks and what keeps the record come first where there are not enough processors for all.
+    os.nice(10)
+    try:
+        Prober(sys.stdin.fileno(), sys.stdout.fileno()).run()
+    except (EOFError, BrokenPipeError):
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The record on PostgreSQL for a command beside the servers that share it.
+
+It takes no callbacks, expands nothing and asks for no file, so it is no node: none has a smaller share because of it,
+and the right to expand stays where it is. What it changes it tells them, as nodes tell each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Self, TypeVar
+
+from notify_server.config.config import without_secrets
+from notify_server.errors import NotifyServerError, StoreRefusedError
+from notify_server.model import Delivery
+from notify_server.store.base import MAX_ID, Restart
+from notify_server.store.postgres.node import INBOX, WORK
+from notify_server.store.postgres.session import (
+    Connection,
+    Session,
+    check_whole,
+    refuse_on_error,
+    schema_version,
+    transact,
+)
+from notify_server.store.postgres.writes import prune, write_deliveries, write_recheck
+from notify_server.store.sql import check_version, load_queries
+
+T = TypeVar("T")
+
+SQL = load_queries("postgres")
+
+
+class PostgresAdmin:
+    """`base.Editable` on one connection. Open it with `open`; close it when done. `servers` are the names of those that
+    were alive when it was opened."""
+
+    def __init__(self, url: str) -> None:
+        self._place = without_secrets(url)
+        self._session = Session(url, self._place)
+        self.servers: list[str] = []
+
+    @classmethod
+    async def open(cls, url: str) -> Self:
+        """Changes nothing. Raises StoreRefusedError unless there is a whole record of this version."""
+        return await refuse_on_error(url, cls._opened(url))
+
+    @classmethod
+    async def _opened(cls, url: str) -> Self:
+        desk = cls(url)
+        try:
+            async with desk._session.use() as connection:
+                await desk._look(connection)
+        except BaseException:
+            await desk.close()
+            raise
+        return desk
+
+    async def _look(self, connection: Connection) -> None:
+        version = await schema_version(connection)
+        if not version:
+            raise StoreRefusedError(f"{self._place}: there is no record: start the daemon, or name its database")
+        check_version(self._place, "postgres", version)
+        await check_whole(connection, self._place)
+        self.servers = [name for name, _ in await connection.fetch(SQL["nodes_named"])]
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def accept(self, delivery: Delivery) -> int:
+        (answer,) = await self._change(partial(write_deliveries, deliveries=[delivery]), INBOX)
+        if isinstance(answer, NotifyServerError):
+            raise answer
+        return answer
+
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        _, restart = await self._change(partial(write_recheck, files=files, now=now), WORK)
+        return restart
+
+    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
+        before = [min(max(bound, -MAX_ID), MAX_ID) for bound in (completed_before, rejected_before)]
+        return await self._change(partial(prune, completed_before=before[0], rejected_before=before[1], limit=limit))
+
+    async def _change(self, job: Callable[[Connection], Awaitable[T]], channel: str | None = None) -> T:
+        async def told(connection: Connection) -> T:
+            done = await job(connection)
+            if channel is not None:
+                # It is heard when the transaction commits.
+                await connection.execute(f"NOTIFY {channel}")
+            return done
+
+        async with self._session.use() as connection:
+            return await transact(connection, told)

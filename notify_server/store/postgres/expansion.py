@@ -1,0 +1,213 @@
+"""Expansion on PostgreSQL: by one node at a time, the one that holds the lock, on the connection that holds it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import NamedTuple
+
+import asyncpg
+
+from notify_server.errors import StoreUnavailableError
+from notify_server.expansion.merge import Known, Merge, columns, distinct_batches
+from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
+from notify_server.store.base import Expansion, NewFile
+from notify_server.store.postgres.session import (
+    EXPANDING,
+    LOCK_KEY,
+    LOCK_SPACE,
+    SEEKING,
+    Connection,
+    Session,
+    arrays,
+    milliseconds,
+    patience,
+)
+from notify_server.store.sql import load_queries
+
+SQL = load_queries("postgres")
+
+# How long a delivery may be under way that has its id; how often the place is noted that expansion has come to; and how
+# often it begins from the first delivery again.
+UNSEEN_SECONDS = 60.0
+MARK_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 3600.0
+
+FILE_COLUMNS = (
+    "batch", "oss_object_name", "target_url", "host", "reported_status", "state", "reason", "next_attempt_at",
+    "verified_at",
+)  # fmt: skip
+
+
+class ExpansionLock:
+    """The right to expand. It goes with its connection: when that is lost, nothing can be committed by it any more. The
+    server ends the connection when nothing has come over it for `lease` seconds: a node that is stopped keeps it open.
+    """
+
+    def __init__(self, url: str, place: str, lease: float) -> None:
+        self._session = Session(url, place, {**SEEKING, **patience(lease), "idle_session_timeout": milliseconds(lease)})
+        self._taken = False
+        self._begin()
+
+    @property
+    def held(self) -> bool:
+        return self._taken and self._session.connected
+
+    async def take(self) -> bool:
+        """Take it if nobody else has it; whether it is held now."""
+        if not self.held:
+            self._taken = False
+            async with self._session.use() as connection:
+                self._taken = await connection.fetchval(
+                    f"SELECT pg_try_advisory_lock({LOCK_KEY})",
+                    LOCK_SPACE,
+                    EXPANDING,
+                )
+                self._begin()
+        return self.held
+
+    def _begin(self) -> None:
+        # Below `first` nothing waits, and nothing comes any more; `marks` are what it will be, and when.
+        self.first = 0
+        self._began = time.monotonic()
+        self._last = 0
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def saw(self, ids: Sequence[int]) -> None:
+        """These wait, the first of all that do among them, or nothing does.
+
+        Ids are given in their order but may be seen out of it, by as long as a transaction takes. And whatever a server
+        did that stood still, all is looked at again now and then.
+        """
+        now = time.monotonic()
+        if now > self._began + LOOK_AGAIN_SECONDS:
+            self._begin()
+        self._last = max(self._last, *ids, 0)
+        if not self._marks or now > self._marks[-1][0] + MARK_SECONDS:
+            self._marks.append((now, ids[0] if ids else self._last))
+        while self._marks[0][0] < now - UNSEEN_SECONDS:
+            self.first = self._marks.popleft()[1]
+
+    def use(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
+        """The connection. Raises StoreUnavailableError unless the right is held."""
+        if not self.held:
+            raise StoreUnavailableError("another node expands the inbox")
+        return self._session.use(reconnect=False)
+
+    async def give_up(self) -> None:
+        """Leave it to others."""
+        try:
+            if self.held:
+                async with self.use() as connection:
+                    await connection.execute("SELECT pg_advisory_unlock_all()")
+        finally:
+            self._taken = False
+
+    async def close(self) -> None:
+        # Closing a connection does not wait until the server has noticed.
+        with suppress(StoreUnavailableError):
+            await self.give_up()
+        await self._session.close()
+
+
+class Expanded(NamedTuple):
+    """What an expansion has changed: the pending files it made, the files of the items it took out of the inbox."""
+
+    pending: int
+    taken: int
+    verdicts: list[BatchVerdict]
+
+
+async def write_expansions(connection: Connection, expansions: Sequence[Expansion], now: int) -> Expanded:
+    """Merge what has not been expanded to its end before, whatever the caller remembers. Runs in a transaction."""
+    done = {expansion.item.id: expansion.item.files for expansion in expansions if expansion.last}
+    left = {id for (id,) in await connection.fetch(SQL["inbox_done"], list(done), now)}
+    still = set(left)
+    if beginnings := {expansion.item.id for expansion in expansions} - done.keys():
+        still |= {id for (id,) in await connection.fetch(SQL["inbox_still"], list(beginnings))}
+    expansions = [expansion for expansion in expansions if expansion.item.id in still]
+    # All of them now, in the order of their ids: whoever changes files of a batch holds it.
+    names = list({(expansion.batch_id, expansion.api_code): None for expansion in expansions})
+    rows = await connection.fetch(SQL["batches_named"], *arrays(names, 2))
+    batches = {(batch_id, api_code): id for id, batch_id, api_code in rows}
+    # Most of the others wait for their files.
+    to_judge = list(batches.values())
+    pending = 0
+    for part in distinct_batches(expansions):
+        merges = [Merge(batches.get((each.batch_id, each.api_code), 0), each) for each in part]
+        fresh, others = [merge for merge in merges if not merge.batch], [merge for merge in merges if merge.batch]
+        await _add(connection, fresh, batches, now)
+        await _merge(connection, others, now)
+        pending += sum(merge.pending for merge in merges)
+        to_judge += [merge.batch for merge in fresh if not merge.pending]
+    return Expanded(
+        pending,
+        sum(files for id, files in done.items() if id in left),
+        await write_verdicts(connection, set(to_judge), now),
+    )
+
+
+async def _add(connection: Connection, merges: Sequence[Merge], batches: dict[tuple[str, str], int], now: int) -> None:
+    """Add batches that are not there, with their files, to the database and to `batches`."""
+    if not merges:
+        return
+    files = [merge.settle(()) for merge in merges]
+    rows = []
+    for merge in merges:
+        _, *counts, _, notification = merge.batch_row()
+        rows.append((merge.expansion.batch_id, merge.expansion.api_code, *counts, notification))
+    for id, batch_id, api_code in await connection.fetch(SQL["batches_insert"], *arrays(rows, 11)):
+        batches[batch_id, api_code] = id
+    for merge in merges:
+        merge.batch = batches[merge.expansion.batch_id, merge.expansion.api_code]
+    await _add_files(
+        connection, [(merge.batch, file) for merge, added in zip(merges, files, strict=True) for file in added], now
+    )
+
+
+async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> None:
+    """Merge expansions of different batches that are there."""
+    if not merges:
+        return
+    existing: dict[int, list[Known]] = {}
+    wanted = [(merge.batch, name) for merge in merges for name in merge.files]
+    for batch, id, name, target_url, status, state in await connection.fetch(SQL["files_existing"], *arrays(wanted, 2)):
+        known = Known(id, name, target_url, ReportedStatus(status), FileState(state))
+        existing.setdefault(batch, []).append(known)
+    added = [(merge.batch, file) for merge in merges for file in merge.settle(existing.get(merge.batch, ()))]
+    if replaced := [each for merge in merges for each in merge.replaced]:
+        rows = [(id, *columns(file, now)) for id, file in replaced]
+        await connection.execute(SQL["files_replace"], *arrays(rows, 8))
+        await connection.execute(SQL["leases_restart"], [id for merge in merges for id in merge.restarted])
+    await _add_files(connection, added, now)
+    await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 11))
+
+
+async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]], now: int) -> None:
+    if files:
+        await connection.copy_records_to_table(
+            "file",
+            records=[(batch, file.oss_object_name, *columns(file, now)) for batch, file in files],
+            columns=FILE_COLUMNS,
+        )
+
+
+async def write_verdicts(connection: Connection, batches: Collection[int], now: int) -> list[BatchVerdict]:
+    """The verdicts that are due to these batches now. Of several nodes exactly one gets each."""
+    return await write_settled(connection, [(batch, 0, 0, 0) for batch in batches], now)
+
+
+async def write_settled(
+    connection: Connection, settled: Sequence[tuple[int, int, int, int]], now: int
+) -> list[BatchVerdict]:
+    """Count so many files of each batch as available, unavailable and blocked; and the verdicts that are due then."""
+    if not settled:
+        return []
+    rows = await connection.fetch(SQL["batches_settled"], *arrays(settled, 4), now)
+    return [
+        BatchVerdict(id, batch_id, api_code, Verdict(verdict), *rest)
+        for id, batch_id, api_code, verdict, *rest in sorted(rows, key=lambda row: int(row[0]))
+        if verdict != Verdict.PENDING
+    ]

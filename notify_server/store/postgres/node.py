@@ -1,0 +1,170 @@
+"""This daemon as one of several on a database: its name there, its lease, and what the nodes call to each other.
+
+A node is alive as long as it renews its one row. One that could not in time has lost every claim: it forgets them and
+registers anew under another id, and what it still records of before changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import asyncpg
+import structlog
+
+from notify_server.errors import StoreUnavailableError
+from notify_server.store.postgres.session import CLAIMING, Connection, Session, retry_once
+from notify_server.store.sql import load_queries
+
+log = structlog.get_logger("notify_server.store")
+
+# At most one call in each channel for so long.
+NOTIFY_SECONDS = 0.1
+RETRY_SECONDS = 1.0
+INBOX = "notify_server_inbox"
+WORK = "notify_server_work"
+CALLBACKS = "callbacks"
+PROBES = "probes"
+ROLES = (CALLBACKS, PROBES)
+SQL = load_queries("postgres")
+
+
+class Node:
+    """Runs from `open` to `close`. `on_lost` is called when every claim is void, `on_inbox` and, on a node that probes,
+    `on_work` when another node has accepted something, or has made files due. `last_id` is the node's id, or what it
+    was before it was lost.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        place: str,
+        lease: float,
+        roles: Sequence[str],
+        *,
+        on_lost: Callable[[], object],
+        on_inbox: Callable[[], object],
+        on_work: Callable[[], object],
+    ) -> None:
+        self._place = place
+        self._lease = lease
+        self._on_lost = on_lost
+        self._roles = roles
+        self._ignore_result = {INBOX: on_inbox}
+        if PROBES in roles:
+            self._ignore_result[WORK] = on_work
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        # Nothing that goes over it has to outlive a crash.
+        self._session = Session(url, place, CLAIMING, self._listen)
+        self._id: int | None = None
+        self.last_id = 0
+        self._to_call: set[str] = set()
+        self._calls = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def id(self) -> int:
+        """Under which files are claimed now. Raises StoreUnavailableError while there is none."""
+        if self._id is None:
+            raise StoreUnavailableError(f"{self._place}: this node has lost its lease and is not registered yet")
+        return self._id
+
+    def is_now(self, id: int) -> bool:
+        """Whether this node still has that id."""
+        return self._id == id
+
+    async def open(self) -> None:
+        """Register. What goes wrong is raised as it is."""
+        await self._session.open()
+        await self._beat()
+        self._tasks = [
+            asyncio.create_task(self._beats(), name="postgres-node"),
+            asyncio.create_task(self._call_out(), name="postgres-notify"),
+        ]
+
+    async def close(self) -> None:
+        """Leave: what is claimed is anybody's."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        id, self._id = self._id, None
+        if id is not None and self._session.connected:
+            with suppress(StoreUnavailableError):
+                async with self._session.use(reconnect=False) as connection:
+                    await connection.execute(SQL["leases_leave"], id)
+                    await connection.execute(SQL["node_leave"], id)
+        await self._session.close()
+
+    def check(self) -> None:
+        """Find out soon whether this node is still alive."""
+        self._hurry.set()
+
+    def call(self, channel: str) -> None:
+        """Tell the other nodes, soon."""
+        self._to_call.add(channel)
+        self._calls.set()
+
+    async def _beats(self) -> None:
+        failing = False
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS if failing else self._lease / 3):
+                    await self._hurry.wait()
+            self._hurry.clear()
+            try:
+                await self._beat()
+            except StoreUnavailableError as error:
+                if not failing:
+                    log.warning("cannot renew the lease of this node, trying again", error=str(error))
+                failing = True
+            else:
+                failing = False
+
+    async def _beat(self) -> None:
+        async with self._session.use() as connection:
+            if self._id is not None and await connection.fetchval(SQL["node_renew"], self._id, self._lease) is None:
+                self._forget()
+            if self._id is None:
+                self._id = await connection.fetchval(
+                    SQL["node_register"], self._name, self._lease, " ".join(self._roles)
+                )
+                self.last_id = self.id
+                log.info("registered", store=self._place, node=self._id, name=self._name, roles=list(self._roles))
+            await retry_once(partial(connection.execute, SQL["leases_sweep"]))
+            await retry_once(partial(connection.execute, SQL["nodes_sweep"]))
+
+    def _forget(self) -> None:
+        log.warning(
+            "this node was not heard of for longer than its lease: others may have its files, what it knows of them "
+            "is dropped",
+            node=self._id,
+        )
+        self._id = None
+        self._on_lost()
+
+    async def _listen(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        for channel in self._ignore_result:
+            await connection.add_listener(channel, self._hear)
+        connection.add_termination_listener(lambda _: self.check())
+
+    def _hear(self, connection: Connection, pid: int, channel: str, payload: Any) -> None:
+        if pid != connection.get_server_pid():
+            self._ignore_result[channel]()
+
+    async def _call_out(self) -> None:
+        while True:
+            await self._calls.wait()
+            self._calls.clear()
+            channels, self._to_call = self._to_call, set()
+            # Looking each second stays the truth: a call that is lost costs others a second.
+            with suppress(StoreUnavailableError):
+                async with self._session.use(reconnect=False) as connection:
+                    for channel in channels:
+                        await connection.execute(f"NOTIFY {channel}")
+            await asyncio.sleep(NOTIFY_SECONDS)

@@ -1,0 +1,77 @@
+"""Reads the SQL that lies beside this package: numbered migrations, and named blocks of queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from notify_server.errors import StoreRefusedError
+
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
+
+
+class Migration(NamedTuple):
+    """One step of the schema: applying `script` to version `version - 1` gives `version`."""
+
+    version: int
+    name: str
+    script: str
+
+
+@cache
+def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
+    """The named blocks of `store/<dialect>/<name>.sql`, without their comments and closing semicolon."""
+    text = (files(__package__) / dialect / f"{name}.sql").read_text(encoding="utf-8")
+    parts = _NAME.split(text)[1:]
+    return {
+        name: _COMMENT.sub("", block).strip().removesuffix(";")
+        for name, block in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@cache
+def load_migrations(dialect: str) -> tuple[Migration, ...]:
+    """The numbered scripts of `store/<dialect>/`, `0001_initial.sql` first, without a gap."""
+    folder = files(__package__) / dialect
+    found = sorted(
+        Migration(int(entry.name[:4]), entry.name.removesuffix(".sql"), entry.read_text(encoding="utf-8"))
+        for entry in folder.iterdir()
+        if re.fullmatch(r"\d{4}_\w+\.sql", entry.name)
+    )
+    if [step.version for step in found] != list(range(1, len(found) + 1)):
+        raise ValueError(f"store/{dialect}: the migrations are not numbered from 0001 without a gap")
+    return tuple(found)
+
+
+@cache
+def expand_rows(query: str, columns: int, rows: int) -> str:
+    """The query with `:rows` spelled out as `rows` rows of `columns` parameters."""
+    row = "(" + ",".join("?" * columns) + ")"
+    return query.replace(":rows", ",".join([row] * rows))
+
+
+def check_version(place: str, dialect: str, present: int) -> None:
+    """Raises StoreRefusedError unless the schema of the record at `place`, whose version is `present`, is the one that
+    this program knows.
+    """
+    known = len(load_migrations(dialect))
+    if present > known:
+        raise StoreRefusedError(
+            f"{place}: has schema version {present}, this program knows {known}: "
+            "use the newer notify_server that wrote it"
+        )
+    if present < known:
+        raise StoreRefusedError(
+            f"{place}: has schema version {present}, this program needs {known}: run `notify-server migrate`"
+        )
+
+
+def unfinished(place: str, source: str) -> StoreRefusedError:
+    """What to tell of a copy that is not whole: it has a table `copying`, which names its source."""
+    return StoreRefusedError(
+        f"{place}: is an unfinished copy of {source}: finish it with the same `notify-server copy` that began it"
+    )

@@ -1,0 +1,313 @@
+"""The store on SQLite as the daemon has it: every verb is carried out by a process of its own (keeper.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+import structlog
+
+from notify_server.errors import StoreRefusedError, StoreUnavailableError
+from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
+from notify_server.processes.child import Child, module
+from notify_server.processes.keeper_protocol import (
+    VERBS,
+    Call,
+    Expanded,
+    Failure,
+    KeeperConfig,
+    Logged,
+    Opened,
+    Reply,
+)
+from notify_server.store.base import (
+    MAX_ID,
+    Expansion,
+    ExpansionListener,
+    HostDue,
+    Nodes,
+    Restart,
+    rejection_gone,
+    valid_ids,
+)
+from notify_server.store.batching import LATELY_SECONDS, answer, fail
+from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.supervise import log_task_failure
+from notify_server.verify.guard import Guard
+
+T = TypeVar("T")
+
+log = structlog.get_logger("notify_server.store")
+
+START_SECONDS = 60.0
+# For what it has been told, and for writing the WAL back.
+STOP_SECONDS = 30.0
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_opened = msgspec.msgpack.Decoder(Opened).decode
+_decode = msgspec.msgpack.Decoder(Reply | Expanded | Logged).decode
+_answers = {name: msgspec.msgpack.Decoder(verb.answer).decode for name, verb in VERBS.items()}
+
+
+class SqliteClient:
+    """Open it with `open`; close it when done. See base.Store for what each verb means.
+
+    When the keeper is gone another is started; until it is up, and for what was under way, verbs raise
+    StoreUnavailableError. What had been claimed is anybody's then, as after a crash: what is recorded of it is dropped.
+    """
+
+    def __init__(
+        self, path: Path, command: Sequence[str], now: Callable[[], int], on_commit: Callable[[float], object]
+    ) -> None:
+        config = KeeperConfig(str(path.absolute()), os.getpid(), sqlite_writer.BUSY_TIMEOUT_MS)
+        self._child = Child("keeper", command, _encode(config))
+        self._path = path
+        self._now = now
+        self._backlog = 0
+        self._ids = itertools.count(1)
+        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._expanding: tuple[Guard, ExpansionListener] | None = None
+        self._opened: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._closing = False
+        self._on_commit = on_commit
+        self._accepting: list[tuple[Delivery, asyncio.Future[int]]] = []
+        self._came_at = -math.inf
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path,
+        *,
+        now: Callable[[], int],
+        on_commit: Callable[[float], object] = lambda seconds: None,
+        command: Sequence[str] = (),
+    ) -> Self:
+        """Open or create the database at `path`, its directory included. `now` gives Unix ms. `on_commit` is told what
+        each transaction took that callbacks were waiting for, in seconds; `command` runs the keeper.
+
+        Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
+        """
+        store = cls(path, command or module("processes.keeper"), now, on_commit)
+        store._task = asyncio.create_task(store._run(), name="keeper")
+        store._task.add_done_callback(log_task_failure)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                refused = await asyncio.shield(store._opened)
+        except TimeoutError:
+            refused = f"{path}: the process that keeps it does not start: the log says why"
+        except BaseException:
+            await store._end()
+            raise
+        if refused is not None:
+            await store._end()
+            raise StoreRefusedError(refused)
+        return store
+
+    @property
+    def backlog(self) -> int:
+        return self._backlog
+
+    @property
+    def prefers_small_batches(self) -> bool:
+        return asyncio.get_running_loop().time() - self._came_at < LATELY_SECONDS
+
+    @property
+    def nodes(self) -> Nodes:
+        return Nodes(0, (0,), (0,))
+
+    @property
+    def pid(self) -> int | None:
+        """The keeper's process id, None while there is none."""
+        return self._child.pid
+
+    async def close(self) -> None:
+        self._closing = True
+        self._send_deliveries()
+        await self._end()
+
+    async def _end(self) -> None:
+        self._child.finish()
+        assert self._task is not None
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.shield(self._task)
+        except TimeoutError:
+            log.error("the record could not be closed in time: nothing is lost, the next start takes longer")
+            self._child.kill()
+            await self._task
+
+    # The keeper
+
+    async def _run(self) -> None:
+        await self._child.run(self._on_up, self._on_frame, self._on_death)
+
+    def _on_up(self, payload: bytes) -> None:
+        opened = _decode_opened(payload)
+        self._backlog = opened.backlog
+        if opened.refused is not None:
+            if self._opened.done():
+                log.error("the record cannot be opened again, trying on", error=opened.refused)
+        elif self._expanding is not None:
+            self._have_expanded(self._expanding[0])
+        if not self._opened.done():
+            self._opened.set_result(opened.refused)
+
+    def _on_frame(self, payload: bytes) -> None:
+        match _decode(payload):
+            case Reply(id, backlog, answer, failure):
+                self._backlog = backlog
+                verb, future = self._calls.pop(id)
+                if future.done():
+                    return
+                if failure is not None:
+                    future.set_exception(failure.error())
+                else:
+                    future.set_result(_answers[verb](answer))
+            case Expanded() as expanded:
+                self._backlog = expanded.backlog
+                self._tell(expanded)
+            case Logged(level, event, fields):
+                getattr(log, level)(event, **fields)
+
+    def _tell(self, expanded: Expanded) -> None:
+        if self._expanding is None:
+            return
+        _, told = self._expanding
+        if expanded.hosts:
+            told.on_files(expanded.hosts)
+        if expanded.verdicts:
+            told.on_verdicts(expanded.verdicts)
+        if expanded.unknown_fields:
+            told.on_unknown_fields(expanded.unknown_fields)
+
+    def _on_death(self) -> None:
+        calls, self._calls = self._calls, {}
+        for _, future in calls.values():
+            if not future.done():
+                future.set_exception(self._gone())
+
+    def _gone(self) -> StoreUnavailableError:
+        if self._closing:
+            return StoreUnavailableError("the store is closing")
+        return StoreUnavailableError(f"{self._path}: the process that keeps it has ended, another is being started")
+
+    def _call(self, verb: str, *arguments: object) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._child.up and not self._child.finishing:
+            id = next(self._ids)
+            self._calls[id] = verb, future
+            self._child.send(_encode(Call(id, self._now(), verb, msgspec.Raw(_encode(arguments)))))
+        else:
+            future.set_exception(self._gone())
+        return future
+
+    # The verbs
+
+    def accept(self, delivery: Delivery) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[int] = loop.create_future()
+        if delivery.replays is not None and delivery.replays > MAX_ID:
+            future.set_exception(rejection_gone(delivery.replays))
+            return future
+        if self._closing:
+            future.set_exception(self._gone())
+            return future
+        if not self._accepting:
+            # Those that come in one turn of the loop go in one frame. The keeper, which commits meanwhile what came
+            # before, takes all that it finds into its next transaction.
+            loop.call_soon(self._send_deliveries)
+            self._came_at = loop.time()
+        self._accepting.append((delivery, future))
+        return future
+
+    def _send_deliveries(self) -> None:
+        group, self._accepting = self._accepting, []
+        if not group:
+            return
+        began = time.perf_counter()
+
+        def committed(call: asyncio.Future[list[int | Failure]]) -> None:
+            if (error := call.exception()) is not None:
+                assert isinstance(error, Exception)
+                fail(group, error)
+                return
+            self._on_commit(time.perf_counter() - began)
+            answers = [each.error() if isinstance(each, Failure) else each for each in call.result()]
+            answer(group, answers)
+
+        self._call("accept_all", [delivery for delivery, _ in group]).add_done_callback(committed)
+
+    async def reject(self, rejection: Rejection) -> None:
+        await self._call("reject", rejection)
+
+    async def wait_inbox(self) -> None:
+        await self._call("wait_inbox")
+
+    async def inbox(self, limit: int) -> list[InboxItem]:
+        items: list[InboxItem] = await self._call("inbox", limit)
+        return items
+
+    async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
+        verdicts: list[BatchVerdict] = await self._call("expand", expansions, now)
+        return verdicts
+
+    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
+        verdicts: list[BatchVerdict] = await self._call("discard", item, detail, now)
+        return verdicts
+
+    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
+        # By the keeper, which goes by the time of our last call.
+        self._expanding = guard, told
+        self._have_expanded(guard)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._expanding = None
+
+    def _have_expanded(self, guard: Guard) -> None:
+        networks = [str(network) for network in guard.allowed_networks]
+        call = self._call("expand_inbox", guard.allowed_hosts, networks, sorted(guard.allowed_ports))
+        # When this one is gone before it has answered, the next is told again.
+        call.add_done_callback(_ignore_result)
+
+    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
+        hosts: list[HostDue] = await self._call("due_hosts", after, limit)
+        return hosts
+
+    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
+        files: list[DueFile] = await self._call("claim", wanted, now)
+        return files
+
+    def release(self, files: Sequence[DueFile]) -> None:
+        # Of a keeper that is gone nothing is claimed any more.
+        self._call("release", files).add_done_callback(_ignore_result)
+
+    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
+        verdicts: list[BatchVerdict] = await self._call("record", results, now)
+        return verdicts
+
+    async def recheck(self, files: Sequence[int], now: int) -> Restart:
+        restart: Restart = await self._call("recheck", valid_ids(files), now)
+        return restart
+
+    # Housekeeping
+
+    async def ping(self, now: int) -> None:
+        await self._call("ping", now)
+
+    async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
+        deleted: int = await self._call("prune", completed_before, rejected_before, limit)
+        return deleted
+
+
+def _ignore_result(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()
