@@ -21,9 +21,10 @@ from tests.bench.figures import Column, Outcome, Row, Setting, Sheet, in_turn, m
 from tests.bench.postgres_steps import steps
 from tests.bench.probes import CONCURRENCY, LEAD_SECONDS
 from tests.bench.record import API_CODE, FILES_A_BATCH, WAIT_SECONDS, add_pending, batch_name, body_of, reading
-from tests.bench.servers import ONE_HOST, Origin, Server, daemon, free_port, nginx
+from tests.bench.servers import ONE_HOST, Origin, Server, daemon, nginx
 from tests.bench.usage import cpu_seconds
-from tests.store.postgres_server import PostgresServer, new_schema
+from tests.support.postgres import PostgresServer, new_schema
+from tests.support.waiting import free_port
 
 SQLITE, POSTGRES = "SQLite", "PostgreSQL"
 CONNECTIONS = 64

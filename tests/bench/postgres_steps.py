@@ -21,7 +21,7 @@ from tests.bench.acks import SMALL
 from tests.bench.figures import Column, Outcome, Sheet
 from tests.bench.record import API_CODE, batch_name, body_of, object_name
 from tests.bench.usage import cpu_seconds
-from tests.store.postgres_server import PostgresServer
+from tests.support.postgres import PostgresServer
 
 HOST = "files.example.com"
 TABLES = ("notification", "batch", "file", "attempt")

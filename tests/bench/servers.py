@@ -20,6 +20,7 @@ import trustme
 
 from tests.bench.figures import MissingToolError
 from tests.bench.record import object_name, until_expanded
+from tests.support.waiting import free_port
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -51,14 +52,6 @@ def packages(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingToolError(f"{name} is not installed")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def mortal(command: Sequence[str]) -> list[str]:

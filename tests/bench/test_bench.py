@@ -35,9 +35,9 @@ from tests.bench.record import (
     until_expanded,
     until_settled,
 )
-from tests.bench.servers import daemon, free_port, packages, tool
-from tests.harness import Bell
-from tests.store.postgres_server import PostgresServer, new_schema
+from tests.bench.servers import daemon, packages, tool
+from tests.support.postgres import PostgresServer, new_schema
+from tests.support.waiting import Bell, free_port
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from notify_server.cli.addresses import BLOCK_BYTES, LINE_BYTES, AddressFile, Entry, InputError
-from tests.harness import failed, finished, notification
+from tests.support.notification import batch_body, failed, finished
 
 A, B = "https://a.example/1?x=1,2", "http://b.example/二"
 
@@ -25,9 +25,9 @@ def entries(tmp_path: Path, content: str | bytes, name: str = "list.txt") -> lis
         f"{A}\n{B}\n",
         f"\ufeff# two of them\r\n\r\n  {A}  \r\n{B}",
         f'{{"target_url": "{A}"}}\n\n{{"id": 7, "url": "{B}"}}\n',
-        json.dumps({"address": A}) + "\n" + notification("b", [B]).decode(),
-        json.dumps(json.loads(notification("b", [A, B])), indent=2),
-        json.dumps({"appId": "1", "nonce": "n", "params": json.loads(notification("b", [A, B])), "apiCode": "c",
+        json.dumps({"address": A}) + "\n" + batch_body("b", [B]).decode(),
+        json.dumps(json.loads(batch_body("b", [A, B])), indent=2),
+        json.dumps({"appId": "1", "nonce": "n", "params": json.loads(batch_body("b", [A, B])), "apiCode": "c",
                     "timestamp": 1753000000000, "sign": "s"}),
     ],
     ids=["lines", "comments and blanks", "objects", "objects and notifications", "a notification", "an envelope"],
@@ -57,7 +57,7 @@ def test_a_csv_file_needs_no_known_header(tmp_path: Path, content: str) -> None:
 
 
 def test_a_file_that_the_platform_reported_as_failed_is_told_from_the_others(tmp_path: Path) -> None:
-    body = notification("b", [failed("k1"), failed("k2", B), finished(A)])
+    body = batch_body("b", [failed("k1"), failed("k2", B), finished(A)])
     assert entries(tmp_path, body) == [Entry("", failed=True), Entry(B, failed=True), Entry(A)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import notify_server
 from notify_server.config.config import Config, load_config
-from tests.harness import Finished, clean_environment, run_command
+from tests.support.daemon import Finished, clean_environment, run_command
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-nobody-may-see"

@@ -20,22 +20,14 @@ from notify_server.store.postgres.session import migrate_at
 from notify_server.store.sql import load_migrations
 from notify_server.store.sqlite.store import SqliteStore
 from notify_server.store.sqlite.writer import connect
-from tests.cli.running import on_terminal, running
-from tests.harness import (
-    SECONDS,
-    SILENCE,
-    Answer,
-    Daemon,
-    Finished,
-    Origin,
-    clean_environment,
-    finished,
-    notification,
-    run_command,
-)
 from tests.store.builders import API_CODE, NOW, delivery
 from tests.store.copies import dump, fill, writing
-from tests.store.postgres_server import fetch, new_schema
+from tests.support.cli import on_terminal, running
+from tests.support.daemon import Daemon, Finished, clean_environment, run_command
+from tests.support.notification import batch_body, finished
+from tests.support.origin import SILENCE, Answer, Origin
+from tests.support.postgres import fetch, new_schema
+from tests.support.waiting import SECONDS
 
 MANY = 12_000
 # Requests that are never answered are not waited for.
@@ -405,9 +397,7 @@ async def test_a_server_on_the_copy_goes_on_with_what_was_pending(tmp_path: Path
             assert await daemon.terminate() == 0
         # What has been acked, and no more: nobody has expanded it.
         opened = await SqliteStore.open(daemon.database)
-        await opened.accept(
-            delivery("acked", body=notification("acked", [finished(origin.url("/3"))]), received_at=NOW)
-        )
+        await opened.accept(delivery("acked", body=batch_body("acked", [finished(origin.url("/3"))]), received_at=NOW))
         await opened.close()
         assert (await copy(daemon.database, url)).code == 0
         origin.default = Answer()

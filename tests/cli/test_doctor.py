@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import json
 import os
-import socket
 import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
@@ -22,8 +21,10 @@ from notify_server.cli.doctor import checks
 from notify_server.cli.doctor import run as doctor
 from notify_server.cli.doctor.checks import Finding, Level
 from notify_server.store.sqlite.writer import connect
-from tests.cli.running import on_terminal
-from tests.harness import SILENCE, Answer, Daemon, Origin, clean_environment, run_command, to_toml
+from tests.support.cli import on_terminal
+from tests.support.daemon import Daemon, clean_environment, run_command, to_toml
+from tests.support.origin import SILENCE, Answer, Origin
+from tests.support.waiting import free_port
 
 BEFORE_ALL = {"configuration", "python", "libcurl", "sqlite", "clock"}
 
@@ -116,11 +117,6 @@ async def test_beside_a_daemon_it_says_so_and_the_daemon_goes_on(tmp_path: Path)
         assert seen.worst("database").level is Level.OK
         origin.default = Answer()
         await daemon.settle("b2", [origin.url("/x")])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 async def test_a_daemon_with_a_certificate_is_asked_over_tls(tmp_path: Path) -> None:

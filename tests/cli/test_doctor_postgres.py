@@ -13,9 +13,10 @@ from notify_server.cli.doctor.checks import Level
 from notify_server.cli.doctor.postgres import CONNECTIONS
 from notify_server.store.postgres.session import migrate_at
 from tests.cli.test_doctor import BEFORE_ALL, configure, examine, run_doctor, snapshot
-from tests.harness import SILENCE, Daemon, Origin
-from tests.store import postgres_server
-from tests.store.postgres_server import PostgresServer, fetch, new_schema
+from tests.support import postgres
+from tests.support.daemon import Daemon
+from tests.support.origin import SILENCE, Origin
+from tests.support.postgres import PostgresServer, fetch, new_schema
 
 OF_POSTGRES = {"database", "encoding", "durability", "schema", "servers", "connections"}
 
@@ -29,8 +30,8 @@ async def url() -> str:
 def poor() -> Iterator[PostgresServer]:
     """A server that is set up as it should not be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(postgres_server.SETTINGS, "fsync", "off")
-        patch.setitem(postgres_server.SETTINGS, "max_connections", str(CONNECTIONS + 2))
+        patch.setitem(postgres.SETTINGS, "fsync", "off")
+        patch.setitem(postgres.SETTINGS, "max_connections", str(CONNECTIONS + 2))
         with PostgresServer() as server:
             yield server
 

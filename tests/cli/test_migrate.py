@@ -10,7 +10,7 @@ import pytest
 
 from notify_server.store.sql import load_migrations
 from notify_server.store.sqlite.writer import connect
-from tests.harness import Daemon, run_command
+from tests.support.daemon import Daemon, run_command
 
 LATEST = len(load_migrations("sqlite"))
 

@@ -11,7 +11,6 @@ import json
 import os
 import pty
 import signal
-import socket
 import sqlite3
 import struct
 import sys
@@ -30,28 +29,14 @@ from notify_server.cli.record import moment
 from notify_server.store.reading.types import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
 from notify_server.store.sql import load_migrations
 from notify_server.web.api.handlers import Host, Status
-from tests.cli.running import running
-from tests.harness import (
-    SECONDS,
-    Answer,
-    Daemon,
-    Finished,
-    Origin,
-    clean_environment,
-    failed,
-    finished,
-    notification,
-    run_command,
-)
+from tests.support.cli import running
+from tests.support.daemon import Daemon, Finished, clean_environment, run_command
+from tests.support.notification import batch_body, failed, finished
+from tests.support.origin import Answer, Origin
+from tests.support.waiting import SECONDS, free_port
 
 TOKEN = "correct-horse-battery"
 RETRY = {"retry_schedule": ["1h"]}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture
@@ -241,7 +226,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(tmp_path: Path, 
     strict = {"contract": {"max_files": 1}}
     async with started(tmp_path, **strict) as daemon:
         for name in ("x", "y"):
-            body = notification(name, [origin.url("/1"), origin.url("/2")])
+            body = batch_body(name, [origin.url("/1"), origin.url("/2")])
             assert (await daemon.post(body)).status == 400
         assert (await daemon.post(b"{}")).status == 400
         await daemon.eventually("SELECT count(*) = 3 FROM rejection")

@@ -15,9 +15,12 @@ import pytest
 from notify_server.config.config import without_secrets
 from notify_server.store.postgres.session import migrate_at
 from notify_server.store.sql import load_migrations
-from tests.cli.test_record import RETRY, fill_through, free_port
-from tests.harness import Answer, Daemon, Finished, Origin, clean_environment, notification, run_command
-from tests.store.postgres_server import fetch, new_schema
+from tests.cli.test_record import RETRY, fill_through
+from tests.support.daemon import Daemon, Finished, clean_environment, run_command
+from tests.support.notification import batch_body
+from tests.support.origin import Answer, Origin
+from tests.support.postgres import fetch, new_schema
+from tests.support.waiting import free_port
 
 LATEST = len(load_migrations("postgres"))
 
@@ -144,7 +147,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
 ) -> None:
     async with started(tmp_path, url, contract={"max_files": 1}) as daemon:
         for name in ("x", "y"):
-            assert (await daemon.post(notification(name, [origin.url("/1"), origin.url("/2")]))).status == 400
+            assert (await daemon.post(batch_body(name, [origin.url("/1"), origin.url("/2")]))).status == 400
         assert (await daemon.post(b"{}")).status == 400
         await eventually(url, "SELECT count(*) = 3 FROM rejection")
         ids = [str(id) for (id,) in await fetch(url, "SELECT id FROM rejection ORDER BY id")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import clean_environment, run_command
+from tests.support.daemon import clean_environment, run_command
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from notify_server.cli.addresses import Entry
 from notify_server.cli.verify import GIVE_UP_FAILURES, MAX_HOSTS, WINDOW, InMemoryQueue
 from notify_server.model import DueFile, FileResult, FileState, Reason
 from notify_server.verify.guard import Guard
-from tests.cli.running import on_terminal, running
-from tests.harness import SILENCE, Answer, Finished, Origin, failed, notification, run_command, to_toml
+from tests.support.cli import on_terminal, running
+from tests.support.daemon import Finished, run_command, to_toml
+from tests.support.notification import batch_body, failed
+from tests.support.origin import SILENCE, Answer, Origin
 
 LOOPBACK = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
 FIELDS = [
@@ -98,7 +100,7 @@ async def test_when_all_are_available_it_exits_0_and_names_none(tmp_path: Path) 
 
 async def test_a_notification_is_asked_for_but_for_what_the_platform_reported_as_failed(tmp_path: Path) -> None:
     async with Origin() as origin:
-        (tmp_path / "body").write_bytes(notification("b", [origin.url("/a"), failed("k", origin.url("/b"))]))
+        (tmp_path / "body").write_bytes(batch_body("b", [origin.url("/a"), failed("k", origin.url("/b"))]))
         end = await verify(tmp_path, "-f", "body")
         assert [hit.path for hit in origin.hits] == ["/a"]
     assert (end.code, end.stdout) == (1, f"upload_failed\t-\t{origin.url('/b')}\n")

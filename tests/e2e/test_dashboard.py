@@ -16,8 +16,10 @@ from playwright.async_api import Browser, BrowserContext, expect
 from yarl import URL
 
 from notify_server.web.admin import COOKIE
-from tests.e2e.browser import DESKTOP, PHONE, Watched, chromium, context, watched
-from tests.harness import Answer, Daemon, Hit, Origin, failed, finished, notification
+from tests.support.browser import DESKTOP, PHONE, Watched, chromium, context, watched
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body, failed, finished
+from tests.support.origin import Answer, Hit, Origin
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -100,7 +102,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         await daemon.deliver(f"redirected {IMAGE}", [finished(origin.url("/away"), "away")])
         await daemon.eventually("SELECT count(*) = 1 FROM file WHERE reason = 'bad_redirect'")
         for entry in (finished(LINK, HOSTILE), finished("ftp://x", IMAGE)):
-            assert (await daemon.post(notification(HOSTILE, [origin.url("/a"), entry]))).status == 400
+            assert (await daemon.post(batch_body(HOSTILE, [origin.url("/a"), entry]))).status == 400
         await daemon.eventually("SELECT count(*) = 2 FROM rejection")
         await daemon.eventually("SELECT count(*) = 0 FROM notification WHERE expanded_at IS NULL")
         base = daemon.callback.removesuffix("/notify")

@@ -27,10 +27,13 @@ import pytest
 import yaml
 
 from notify_server.config.config import Config, load_config
-from tests.bench.servers import free_port, running, tool
-from tests.harness import Daemon, Finished, Origin, clean_environment, finished, notification
-from tests.store.postgres_faults import eventually
-from tests.store.postgres_server import fetch, new_schema
+from tests.bench.servers import running, tool
+from tests.support.daemon import Daemon, Finished, clean_environment
+from tests.support.notification import batch_body, finished
+from tests.support.origin import Origin
+from tests.support.postgres import fetch, new_schema
+from tests.support.postgres_faults import eventually
+from tests.support.waiting import free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -229,7 +232,7 @@ async def test_what_the_image_holds_serves_and_its_health_check_tells_whether_it
         async with (
             aiohttp.ClientSession() as session,
             session.post(
-                f"http://127.0.0.1:{port}/notify", data=notification("b", []), headers={"Content-Type": "text/json"}
+                f"http://127.0.0.1:{port}/notify", data=batch_body("b", []), headers={"Content-Type": "text/json"}
             ) as answer,
         ):
             assert answer.status == 200
@@ -406,7 +409,7 @@ async def test_a_server_that_is_killed_behind_nginx_costs_no_notification_and_ca
             nonlocal again, acked_since
             while acked_since < enough:
                 batch = f"b{next(numbers)}"
-                body = notification(batch, [finished(origin.url(f"/{batch}"), batch)])
+                body = batch_body(batch, [finished(origin.url(f"/{batch}"), batch)])
                 while True:
                     status, headers, answer = await post(caller, front, body)
                     if status == 200:
@@ -439,7 +442,7 @@ async def test_a_server_that_is_killed_behind_nginx_costs_no_notification_and_ca
 
         # Without any server, callers are told the same.
         await daemons[1].kill()
-        status, headers, answer = await post(caller, front, notification("last", []))
+        status, headers, answer = await post(caller, front, batch_body("last", []))
         assert (status, answer["code"], answer["data"], headers["Retry-After"]) == (503, "503", None, "5")
         assert TOKEN not in front.logs()
 
@@ -451,7 +454,7 @@ async def test_the_rest_of_the_server_is_reached_through_nginx_as_without_it(
         bearer = {"Authorization": "Bearer token-of-the-administrator"}
         # What is too large is refused by the server, in its own words.
         status, _, answer = await post(
-            caller, front, notification("large", []).ljust(Config().server.body_limit_bytes + 1)
+            caller, front, batch_body("large", []).ljust(Config().server.body_limit_bytes + 1)
         )
         assert (status, answer["code"]) == (413, "413")
         async with caller.get(f"{front.url}/api/v1/status") as refused:

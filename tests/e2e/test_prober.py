@@ -30,7 +30,7 @@ from notify_server.model import Evidence, Reason
 from notify_server.processes.frames import FRAME_HEADER, frame
 from notify_server.processes.prober_protocol import ProberConfig
 from notify_server.verify.guard import Guard
-from tests.e2e.prober_harness import (
+from tests.support.prober import (
     AGENT,
     EMPTY,
     LOOPBACK,

@@ -6,7 +6,8 @@ import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from tests.harness import Answer, Daemon, Origin
+from tests.support.daemon import Daemon
+from tests.support.origin import Answer, Origin
 
 HOSTS = 6
 FILES = 30

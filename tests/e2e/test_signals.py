@@ -28,8 +28,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.harness import API_CODE, Answer, Bell, Daemon, Origin, clean_environment, notification
-from tests.web.conftest import Signer
+from tests.support.app import Signer
+from tests.support.daemon import Daemon, clean_environment
+from tests.support.notification import API_CODE, batch_body
+from tests.support.origin import Answer, Origin
+from tests.support.waiting import Bell
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "alert-rules.yml"
@@ -88,7 +91,7 @@ def request_id(body: bytes) -> str:
 
 async def test_one_request_id_leads_from_the_ack_to_the_verdict(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path, {"log": {"format": "json", "level": "debug"}}) as daemon:
-        body = notification("b1", [origin.url("/a")])
+        body = batch_body("b1", [origin.url("/a")])
         first = request_id((await daemon.post(body)).body)
         accepted = await daemon.line("accepted", request_id=first)
         verdict = await daemon.verdict("b1")
@@ -97,7 +100,7 @@ async def test_one_request_id_leads_from_the_ack_to_the_verdict(tmp_path: Path) 
         assert "trace_id" not in verdict
         assert daemon.value("SELECT request_id FROM notification") == first
         # The next verdict belongs to the delivery that brought it about.
-        again = notification("b1", [origin.url("/a"), origin.url("/b")])
+        again = batch_body("b1", [origin.url("/a"), origin.url("/b")])
         second = request_id((await daemon.post(again, traceparent=TRACEPARENT)).body)
         verdict = await daemon.verdict("b1", number=2)
         assert (verdict["request_id"], verdict["trace_id"]) == (second, TRACE)
@@ -122,7 +125,7 @@ async def test_a_callers_trace_is_kept_when_it_is_valid_and_else_passed_over(tmp
                 (TRACEPARENT.upper(), None),
             ]
         ):
-            reply = await daemon.post(notification(f"b{number}", []), traceparent=sent)
+            reply = await daemon.post(batch_body(f"b{number}", []), traceparent=sent)
             assert reply.status == 200
             line = await daemon.line("accepted", request_id=request_id(reply.body))
             assert line.get("trace_id") == (TRACE if kept else None)
@@ -453,7 +456,7 @@ async def test_a_callback_and_the_requests_that_follow_are_one_trace_at_the_coll
             environ=environ,
         ) as daemon:  # fmt: skip
             daemon.callback += "?token=callback-secret-7"
-            body = notification("b1", [origin.url(path)])
+            body = batch_body("b1", [origin.url(path)])
             reply = await daemon.post(body, traceparent=TRACEPARENT)
             assert reply.status == 200
             verdict = await daemon.verdict("b1")
@@ -567,7 +570,7 @@ async def test_no_secret_is_in_a_log_an_answer_or_a_metric(tmp_path: Path, form:
                 answers.extend([text, str([item for item in answer.headers.items() if item[0] != "Set-Cookie"])])
 
         good, bearer, admin = f"/notify?token={TOKEN}", f"Bearer {TOKEN}", f"Bearer {ADMIN_TOKEN}"
-        body = notification("b1", [])
+        body = batch_body("b1", [])
         await ask("POST", good, 200, body)
         await ask("POST", "/notify", 200, body, Authorization=bearer)
         await ask("POST", good, 200, json.dumps(signed).encode())
@@ -575,7 +578,7 @@ async def test_no_secret_is_in_a_log_an_answer_or_a_metric(tmp_path: Path, form:
         await ask("POST", good, 403, json.dumps(expired).encode())
         await ask("POST", good, 401, json.dumps(forged).encode())
         await ask("POST", good, 400, b"[]")
-        await ask("POST", good, 400, notification("x" * 99, []))
+        await ask("POST", good, 400, batch_body("x" * 99, []))
         await ask("POST", good, 415, body, Content_Encoding="gzip")
         await ask("POST", good, 415, body, Content_Type="text/plain")
         await ask("GET", good, 405)

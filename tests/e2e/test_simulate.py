@@ -23,7 +23,7 @@ from notify_server.cli.simulate import Daemon as Target
 from notify_server.cli.simulate import Options, play
 from notify_server.simulator.simulator import Kind, Plan, SimulationError
 from notify_server.store.sqlite.writer import FileLock, connect
-from tests.harness import Daemon, Finished, clean_environment, process_gone, run_command, to_toml
+from tests.support.daemon import Daemon, Finished, clean_environment, process_gone, run_command, to_toml
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

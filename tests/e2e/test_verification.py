@@ -17,18 +17,9 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from tests.harness import (
-    API_CODE,
-    SILENCE,
-    Answer,
-    Config,
-    Daemon,
-    Origin,
-    clean_environment,
-    failed,
-    finished,
-    notification,
-)
+from tests.support.daemon import Config, Daemon, clean_environment
+from tests.support.notification import API_CODE, batch_body, failed, finished
+from tests.support.origin import SILENCE, Answer, Origin
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -718,7 +709,7 @@ async def test_a_late_body_that_is_no_answer_harms_nothing(daemon: Daemon, origi
 
 async def test_a_batch_of_10000_files_is_acked_at_once_and_holds_up_nobody(daemon: Daemon, origin: Origin) -> None:
     urls = [origin.url(f"/{number:05}") for number in range(10_000)]
-    body = notification("large", urls)
+    body = batch_body("large", urls)
     started = time.monotonic()
     reply = await daemon.post(body)
     acked = time.monotonic()
@@ -839,7 +830,7 @@ async def test_a_batch_without_files_is_complete(daemon: Daemon, batch: str) -> 
 
 async def test_the_same_batch_id_of_two_interfaces_is_two_batches(daemon: Daemon, origin: Origin, batch: str) -> None:
     for api_code in ("one", "two"):
-        body = json.loads(notification(batch, [origin.url(f"/{api_code}")])) | {"api_code": api_code}
+        body = json.loads(batch_body(batch, [origin.url(f"/{api_code}")])) | {"api_code": api_code}
         assert (await daemon.post(json.dumps(body).encode())).status == 200
         await daemon.line("verdict", batch_id=batch, api_code=api_code)
     assert daemon.value("SELECT count(*) FROM batch WHERE batch_id = ? AND files = 1", batch) == 2

@@ -18,7 +18,9 @@ from aiohttp import web
 from notify_server.app import make_app
 from notify_server.clock import unix_ms
 from notify_server.config.config import load_config
-from tests.harness import Answer, Origin, notification, to_toml
+from tests.support.daemon import to_toml
+from tests.support.notification import batch_body
+from tests.support.origin import Answer, Origin
 
 HOUR_MS = 3_600_000
 
@@ -43,7 +45,7 @@ class Running:
 
     async def deliver(self, batch: str, urls: list[str]) -> None:
         async with self._session.post(
-            self._url, data=notification(batch, urls), headers={"Content-Type": "application/json"}
+            self._url, data=batch_body(batch, urls), headers={"Content-Type": "application/json"}
         ) as response:
             assert response.status == 200, await response.text()
 

@@ -6,13 +6,15 @@ import asyncio
 import time
 from pathlib import Path
 
-from tests.harness import Answer, Daemon, Origin, notification
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body
+from tests.support.origin import Answer, Origin
 from tests.torture.crash import SETTLED
 
 
 async def test_a_batch_resent_after_a_crash_is_merged_with_what_was_committed(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
-        body = notification("b", [origin.url("/a"), origin.url("/b")])
+        body = batch_body("b", [origin.url("/a"), origin.url("/b")])
         for _ in range(3):
             assert (await daemon.post(body)).status == 200
             await daemon.kill()
@@ -27,7 +29,7 @@ async def test_a_batch_resent_after_a_crash_is_merged_with_what_was_committed(tm
 
 async def test_a_kill_half_way_through_expanding_leaves_no_file_out_and_none_twice(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
-        body = notification("b", [origin.url(f"/{number}") for number in range(10_000)])
+        body = batch_body("b", [origin.url(f"/{number}") for number in range(10_000)])
         assert (await daemon.post(body)).status == 200
         await daemon.eventually("SELECT EXISTS (SELECT 1 FROM batch WHERE files >= 1000)")
         await daemon.kill()

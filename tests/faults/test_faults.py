@@ -27,21 +27,19 @@ import pytest
 import typer
 
 from notify_server.cli.main import app as commands
-from tests.harness import (
+from tests.support.daemon import (
     READY,
-    SILENCE,
-    Answer,
     Daemon,
     Finished,
-    Origin,
-    Reply,
     clean_environment,
-    notification,
     process_gone,
     run_command,
     session_members,
     to_toml,
 )
+from tests.support.http import Reply
+from tests.support.notification import batch_body
+from tests.support.origin import SILENCE, Answer, Origin
 
 SETTLED = "SELECT count(*) = sum(verdict <> 'pending') FROM batch"
 
@@ -51,7 +49,7 @@ async def acks(daemon: Daemon, origin: Origin, prefix: str, size: int = 1) -> As
     for number in itertools.count(1):
         batch = f"{prefix}-{number}"
         try:
-            reply = await daemon.post(notification(batch, [origin.url(f"/{batch}/{n}") for n in range(size)]))
+            reply = await daemon.post(batch_body(batch, [origin.url(f"/{batch}/{n}") for n in range(size)]))
         except (aiohttp.ClientError, OSError):
             return
         yield batch, reply
@@ -74,7 +72,7 @@ async def test_a_killed_prober_is_replaced_and_its_files_are_probed_again(tmp_pa
         os.kill(prober, signal.SIGKILL)
         # Callbacks are answered while there is no prober.
         started = time.monotonic()
-        replies = await asyncio.gather(*(daemon.post(notification(f"c{n}", [])) for n in range(20)))
+        replies = await asyncio.gather(*(daemon.post(batch_body(f"c{n}", [])) for n in range(20)))
         assert {reply.status for reply in replies} == {200}
         assert time.monotonic() - started < 2
         await daemon.line("prober ended, starting another", pid=prober)
@@ -96,7 +94,7 @@ async def test_probers_killed_again_and_again_under_load_burn_no_attempts(tmp_pa
             # While the daemon stands still, so that it finds everything at once: the death, what the other prober has
             # found out meanwhile, and callbacks.
             daemon.send(signal.SIGSTOP)
-            posted = asyncio.create_task(daemon.post(notification("again", [origin.url("/again")])))
+            posted = asyncio.create_task(daemon.post(batch_body("again", [origin.url("/again")])))
             for prober in daemon.prober_pids()[:1]:
                 os.kill(prober, signal.SIGKILL)
                 await process_gone(prober)
@@ -189,7 +187,7 @@ async def test_a_stop_under_load_answers_what_is_in_progress_and_burns_no_attemp
         await daemon.deliver("slow", [slow.url(f"/{number}") for number in range(100)])
         await slow.reached(32)
         uploads = [
-            Upload(streams, notification(f"upload-{number}", [quick.url(f"/{number}")]))
+            Upload(streams, batch_body(f"upload-{number}", [quick.url(f"/{number}")]))
             for number, streams in enumerate(half_sent)
         ]
         await asyncio.gather(*(upload.begin() for upload in uploads))
@@ -286,7 +284,7 @@ async def test_a_second_daemon_on_the_same_file_is_refused_and_the_first_goes_on
         assert str(daemon.database) in line
         assert f"process {daemon.pid}" in line
         assert "stop that one" in line
-        reply = await daemon.post(notification("b", []))
+        reply = await daemon.post(batch_body("b", []))
         assert reply.status == 200
         # A crash leaves no lock behind.
         await daemon.kill()
@@ -428,12 +426,12 @@ async def test_a_database_locked_by_another_process_is_busy_until_it_is_free(tmp
         with contextlib.closing(sqlite3.connect(daemon.database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             gate.set()
-            posted = asyncio.create_task(daemon.post(notification("during", [])))
+            posted = asyncio.create_task(daemon.post(batch_body("during", [])))
             async with session.get(daemon.callback.replace("/notify", "/healthz")) as response:
                 assert response.status == 200
             assert busy(await posted)
             other.execute("ROLLBACK")
-        assert (await daemon.post(notification("after", []))).status == 200
+        assert (await daemon.post(batch_body("after", []))).status == 200
         assert (await daemon.verdict("before"))["verdict"] == "complete"
         await daemon.verdict("after")
         # What was answered with 503 was not kept.
@@ -471,7 +469,7 @@ async def fill(daemon: Daemon, origin: Origin) -> list[str]:
 
 
 async def recover(daemon: Daemon, origin: Origin, acked: list[str]) -> None:
-    reply = await daemon.post(notification("after", [origin.url("/after")]))
+    reply = await daemon.post(batch_body("after", [origin.url("/after")]))
     assert reply.status == 200
     for batch in [*acked, "after"]:
         assert (await daemon.verdict(batch))["verdict"] == "complete"
@@ -512,10 +510,10 @@ async def test_a_backlog_at_its_limit_is_busy_until_files_have_settled(tmp_path:
         gate = asyncio.Event()
         origin.default = Answer(gate=gate)
         await daemon.deliver("a", [origin.url(f"/{number}") for number in range(60)])
-        assert busy(await daemon.post(notification("b", [origin.url("/b")])))
+        assert busy(await daemon.post(batch_body("b", [origin.url("/b")])))
         gate.set()
         await daemon.verdict("a")
-        assert (await daemon.post(notification("b", [origin.url("/b")]))).status == 200
+        assert (await daemon.post(batch_body("b", [origin.url("/b")]))).status == 200
         await daemon.verdict("b")
         assert stored(daemon) == {"a", "b"}
 
@@ -525,17 +523,17 @@ async def test_a_backlog_at_its_limit_is_busy_until_files_have_settled(tmp_path:
 
 async def test_accepting_resumes_after_the_descriptors_had_run_out(tmp_path: Path) -> None:
     async with Daemon(tmp_path, {"server": {"header_timeout": "60s"}}) as daemon:
-        assert (await daemon.post(notification("before", []))).status == 200
+        assert (await daemon.post(batch_body("before", []))).status == 200
         used = len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (used + 20, limits[1]))
         async with connections(daemon, 100):
             # The connection that it has is served whatever comes.
-            assert (await daemon.post(notification("meanwhile", []))).status == 200
+            assert (await daemon.post(batch_body("meanwhile", []))).status == 200
         async with aiohttp.ClientSession() as session, asyncio.timeout(10):
-            replies = [await _try(session, daemon.callback, notification(f"after-{n}", [])) for n in range(3)]
+            replies = [await _try(session, daemon.callback, batch_body(f"after-{n}", [])) for n in range(3)]
         assert replies[-1] == 200
-        assert (await daemon.post(notification("last", []))).status == 200
+        assert (await daemon.post(batch_body("last", []))).status == 200
         await daemon.verdict("last")
         assert await daemon.terminate() == 0
         # Nor did it fill the log with its distress.
@@ -581,7 +579,7 @@ async def test_slow_senders_are_cut_off_and_keep_nobody_waiting(tmp_path: Path) 
         latencies: list[float] = []
         for number in range(100):
             began = time.monotonic()
-            assert (await daemon.post(notification(f"honest-{number}", []))).status == 200
+            assert (await daemon.post(batch_body(f"honest-{number}", []))).status == 200
             latencies.append(time.monotonic() - began)
         assert max(latencies) < 1
         _, late = await asyncio.wait(slow.values(), timeout=6)
@@ -589,7 +587,7 @@ async def test_slow_senders_are_cut_off_and_keep_nobody_waiting(tmp_path: Path) 
             task.cancel()
         await asyncio.gather(*slow.values(), return_exceptions=True)
         assert [kind for kind, task in slow.items() if task in late] == []
-        assert (await daemon.post(notification("last", []))).status == 200
+        assert (await daemon.post(batch_body("last", []))).status == 200
 
 
 async def _to_the_end(reader: asyncio.StreamReader) -> None:
@@ -631,14 +629,14 @@ async def test_without_arguments_it_serves_as_config_toml_in_the_working_directo
     config = {"server": {"port": 0, "callback_path": "/from-the-file"}}
     async with Daemon(tmp_path, config, arguments=()) as daemon:
         assert daemon.callback.endswith("/from-the-file")
-        assert (await daemon.post(notification("b", []))).status == 200
+        assert (await daemon.post(batch_body("b", []))).status == 200
         await daemon.verdict("b")
         assert await daemon.terminate() == 0
 
 
 async def test_the_serve_command_serves_too(tmp_path: Path) -> None:
     async with Daemon(tmp_path, arguments=("serve", "--config", "config.toml")) as daemon:
-        assert (await daemon.post(notification("b", []))).status == 200
+        assert (await daemon.post(batch_body("b", []))).status == 200
         assert await daemon.terminate() == 0
 
 
@@ -653,7 +651,7 @@ async def test_variables_win_over_the_file(tmp_path: Path) -> None:
         config = {"server": {"port": 0, "callback_path": "/from-the-file"}}
         async with Daemon(tmp_path, config, environ=environ) as daemon:
             assert daemon.callback.endswith("/from-a-variable")
-            body = notification("b", [origin.url("/a"), trap.url("/b")])
+            body = batch_body("b", [origin.url("/a"), trap.url("/b")])
             assert (await daemon.post(body)).status == 401
             reply = await daemon.post(body, Authorization="Bearer a-long-random-text")
             assert (reply.status, reply.code) == (200, "fine")
@@ -672,7 +670,7 @@ async def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
         assert ready["store"] == "data/notify.db"
         assert daemon.callback.startswith("http://127.0.0.1:")
         assert daemon.callback.endswith("/notify")
-        assert (await daemon.post(notification("b", ["http://127.0.0.1/"]))).status == 200
+        assert (await daemon.post(batch_body("b", ["http://127.0.0.1/"]))).status == 200
         await daemon.verdict("b")
         assert await daemon.terminate() == 0
     assert (tmp_path / "data" / "notify.db").is_file()

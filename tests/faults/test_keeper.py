@@ -8,7 +8,9 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.harness import Daemon, Origin, notification, process_gone
+from tests.support.daemon import Daemon, process_gone
+from tests.support.notification import batch_body
+from tests.support.origin import Origin
 
 SENDERS = 8
 FILES = 3
@@ -30,7 +32,7 @@ class Senders:
         number = 0
         while not self._stop:
             batch = f"{sender}-{number}"
-            body = notification(batch, [self._origin.url(f"/{batch}/{file}") for file in range(FILES)])
+            body = batch_body(batch, [self._origin.url(f"/{batch}/{file}") for file in range(FILES)])
             reply = await self._daemon.post(body)
             self.answers[reply.status] += 1
             if reply.status == 200:
@@ -89,7 +91,7 @@ async def test_while_there_is_no_keeper_the_daemon_says_so_and_goes_on_by_itself
         keeper = daemon.keeper_pid()
         # One that stands still answers nobody; one that is dead is replaced.
         os.kill(keeper, signal.SIGSTOP)
-        waiting = asyncio.create_task(daemon.post(notification("during", [origin.url("/during")])))
+        waiting = asyncio.create_task(daemon.post(batch_body("during", [origin.url("/during")])))
         await daemon.get("/healthz")
         os.kill(keeper, signal.SIGKILL)
         reply = await waiting
@@ -105,7 +107,7 @@ async def test_a_daemon_that_was_killed_alone_can_be_started_again_at_once(tmp_p
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         for life in range(5):
             senders = [
-                asyncio.create_task(daemon.post(notification(f"{life}-{number}", [origin.url("/")])))
+                asyncio.create_task(daemon.post(batch_body(f"{life}-{number}", [origin.url("/")])))
                 for number in range(40)
             ]
             await asyncio.wait(senders, return_when=asyncio.FIRST_COMPLETED)

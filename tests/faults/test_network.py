@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Answer, Daemon, Hit, Origin, clean_environment
-from tests.netns import SERVFAIL, SILENT, NameAnswer, Network
+from tests.support.daemon import Daemon, clean_environment
+from tests.support.netns import SERVFAIL, SILENT, NameAnswer, Network
+from tests.support.origin import Answer, Hit, Origin
 
 PUBLIC = "93.184.216.34"
 PUBLIC_6 = "2606:2800:220:1::1"

@@ -16,7 +16,9 @@ from pathlib import Path
 import aiohttp
 import trustme
 
-from tests.harness import API_CODE, Answer, Daemon, Origin, finished, notification, process_gone
+from tests.support.daemon import Daemon, process_gone
+from tests.support.notification import API_CODE, batch_body, finished
+from tests.support.origin import Answer, Origin
 from tests.web.test_api import make_record
 
 MIB = 2**20
@@ -118,7 +120,7 @@ async def test_a_redirect_from_https_to_http_is_followed_and_recorded(tmp_path: 
 async def test_a_batch_whose_ack_was_lost_is_acked_when_it_comes_again_and_counts_once(tmp_path: Path) -> None:
     """Row 39."""
     async with Origin() as origin, Daemon(tmp_path) as daemon:
-        body = notification("b", [origin.url("/file")])
+        body = batch_body("b", [origin.url("/file")])
         with hand_in(daemon, "b", body) as connection:
             # Reset: of what was sent meanwhile, nothing arrives.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -131,7 +133,7 @@ async def test_a_batch_whose_ack_was_lost_is_acked_when_it_comes_again_and_count
 async def test_a_request_with_two_hosts_is_refused_and_the_next_caller_served(tmp_path: Path) -> None:
     """Row 48: which of them a proxy in front has gone by is anybody's guess."""
     async with Daemon(tmp_path) as daemon:
-        body = notification("b", [])
+        body = batch_body("b", [])
         for hosts in (b"Host: a\r\nHost: b\r\n", b"Host: a\r\nhost: a\r\n", b""):
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(daemon))
             writer.write(b"POST /notify HTTP/1.1\r\n" + hosts + b"Content-Type: application/json\r\n")
@@ -152,7 +154,7 @@ async def test_a_kill_between_the_commit_and_the_ack_loses_nothing_and_what_is_r
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         for number in range(30):
             batch, path = f"b{number}", f"/{number}"
-            body = notification(batch, [origin.url(path)])
+            body = batch_body(batch, [origin.url(path)])
             probers = daemon.prober_pids()
             with hand_in(daemon, batch, body) as connection:
                 daemon.send(signal.SIGKILL)
@@ -186,7 +188,7 @@ async def test_a_reader_of_another_program_that_lasts_keeps_no_callback_waiting_
             assert reader.execute("SELECT count(*) FROM batch").fetchone() == (1,)
             for number in range(12):
                 began = time.monotonic()
-                assert (await daemon.post(notification(f"large-{number}", []).ljust(LARGE))).status == 200
+                assert (await daemon.post(batch_body(f"large-{number}", []).ljust(LARGE))).status == 200
                 assert time.monotonic() - began < 2
             # It still sees what was there when it began, and nothing of that could be written over.
             assert reader.execute("SELECT count(*) FROM batch").fetchone() == (1,)
@@ -214,7 +216,7 @@ async def test_reads_of_the_daemon_itself_that_never_cease_do_not_let_the_log_gr
         readers = [asyncio.create_task(read()) for _ in range(2)]
         largest = 0
         for number in range(30):
-            assert (await daemon.post(notification(f"large-{number}", []).ljust(LARGE))).status == 200
+            assert (await daemon.post(batch_body(f"large-{number}", []).ljust(LARGE))).status == 200
             largest = max(largest, wal.stat().st_size)
         assert [task for task in readers if task.done()] == []
         for task in readers:
@@ -252,7 +254,7 @@ async def test_an_export_of_a_huge_record_takes_no_more_memory_than_one_of_a_sma
             assert lines == files + (kind == "csv")
             assert size > 25 * MIB
         assert most_memory(daemon.pid) - before < 16 * MIB
-        assert (await daemon.post(notification("after", []))).status == 200
+        assert (await daemon.post(batch_body("after", []))).status == 200
 
 
 async def test_secrets_are_in_no_listing_export_or_metric(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ async def test_secrets_are_in_no_listing_export_or_metric(tmp_path: Path) -> Non
             finished(f"http://someone:{in_address}@127.0.0.1/", "direct"),
             finished(origin.url("/moved"), "redirected"),
         ]
-        reply = await daemon.post(notification("b", entries), Authorization=f"Bearer {callback_token}")
+        reply = await daemon.post(batch_body("b", entries), Authorization=f"Bearer {callback_token}")
         assert reply.status == 200
         await daemon.verdict("b")
         paths = [

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import trustme
 
-from tests.harness import Daemon, clean_environment
+from tests.support.daemon import Daemon, clean_environment
 
 BODY = b'{"batch_id":"b","api_code":"a","file_list":[]}'
 

@@ -28,7 +28,7 @@ from notify_server.store.reading.types import Records
 from notify_server.store.sqlite import client as kept
 from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite import store as sqlite
-from tests.store.postgres_server import empty, fetch, new_schema
+from tests.support.postgres import empty, fetch, new_schema
 
 Row = tuple[Any, ...]
 

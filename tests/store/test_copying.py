@@ -19,8 +19,8 @@ from notify_server.store.postgres.store import PostgresStore
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, delivery
 from tests.store.copies import LARGE, dump, fill, writing
-from tests.store.postgres_faults import opened
-from tests.store.postgres_server import fetch, new_schema
+from tests.support.postgres import fetch, new_schema
+from tests.support.postgres_faults import opened
 
 # About servers that run, or about the schema.
 NOT_COPIED = {"heartbeat", "node", "lease", "schema_version"}

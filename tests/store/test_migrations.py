@@ -19,7 +19,7 @@ from notify_server.store.sqlite.reader import Reader
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect, migrate, schema_version
 from tests.store.builders import NOW, chunk, delivery, failed, found, rejection
-from tests.store.sqlite_faults import opened
+from tests.support.sqlite_faults import opened
 
 Schema = list[tuple[str, ...]]
 

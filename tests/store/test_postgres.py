@@ -40,8 +40,8 @@ from tests.store.builders import (
     settle,
     take_in,
 )
-from tests.store.postgres_faults import cut, eventually, expire, locked, opened, until_behind, until_waiting
-from tests.store.postgres_server import PostgresServer, fetch, new_schema
+from tests.support.postgres import PostgresServer, fetch, new_schema
+from tests.support.postgres_faults import cut, eventually, expire, locked, opened, until_behind, until_waiting
 
 
 @pytest.fixture

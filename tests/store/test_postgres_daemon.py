@@ -15,9 +15,11 @@ import pytest
 
 from notify_server.store.postgres.store import POOL_SIZE
 from notify_server.store.sql import load_migrations
-from tests.harness import SILENCE, Answer, Daemon, Origin, failed, finished, notification
-from tests.store.postgres_faults import cut, eventually, locked, until_waiting
-from tests.store.postgres_server import PostgresServer, fetch, new_schema
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body, failed, finished
+from tests.support.origin import SILENCE, Answer, Origin
+from tests.support.postgres import PostgresServer, fetch, new_schema
+from tests.support.postgres_faults import cut, eventually, locked, until_waiting
 
 
 @pytest.fixture
@@ -180,13 +182,13 @@ async def test_while_the_server_is_away_callbacks_are_told_to_come_again_and_aft
         await origin.reached(1)
         server.stop(how)
         for _ in range(5):
-            reply = await daemon.post(notification("meanwhile", []))
+            reply = await daemon.post(batch_body("meanwhile", []))
             assert (reply.status, reply.code) == (503, "503")
             assert "Retry-After" in reply.headers
         server.start()
 
         async def acked() -> bool:
-            return (await daemon.post(notification("after", [finished(origin.url("/2"), "2")]))).status == 200
+            return (await daemon.post(batch_body("after", [finished(origin.url("/2"), "2")]))).status == 200
 
         await eventually(acked)
         await asyncio.gather(daemon.verdict("before"), daemon.verdict("after"))
@@ -213,7 +215,7 @@ async def test_daemons_that_start_at_once_on_an_empty_database_all_come_up_and_o
         known = len(load_migrations("postgres"))
         assert sum(daemon.count("schema migrated") for daemon in daemons) == known
         assert await fetch(url, "SELECT version FROM schema_version") == [(known,)]
-        replies = await asyncio.gather(*(daemon.post(notification("b", [failed("1")])) for daemon in daemons))
+        replies = await asyncio.gather(*(daemon.post(batch_body("b", [failed("1")])) for daemon in daemons))
         assert [reply.status for reply in replies] == [200] * 4
 
 
@@ -229,7 +231,7 @@ async def test_callbacks_whose_commit_is_cut_off_are_to_be_sent_again_and_the_da
         # Else that, which is done once when it starts, may be what is cut.
         await eventually(pruned)
         async with locked(url, "notification") as holder:
-            posts = [asyncio.create_task(daemon.post(notification(f"b{n}", [failed("1")]))) for n in range(20)]
+            posts = [asyncio.create_task(daemon.post(batch_body(f"b{n}", [failed("1")]))) for n in range(20)]
             await cut(holder)
         replies = await asyncio.gather(*posts)
         # Those that came later than the one that was cut have been committed.

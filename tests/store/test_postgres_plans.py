@@ -23,8 +23,8 @@ from notify_server.store.postgres.session import CLAIMING, SEEKING, connect
 from notify_server.store.reading.types import BatchFilter, FileFilter, Records
 from notify_server.store.sql import load_queries
 from tests.store.builders import NOW
-from tests.store.postgres_faults import opened
-from tests.store.postgres_server import new_schema
+from tests.support.postgres import new_schema
+from tests.support.postgres_faults import opened
 
 SQL = load_queries("postgres")
 

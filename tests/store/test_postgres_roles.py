@@ -13,9 +13,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.harness import SILENCE, Daemon, Origin, failed, finished, notification
-from tests.store.postgres_faults import eventually
-from tests.store.postgres_server import fetch, new_schema
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body, failed, finished
+from tests.support.origin import SILENCE, Origin
+from tests.support.postgres import fetch, new_schema
+from tests.support.postgres_faults import eventually
 
 CALLBACKS, PROBES = ["callbacks"], ["probes"]
 
@@ -67,7 +69,7 @@ async def test_a_notification_that_is_sent_to_a_node_that_only_probes_is_to_be_s
     tmp_path: Path, url: str
 ) -> None:
     async with node(tmp_path / "probes", url, PROBES) as probing, node(tmp_path / "takes", url, CALLBACKS) as taking:
-        body = notification("b", [failed("1")])
+        body = batch_body("b", [failed("1")])
         await probing.line("takes no callbacks, only probes: [server] roles")
         reply = await probing.post(body)
         assert (reply.status, reply.code, int(reply.headers["Retry-After"]) > 0) == (503, "503", True)

@@ -29,7 +29,7 @@ from tests.store.builders import (
     rejection,
     take_in,
 )
-from tests.store.sqlite_faults import (
+from tests.support.sqlite_faults import (
     HOLD_LOCK,
     HOLD_STORE,
     child,

@@ -15,7 +15,7 @@ from notify_server.store.sql import expand_rows, load_queries
 from notify_server.store.sqlite.store import SqliteStore
 from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW, finished, take_in
-from tests.store.sqlite_faults import connection_of, opened
+from tests.support.sqlite_faults import connection_of, opened
 
 SQL = load_queries("sqlite")
 Parameters = Sequence[Any] | dict[str, Any]

@@ -17,7 +17,7 @@ from notify_server.store.sqlite.reader import connect_read_only
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, claim, delivery, finished, missing, take_in
-from tests.store.sqlite_faults import HOLD_ALL, child, connection_of, opened
+from tests.support.sqlite_faults import HOLD_ALL, child, connection_of, opened
 
 
 @pytest.fixture

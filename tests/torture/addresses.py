@@ -23,8 +23,10 @@ import trustme
 from notify_server.model import Reason
 from tests.e2e.test_verification import INVALID
 from tests.e2e.test_verification import PRIVATE as POSTED
-from tests.harness import Answer, Config, Daemon, Origin, clean_environment, finished, notification
-from tests.netns import Network
+from tests.support.daemon import Config, Daemon, clean_environment
+from tests.support.netns import Network
+from tests.support.notification import batch_body, finished
+from tests.support.origin import Answer, Origin
 from tests.torture.figures import Figure, Setting
 from tests.torture.fuzz import acceptable
 from tests.unit import test_guard
@@ -55,7 +57,7 @@ class Vector:
     @property
     def body(self) -> bytes:
         """The notification that has it."""
-        return notification("x", [finished(self.url, "key")])
+        return batch_body("x", [finished(self.url, "key")])
 
 
 def blocked(reason: Reason) -> tuple[str, str]:
@@ -288,7 +290,7 @@ async def post_all(daemon: Daemon, vectors: Iterable[Vector], seen: Seen, tag: s
     posted: list[tuple[str, Vector]] = []
     for number, vector in enumerate(vectors):
         batch = f"{tag}-{number}"
-        reply = await daemon.post(notification(batch, [finished(vector.url, "key")]))
+        reply = await daemon.post(batch_body(batch, [finished(vector.url, "key")]))
         seen.by_row[vector.row] += 1
         if acceptable(vector.body) is False:
             # What the contract does not hold to be an address at all is refused at the door.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Answer, Daemon, Origin
-from tests.netns import Network
+from tests.support.daemon import Daemon
+from tests.support.netns import Network
+from tests.support.origin import Answer, Origin
 from tests.torture.figures import Figure, Setting
 
 PORT = 8000

@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.harness import Daemon, Origin, notification
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body
+from tests.support.origin import Origin
 from tests.torture.client import Connection
 from tests.torture.figures import Figure, Setting
 
@@ -123,7 +125,7 @@ async def run(setting: Setting) -> list[Figure]:
                 for n in left:
                     batch = f"torture-{n}"
                     files = [origin.url(f"/{n}/{file}") for file in range(n % 4)]
-                    posted = await connection.post(batch, notification(batch, files))
+                    posted = await connection.post(batch, batch_body(batch, files))
                     acked += posted.status == 200
 
         await asyncio.gather(*(send() for _ in range(CONNECTIONS)))

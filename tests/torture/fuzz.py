@@ -26,7 +26,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.harness import Config, Daemon, notification
+from tests.support.daemon import Config, Daemon
+from tests.support.notification import batch_body
 from tests.torture.figures import Figure, Setting
 
 BODIES = 100_000
@@ -398,14 +399,14 @@ class Mutator:
         self._bases = [
             SAMPLE,
             VECTOR,
-            notification("fuzz", ["https://h/1"]),
-            notification("fuzz", []),
+            batch_body("fuzz", ["https://h/1"]),
+            batch_body("fuzz", []),
             b'{"batch_id":"b","api_code":"a","file_list":[{"oss_object_name":"k","status":"FAILED"}],"extra":{"a":[1]}}',
             *(self._envelope(newer, as_text) for newer in (True, False) for as_text in (True, False)),
         ]
 
     def _envelope(self, newer: bool, as_text: bool) -> bytes:
-        inner: Any = json.loads(notification("fuzz", ["https://h/1"]))
+        inner: Any = json.loads(batch_body("fuzz", ["https://h/1"]))
         parameters: Any = json.dumps(inner) if as_text else inner
         names = ("app_id", "api_code", "request_content") if newer else ("appId", "apiCode", "params")
         values = ("8ZAFUPII49GQN2AB", "code", parameters)
@@ -749,7 +750,7 @@ class SignedMutator(Mutator):
         if chance < 0.85:
             return posted("signed, structure", self.structural(json.loads(self.envelope({}))), self._anything())
         if chance < 0.9:
-            return posted("not signed", notification("bare", ["https://h/1"]), self._bare)
+            return posted("not signed", batch_body("bare", ["https://h/1"]), self._bare)
         return posted("plausible, not signed", self.plausible(), None if self._bare is None else self._anything())
 
     def _anything(self) -> frozenset[int]:
@@ -1054,7 +1055,7 @@ async def run(setting: Setting) -> list[Figure]:
         ]
 
         def unsigned(batch_id: str) -> bytes:
-            return notification(batch_id, ["https://h/1"])
+            return batch_body(batch_id, ["https://h/1"])
 
         half = (bodies - 2 * signed) // 2
         began = time.monotonic()

@@ -24,8 +24,9 @@ import aiohttp
 import asyncpg
 
 from tests.bench.servers import MANY_HOSTS, nginx
-from tests.harness import Daemon, failed, finished, notification
-from tests.store.postgres_server import VARIABLE, PostgresServer, new_schema
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body, failed, finished
+from tests.support.postgres import VARIABLE, PostgresServer, new_schema
 from tests.torture.figures import Figure, Setting
 
 FILES = 200_000
@@ -80,7 +81,7 @@ class Platform:
             entries = [finished(f"{next(self._origins)}/{batch}/{number}", f"{number}") for number in range(A_BATCH)]
             if self.has_failed(batch):
                 entries[0] = failed("0")
-            self._bodies[batch] = notification(batch, entries)
+            self._bodies[batch] = batch_body(batch, entries)
         return self._bodies[batch]
 
     async def send(self, node: Daemon) -> None:

@@ -20,7 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.prober_harness import (
+from tests.e2e.test_prober import ATTACKS, CERTIFICATES, HEADERS_ONLY, Authority, tls
+from tests.support.daemon import Daemon
+from tests.support.notification import finished
+from tests.support.origin import Answer, Origin
+from tests.support.prober import (
     EMPTY,
     OK,
     Behaviour,
@@ -32,8 +36,6 @@ from tests.e2e.prober_harness import (
     then_hold,
     well_behaved,
 )
-from tests.e2e.test_prober import ATTACKS, CERTIFICATES, HEADERS_ONLY, Authority, tls
-from tests.harness import Answer, Daemon, Origin, finished
 from tests.torture.figures import Figure, Setting
 
 # Of each kind, hostile and healthy files alike.

@@ -18,7 +18,8 @@ from statistics import mean
 
 import aiohttp
 
-from tests.harness import Daemon, notification
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body
 from tests.torture.figures import Figure, Setting
 
 SLOW = 500
@@ -139,7 +140,7 @@ async def _attack(host: str, port: int, habit: Habit, over: asyncio.Event, seen:
 async def _post(daemon: Daemon, batch: str, due: float, seen: Seen) -> None:
     try:
         # A connection of its own: one that is kept would not have to be accepted among all the others.
-        reply = await daemon.post(notification(batch, []), Connection="close")
+        reply = await daemon.post(batch_body(batch, []), Connection="close")
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         seen.failures.append(f"{batch}: {error!r}")
         return
@@ -175,7 +176,7 @@ async def run(setting: Setting) -> list[Figure]:
     async with Daemon(setting.work / "daemon", {"server": server}) as daemon:
         found = re.fullmatch(r"http://([0-9.]+):([0-9]+)/notify", daemon.callback)
         assert found
-        assert (await daemon.post(notification("before", []), Connection="close")).status == 200
+        assert (await daemon.post(batch_body("before", []), Connection="close")).status == 200
         idle = descriptors(daemon.pid)
         over = asyncio.Event()
         habits = [HABITS[n % len(HABITS)] for n in range(SLOW)]

@@ -36,7 +36,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.bench.servers import daemon, nginx
-from tests.harness import notification
+from tests.support.notification import batch_body
 from tests.torture.client import Connection
 from tests.torture.figures import Figure, Setting
 
@@ -130,7 +130,7 @@ class Load:
     async def _post(self, connection: Connection, due: float) -> bool:
         batch = f"soak-{next(self._numbers)}"
         files = [f"{self._origin}/IMAGE/{batch}/{number}" for number in range(FILES)]
-        posted = await connection.post(batch, notification(batch, files))
+        posted = await connection.post(batch, batch_body(batch, files))
         self.latencies.append(time.monotonic() - due)
         self._due.task_done()
         if posted.status != 200:

@@ -24,7 +24,10 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from tests.harness import SILENCE, Answer, Bell, Config, Daemon, Hit, Origin, notification
+from tests.support.daemon import Config, Daemon
+from tests.support.notification import batch_body
+from tests.support.origin import SILENCE, Answer, Hit, Origin
+from tests.support.waiting import Bell
 from tests.torture.client import Connection, Posted
 from tests.torture.crash import SETTLE_SECONDS, SETTLED
 from tests.torture.figures import Figure, Setting
@@ -82,7 +85,7 @@ class Torture:
         self._batches += 1
         batch = f"batch-{self._batches}"
         size = self._dice.randint(1, 6) if size is None else size
-        return batch, notification(batch, [self.origin.url(f"/{kind}/{batch}/{number}") for number in range(size)])
+        return batch, batch_body(batch, [self.origin.url(f"/{kind}/{batch}/{number}") for number in range(size)])
 
     def _note(self, posted: Posted) -> Posted:
         self._life.append(posted)

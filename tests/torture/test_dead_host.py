@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from tests.harness import Answer, Bell, Daemon, Origin
-from tests.netns import Network
+from tests.support.daemon import Daemon
+from tests.support.netns import Network
+from tests.support.origin import Answer, Origin
+from tests.support.waiting import Bell
 from tests.torture.dead_host import CONFIG, LIVING, PORT, dead_urls, living_urls
 
 CONCURRENCY = 128

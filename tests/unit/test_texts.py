@@ -62,7 +62,9 @@ def test_the_chinese_is_chinese() -> None:
 
 def said() -> set[str]:
     """The keys that templates and modules ask for."""
-    sources = [path.read_text(encoding="utf-8") for path in [*TEMPLATES, WEB / "dashboard/pages.py", WEB / "rendering.py"]]
+    sources = [
+        path.read_text(encoding="utf-8") for path in [*TEMPLATES, WEB / "dashboard/pages.py", WEB / "rendering.py"]
+    ]
     keys = set(re.findall(r"""(?:\bt|self)\(["']([a-z0-9_.]+\.[a-z0-9_]+)["'][,)]""", "".join(sources)))
     return keys | {f"{family}.{word}" for family, words in FAMILIES.items() for word in words}
 

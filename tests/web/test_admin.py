@@ -17,7 +17,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from notify_server.app import ADMIN
 from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.web.admin import COOKIE, CSRF_HEADER, LOGINS_A_SECOND, SESSION_SECONDS, Admin
-from tests.web.conftest import JSON, Answer, Clock, Connection, Daemon, Start, build_config, notification
+from tests.support.app import JSON, AppServer, Clock, Start, build_config
+from tests.support.http import Connection, Reply
+from tests.support.notification import notification
 
 TOKEN = "correct-horse-battery"
 NOW = 1_700_000_000_000
@@ -28,7 +30,7 @@ SECRET = "planted-batch"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def guarded(start_shared: Start) -> Daemon:
+async def guarded(start_shared: Start) -> AppServer:
     """A daemon with an admin_token."""
     daemon = await start_shared(auth={"admin_token": TOKEN}, server={"port": 0, "trusted_proxies": ["10.0.0.0/8"]})
     (await daemon.post(notification(batch_id=SECRET))).accepted()
@@ -36,7 +38,7 @@ async def guarded(start_shared: Start) -> Daemon:
     return daemon
 
 
-def admin_of(daemon: Daemon) -> Admin:
+def admin_of(daemon: AppServer) -> Admin:
     assert daemon.app is not None
     return daemon.app[ADMIN]
 
@@ -60,7 +62,7 @@ def admin_of(daemon: Daemon) -> Admin:
         {"X-Forwarded-For": "127.0.0.1", "Host": "localhost"},
     ],
 )
-async def test_nothing_is_told_to_who_has_no_token(guarded: Daemon, path: str, headers: dict[str, str]) -> None:
+async def test_nothing_is_told_to_who_has_no_token(guarded: AppServer, path: str, headers: dict[str, str]) -> None:
     """Threat row 90."""
     sent = {name: value.encode("latin-1", "replace").decode("latin-1") for name, value in headers.items()}
     answer = await guarded.get(path, headers=sent, allow_redirects=False)
@@ -73,7 +75,7 @@ async def test_nothing_is_told_to_who_has_no_token(guarded: Daemon, path: str, h
     assert SECRET.encode() not in answer.body and b"schemas" not in answer.body
 
 
-async def test_nothing_is_done_for_who_has_no_token(guarded: Daemon) -> None:
+async def test_nothing_is_done_for_who_has_no_token(guarded: AppServer) -> None:
     for path in ("recheck", "prune", "rejections/1/replay"):
         body = b'{"completed_before": "9999-01-01T00:00:00Z"}' if path == "prune" else b'{"batch": 1}'
         (await guarded.post(body, path=f"/api/v1/{path}")).refusal(401, "401")
@@ -81,7 +83,7 @@ async def test_nothing_is_done_for_who_has_no_token(guarded: Daemon) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-async def test_who_has_the_token_is_let_in(guarded: Daemon, scheme: str) -> None:
+async def test_who_has_the_token_is_let_in(guarded: AppServer, scheme: str) -> None:
     headers = {"Authorization": f"{scheme} {TOKEN}"}
     assert SECRET in (await guarded.get("/api/v1/batches", headers=headers)).body.decode()
     document = (await guarded.get("/openapi.json", headers=headers)).json
@@ -90,7 +92,7 @@ async def test_who_has_the_token_is_let_in(guarded: Daemon, scheme: str) -> None
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
-async def test_what_monitors_and_the_platform_ask_needs_no_token(guarded: Daemon, path: str) -> None:
+async def test_what_monitors_and_the_platform_ask_needs_no_token(guarded: AppServer, path: str) -> None:
     assert (await guarded.get(path, headers={"Host": "elsewhere.example", "Forwarded": "for=1.2.3.4"})).status == 200
 
 
@@ -115,7 +117,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
     return seen
 
 
-async def test_secrets_are_compared_in_constant_time(guarded: Daemon, compared: list[tuple[bytes, bytes]]) -> None:
+async def test_secrets_are_compared_in_constant_time(guarded: AppServer, compared: list[tuple[bytes, bytes]]) -> None:
     await guarded.get("/api/v1/totals", headers={"Authorization": "Bearer guess"})
     assert compared == [(b"guess", TOKEN.encode())]
     await guarded.get("/api/v1/totals", headers={"Cookie": f"{COOKIE}=9999999999.00"})
@@ -132,16 +134,16 @@ class Browser:
         self._client = client
         self.cookie: Morsel[str] | None = None
 
-    async def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, **options: Any) -> Answer:
+    async def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, **options: Any) -> Reply:
         sent = dict(headers or {})
         if self.cookie is not None:
             sent.setdefault("Cookie", f"{COOKIE}={self.cookie.value}")
         async with self._client.request(method, path, headers=sent, **options) as response:
             for line in response.headers.getall("Set-Cookie", ()):
                 self.cookie = SimpleCookie(line)[COOKIE]
-            return Answer(response.status, response.headers, await response.read())
+            return Reply(response.status, response.headers, await response.read())
 
-    async def log_in(self, token: str = TOKEN, headers: Mapping[str, str] | None = None) -> Answer:
+    async def log_in(self, token: str = TOKEN, headers: Mapping[str, str] | None = None) -> Reply:
         return await self.ask("POST", "/login", headers, data={"token": token})
 
     async def csrf(self) -> str:
@@ -360,7 +362,7 @@ async def test_who_guesses_has_to_wait_and_others_do_not(open_browser: Any) -> N
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:9", "127.8.8.8", "[::1]:8080", "localhost."]
 )
-async def test_without_a_token_this_machine_is_let_in_under_its_own_names(daemon: Daemon, host: str) -> None:
+async def test_without_a_token_this_machine_is_let_in_under_its_own_names(daemon: AppServer, host: str) -> None:
     assert (await daemon.get("/api/v1/totals", headers={"Host": host})).status == 200
     assert (await daemon.get("/openapi.json", headers={"Host": host})).status == 200
 
@@ -370,7 +372,7 @@ async def test_without_a_token_this_machine_is_let_in_under_its_own_names(daemon
     ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "127.1", "2130706433", "0x7f.1",
      "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "evil.example#127.0.0.1", "x y", "[", ""],
 )  # fmt: skip
-async def test_a_name_that_was_made_to_point_here_is_refused(daemon: Daemon, host: str) -> None:
+async def test_a_name_that_was_made_to_point_here_is_refused(daemon: AppServer, host: str) -> None:
     """DNS rebinding: the browser believes itself on the page's own site."""
     for path in ("/api/v1/totals", "/openapi.json"):
         (await daemon.get(path, headers={"Host": host})).refusal(403, "403")
@@ -391,18 +393,18 @@ async def test_a_name_that_was_made_to_point_here_is_refused(daemon: Daemon, hos
         {"CF-Connecting-IP": "192.0.2.1"},
     ],
 )
-async def test_who_comes_through_a_proxy_is_not_of_this_machine(daemon: Daemon, headers: dict[str, str]) -> None:
+async def test_who_comes_through_a_proxy_is_not_of_this_machine(daemon: AppServer, headers: dict[str, str]) -> None:
     message = (await daemon.get("/api/v1/totals", headers=headers)).refusal(403, "403")
     assert message == "without [auth] admin_token this is answered on this machine only: set one"
 
 
-async def raw(daemon: Daemon, request: str) -> Answer:
+async def raw(daemon: AppServer, request: str) -> Reply:
     connection: Connection = await daemon.connect()
     await connection.send(request.replace("\n", "\r\n").encode())
     return await connection.answer()
 
 
-async def test_a_proxy_that_says_nothing_is_known_by_its_old_version_of_http(daemon: Daemon) -> None:
+async def test_a_proxy_that_says_nothing_is_known_by_its_old_version_of_http(daemon: AppServer) -> None:
     # nginx, told nothing but where to pass things to.
     (await raw(daemon, "GET /api/v1/totals HTTP/1.0\nHost: 127.0.0.1:8080\nConnection: close\n\n")).refusal(403, "403")
     assert (await raw(daemon, "GET /api/v1/totals HTTP/1.1\nHost: 127.0.0.1\n\n")).status == 200
@@ -425,13 +427,13 @@ async def test_a_trusted_proxy_is_not_of_this_machine(start: Start) -> None:
         ({"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"}, 403),
     ],
 )
-async def test_without_a_token_other_sites_cannot_act(daemon: Daemon, headers: dict[str, str], status: int) -> None:
+async def test_without_a_token_other_sites_cannot_act(daemon: AppServer, headers: dict[str, str], status: int) -> None:
     sent = {name: value.format(port=daemon.port) for name, value in headers.items()}
     answer = await daemon.post(b"{}", {**JSON, **sent}, path="/api/v1/prune")
     assert answer.status == status
 
 
-async def test_without_a_token_other_sites_cannot_look(daemon: Daemon) -> None:
+async def test_without_a_token_other_sites_cannot_look(daemon: AppServer) -> None:
     headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "script"}
     for path in ("/api/v1/totals", "/api/v1/export", "/api/v1/stream", "/openapi.json"):
         (await daemon.get(path, headers=headers)).refusal(403, "403")
@@ -441,7 +443,7 @@ async def test_without_a_token_other_sites_cannot_look(daemon: Daemon) -> None:
     assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
-async def test_without_a_token_nobody_is_logged_in_and_no_cookie_can_be_made(daemon: Daemon, start: Start) -> None:
+async def test_without_a_token_nobody_is_logged_in_and_no_cookie_can_be_made(daemon: AppServer, start: Start) -> None:
     key = hmac.digest(b"", b"notify_server log-in", "sha256")
     ends = "99999999999"
     cookie = f"{ends}.{hmac.new(key, f'session {ends}'.encode(), 'sha256').hexdigest()}"
@@ -450,7 +452,7 @@ async def test_without_a_token_nobody_is_logged_in_and_no_cookie_can_be_made(dae
     assert not admin_of(daemon).needs_login
 
 
-async def test_another_machine_is_refused(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_machine_is_refused(daemon: AppServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer as a neighbour on the network has it: no socket of this machine can show it."""
     for peer, status in (("192.0.2.7", 403), ("fe80::1%eth0", 403), ("", 403), ("::1", 200), ("127.0.0.1", 200)):
         monkeypatch.setattr(web.Request, "remote", peer)

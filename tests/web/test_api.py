@@ -43,7 +43,10 @@ from notify_server.telemetry.history import Sample
 from notify_server.web.api import handlers as api
 from notify_server.web.api.handlers import ENDPOINTS, Api, Host, Status
 from notify_server.web.openapi import Endpoint
-from tests.web.conftest import JSON, PATIENCE, Answer, Clock, Daemon, Start, entry, eventually, notification
+from tests.support.app import JSON, AppServer, Clock, Start
+from tests.support.http import Reply
+from tests.support.notification import entry, notification
+from tests.support.waiting import SECONDS, eventually
 
 PROBING: Mapping[str, Any] = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": [], "retry_schedule": ["1h"]}
 
@@ -87,7 +90,7 @@ class Origin:
 class Filled:
     """A daemon whose record has something of everything, and the origin of its files."""
 
-    def __init__(self, daemon: Daemon, origin: Origin) -> None:
+    def __init__(self, daemon: AppServer, origin: Origin) -> None:
         self.daemon = daemon
         self.origin = origin
         self.complete = notification(*(self.file("/good") for _ in range(3)), api_code="alpha")
@@ -117,13 +120,13 @@ class Filled:
         return id_of(self.daemon, body)
 
 
-def id_of(daemon: Daemon, body: Mapping[str, Any]) -> int:
+def id_of(daemon: AppServer, body: Mapping[str, Any]) -> int:
     """The id of this notification's batch."""
     ((id,),) = daemon.rows("SELECT id FROM batch WHERE batch_id = ?", body["batch_id"])
     return int(id)
 
 
-async def act(daemon: Daemon, path: str, body: object = None) -> Answer:
+async def act(daemon: AppServer, path: str, body: object = None) -> Reply:
     return await daemon.post(json.dumps(body if body is not None else {}).encode(), path=f"/api/v1/{path}")
 
 
@@ -162,7 +165,7 @@ async def test_the_record_is_told_in_numbers(filled: Filled) -> None:
 
 
 async def test_what_went_on_is_told_by_the_second_and_by_the_minute(filled: Filled) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(SECONDS):
         while sum(sample.refused for sample in (await filled.get("series", Page[Sample])).items) < 3:
             await asyncio.sleep(0.05)
     seconds = (await filled.get("series", Page[Sample])).items
@@ -448,7 +451,7 @@ async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled, monkeypatch
 # --- What it does ---
 
 
-async def failing(start: Start, origin: Origin, **sections: Any) -> Daemon:
+async def failing(start: Start, origin: Origin, **sections: Any) -> AppServer:
     origin.statuses = {"/f": 410}
     return await start(verify={**PROBING, "allowed_hosts": ["127.0.0.1"]}, **sections)
 
@@ -638,7 +641,7 @@ def make_record(path: Path, files: int) -> None:
     connection.close()
 
 
-def served_api(daemon: Daemon) -> Api:
+def served_api(daemon: AppServer) -> Api:
     assert daemon.app is not None
     return daemon.app[API]
 

@@ -17,13 +17,15 @@ from notify_server.callbacks.handler import client_address, within
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.web.conftest import Answer, Clock, Daemon, Locked, Signer, Start
+    from tests.support.app import AppServer, Clock, Signer, Start
+    from tests.support.http import Reply
+    from tests.web.conftest import Locked
 
 TOKEN = "token-of-the-platform"
 WINDOW_MS = 30_000
 
 
-def without_id(answer: Answer) -> dict[str, Any]:
+def without_id(answer: Reply) -> dict[str, Any]:
     content = answer.json
     assert isinstance(content, dict)
     del content["request_id"]
@@ -295,7 +297,7 @@ async def test_what_is_proven_and_breaks_the_contract_is_named_and_kept(
     ids=lambda value: value if isinstance(value, str) else str(next(iter(value.values())) if value else "")[:30],
 )
 async def test_a_malformed_envelope_is_refused_by_its_field_and_kept_where_anyone_may_send(
-    daemon: Daemon, signer: Signer, field: str, changes: dict[str, Any]
+    daemon: AppServer, signer: Signer, field: str, changes: dict[str, Any]
 ) -> None:
     rejections = daemon.count("rejection")
     body = json.dumps({**signer.seal(daemon.notification()), **changes}).encode()
@@ -326,7 +328,7 @@ async def test_nothing_is_kept_of_a_sender_who_has_proven_nothing(
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def guarded(start_shared: Start) -> Daemon:
+async def guarded(start_shared: Start) -> AppServer:
     return await start_shared(auth={"callback_token": TOKEN})
 
 
@@ -343,7 +345,7 @@ async def guarded(start_shared: Start) -> Daemon:
     ],
 )
 async def test_the_token_is_taken_from_the_address_or_as_bearer(
-    guarded: Daemon, query: str, authorization: str | None
+    guarded: AppServer, query: str, authorization: str | None
 ) -> None:
     headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
     (await guarded.post(guarded.notification(), headers, path=f"/notify{query}")).accepted()
@@ -372,7 +374,7 @@ async def test_the_token_is_taken_from_the_address_or_as_bearer(
     ],
 )
 async def test_without_the_token_everything_is_refused_and_nothing_kept(
-    guarded: Daemon, query: str, authorization: str | None
+    guarded: AppServer, query: str, authorization: str | None
 ) -> None:
     before = guarded.counts()
     headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
@@ -398,7 +400,7 @@ async def test_a_token_does_not_replace_a_signature(start: Start, signer: Signer
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def proxied(start_shared: Start) -> Daemon:
+async def proxied(start_shared: Start) -> AppServer:
     return await start_shared(server={"trusted_proxies": ["127.0.0.0/8", "10.0.0.0/8"]})
 
 
@@ -456,7 +458,7 @@ async def test_an_untrusted_peer_cannot_name_another_caller(start: Start) -> Non
     ],
 )
 async def test_behind_trusted_proxies_the_last_address_that_is_none_of_them_is_the_caller(
-    proxied: Daemon, lines: list[str], caller: str
+    proxied: AppServer, lines: list[str], caller: str
 ) -> None:
     connection = await proxied.connect()
     body = json.dumps(proxied.notification()).encode()
@@ -473,7 +475,7 @@ async def test_behind_trusted_proxies_the_last_address_that_is_none_of_them_is_t
 
 
 @pytest.mark.parametrize("zone", [b"\xff", b"\xff" * 1000, b"eth0", b"x" * 5000, b"<script>"])
-async def test_an_address_with_a_zone_that_is_not_text_does_no_harm(proxied: Daemon, zone: bytes) -> None:
+async def test_an_address_with_a_zone_that_is_not_text_does_no_harm(proxied: AppServer, zone: bytes) -> None:
     connection = await proxied.connect()
     body = json.dumps(proxied.notification()).encode()
     head = b"POST /notify HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n" % len(body)

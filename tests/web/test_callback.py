@@ -13,7 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.web.conftest import Daemon, Locked, Start
+    from tests.support.app import AppServer, Start
+    from tests.web.conftest import Locked
 
 TRAILING = b'{"batch_id": "b", "api_code": "c", "file_list": []} {}'
 
@@ -21,7 +22,7 @@ TRAILING = b'{"batch_id": "b", "api_code": "c", "file_list": []} {}'
 # The ack
 
 
-async def test_the_published_sample_is_acked_and_then_in_the_inbox(daemon: Daemon, sample: bytes) -> None:
+async def test_the_published_sample_is_acked_and_then_in_the_inbox(daemon: AppServer, sample: bytes) -> None:
     request_id = (await daemon.post(sample)).accepted()
     # Read at once: nothing else has had a turn since the answer was seen.
     ((batch_id, api_code, body, remote_addr, signature, kept_id, files),) = daemon.rows(
@@ -48,7 +49,7 @@ async def test_no_ack_is_given_before_the_commit(start: Start, locked: Locked) -
     assert daemon.count("notification") == 1
 
 
-async def test_the_default_ack_is_json_in_the_platforms_convention(daemon: Daemon) -> None:
+async def test_the_default_ack_is_json_in_the_platforms_convention(daemon: AppServer) -> None:
     answer = await daemon.post(daemon.notification())
     request_id = answer.accepted()
     assert answer.headers["Content-Type"] == "application/json"
@@ -75,7 +76,7 @@ async def test_an_ack_need_not_name_the_request(start: Start, body: str) -> None
         assert (answer.status, answer.body) == (200, body.encode())
 
 
-async def test_an_identical_delivery_is_acked_alike_and_counted_in_one_batch(daemon: Daemon) -> None:
+async def test_an_identical_delivery_is_acked_alike_and_counted_in_one_batch(daemon: AppServer) -> None:
     body = json.dumps(daemon.notification()).encode()
     batch_id = json.loads(body)["batch_id"]
     first = (await daemon.post(body)).accepted()
@@ -113,13 +114,13 @@ async def test_an_identical_delivery_is_acked_alike_and_counted_in_one_batch(dae
     ],
     ids=lambda changes: json.dumps(changes)[:60],
 )
-async def test_what_the_contract_allows_is_accepted_and_settled(daemon: Daemon, changes: dict[str, Any]) -> None:
+async def test_what_the_contract_allows_is_accepted_and_settled(daemon: AppServer, changes: dict[str, Any]) -> None:
     body = daemon.notification(**changes)
     (await daemon.post(body)).accepted()
     await daemon.settled(body["batch_id"])
 
 
-async def test_ten_thousand_files_are_accepted_and_one_more_is_refused(daemon: Daemon) -> None:
+async def test_ten_thousand_files_are_accepted_and_one_more_is_refused(daemon: AppServer) -> None:
     entries = [daemon.entry() for _ in range(10_001)]
     body = daemon.notification(*entries[1:])
     (await daemon.post(body)).accepted()
@@ -152,7 +153,7 @@ async def test_the_number_of_files_allowed_is_configured(start: Start) -> None:
     ],
     ids=lambda raw: raw.decode()[:30],
 )
-async def test_an_odd_unknown_field_does_no_harm(daemon: Daemon, raw: bytes) -> None:
+async def test_an_odd_unknown_field_does_no_harm(daemon: AppServer, raw: bytes) -> None:
     for at_the_top in (True, False):
         body = daemon.notification()
         text = json.dumps(body).encode()
@@ -168,7 +169,7 @@ async def test_an_odd_unknown_field_does_no_harm(daemon: Daemon, raw: bytes) -> 
 # What the contract refuses
 
 
-async def refused(daemon: Daemon, body: bytes, field: str) -> str:
+async def refused(daemon: AppServer, body: bytes, field: str) -> str:
     """Post a body that breaks the contract; check all that comes of it; what is said of the field."""
     notifications, rejections = daemon.counts()
     message = (await daemon.post(body)).refusal(400, "400")
@@ -214,7 +215,7 @@ async def refused(daemon: Daemon, body: bytes, field: str) -> str:
     ids=lambda value: value if isinstance(value, str) else json.dumps(value, default=str)[:40],
 )
 async def test_a_field_that_breaks_the_contract_is_named_and_the_body_kept(
-    daemon: Daemon, field: str, changes: dict[str, Any]
+    daemon: AppServer, field: str, changes: dict[str, Any]
 ) -> None:
     await refused(daemon, json.dumps(daemon.notification(**changes)).encode(), field)
 
@@ -255,7 +256,7 @@ async def test_a_field_that_breaks_the_contract_is_named_and_the_body_kept(
     ids=lambda value: value if isinstance(value, str) else json.dumps(value, default=str)[:40],
 )
 async def test_an_entry_that_breaks_the_contract_is_named_by_its_place(
-    daemon: Daemon, field: str, changes: dict[str, Any]
+    daemon: AppServer, field: str, changes: dict[str, Any]
 ) -> None:
     entries = [daemon.entry(), daemon.entry(), daemon.entry(), daemon.entry(**changes), daemon.entry(status="DONE")]
     if field != "status":
@@ -297,24 +298,24 @@ async def test_an_entry_that_breaks_the_contract_is_named_by_its_place(
     ids=lambda value: repr(value)[:40],
 )
 async def test_a_body_that_is_no_notification_is_refused_as_a_whole_and_kept(
-    daemon: Daemon, body: bytes, problem: str
+    daemon: AppServer, body: bytes, problem: str
 ) -> None:
     assert (await refused(daemon, body, "body")).startswith(problem)
 
 
-async def test_a_number_too_large_for_any_machine_is_named_by_its_field(daemon: Daemon) -> None:
+async def test_a_number_too_large_for_any_machine_is_named_by_its_field(daemon: AppServer) -> None:
     await refused(daemon, TRAILING[:-3].replace(b'"b"', b"1e400"), "batch_id")
     await refused(daemon, TRAILING[:-3].replace(b'"b"', b"-" + b"9" * 5000), "batch_id")
 
 
-async def test_the_refusal_repeats_nothing_of_what_was_sent(daemon: Daemon) -> None:
+async def test_the_refusal_repeats_nothing_of_what_was_sent(daemon: AppServer) -> None:
     entry = daemon.entry(status="PASSWORD", target_url="PASSWORD", oss_object_name="PASSWORD" * 200)
     for changes in ({}, {"batch_id": "PASSWORD" * 20}, {"api_code": {"PASSWORD": 1}}):
         answer = await daemon.post(daemon.notification(entry, **changes))
         assert "PASSWORD" not in answer.refusal(400, "400")
 
 
-async def test_mutilated_bodies_are_accepted_or_refused_and_never_fail(daemon: Daemon, sample: bytes) -> None:
+async def test_mutilated_bodies_are_accepted_or_refused_and_never_fail(daemon: AppServer, sample: bytes) -> None:
     chance = random.Random(20240229)
     for _ in range(200):
         body = bytearray(sample)
@@ -344,7 +345,7 @@ async def test_mutilated_bodies_are_accepted_or_refused_and_never_fail(daemon: D
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
-async def test_any_other_method_is_refused_with_what_is_allowed(daemon: Daemon, method: str) -> None:
+async def test_any_other_method_is_refused_with_what_is_allowed(daemon: AppServer, method: str) -> None:
     before = daemon.counts()
     answer = await daemon.ask(method, "/notify", json=daemon.notification())
     assert answer.headers["Allow"] == "POST"
@@ -357,7 +358,7 @@ async def test_any_other_method_is_refused_with_what_is_allowed(daemon: Daemon, 
 
 @pytest.mark.parametrize("path", ["/notify/", "/notify/x", "/Notify", "/notif", "/x/notify", "/api/v1", "/%00"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_nothing_else_is_served(daemon: Daemon, method: str, path: str) -> None:
+async def test_nothing_else_is_served(daemon: AppServer, method: str, path: str) -> None:
     before = daemon.counts()
     (await daemon.ask(method, path, json=daemon.notification())).refusal(404, "404")
     assert daemon.counts() == before
@@ -381,7 +382,9 @@ async def test_the_callback_path_is_configured(start: Start) -> None:
         None,
     ],
 )
-async def test_json_in_utf_8_is_accepted_however_its_type_is_written(daemon: Daemon, content_type: str | None) -> None:
+async def test_json_in_utf_8_is_accepted_however_its_type_is_written(
+    daemon: AppServer, content_type: str | None
+) -> None:
     body = json.dumps(daemon.notification()).encode()
     if content_type is None:
         answer = await daemon.post(body, {}, skip_auto_headers=["Content-Type"])
@@ -409,7 +412,7 @@ async def test_json_in_utf_8_is_accepted_however_its_type_is_written(daemon: Dae
         "json",
     ],
 )
-async def test_any_other_type_is_refused_and_the_body_kept(daemon: Daemon, content_type: str) -> None:
+async def test_any_other_type_is_refused_and_the_body_kept(daemon: AppServer, content_type: str) -> None:
     notifications, rejections = daemon.counts()
     encoding = "utf-16" if "utf-16" in content_type else "utf-8"
     body = json.dumps(daemon.notification()).encode(encoding)
@@ -421,7 +424,7 @@ async def test_any_other_type_is_refused_and_the_body_kept(daemon: Daemon, conte
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "identity", "x"])
-async def test_a_compressed_body_is_refused(daemon: Daemon, encoding: str) -> None:
+async def test_a_compressed_body_is_refused(daemon: AppServer, encoding: str) -> None:
     before = daemon.counts()[0]
     body = gzip.compress(json.dumps(daemon.notification()).encode())
     headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
@@ -449,7 +452,7 @@ async def test_a_body_of_the_largest_size_is_accepted_and_one_byte_more_is_not(s
     (await daemon.post(body)).accepted()
 
 
-async def test_a_chunked_body_arrives_whole(daemon: Daemon) -> None:
+async def test_a_chunked_body_arrives_whole(daemon: AppServer) -> None:
     body = json.dumps(daemon.notification(*(daemon.entry() for _ in range(50)))).encode()
     request_id = (await daemon.post(in_chunks(body, 100))).accepted()
     ((kept,),) = daemon.rows("SELECT body FROM notification WHERE request_id = ?", request_id)
@@ -490,7 +493,7 @@ CHUNKED = b"Transfer-Encoding: chunked"
         pytest.param(b"\r\n\r\n\0\xff\xfe garbage \r\n\r\n", id="garbage"),
     ],
 )
-async def test_what_is_not_http_is_refused_and_the_next_caller_served(served: Daemon, request_bytes: bytes) -> None:
+async def test_what_is_not_http_is_refused_and_the_next_caller_served(served: AppServer, request_bytes: bytes) -> None:
     before = served.count("notification")
     connection = await served.connect()
     await connection.send(request_bytes)
@@ -530,7 +533,9 @@ async def test_what_is_not_http_is_refused_and_the_next_caller_served(served: Da
         pytest.param(raw_request(GOOD, LENGTH).replace(b"POST", b"CONNECT"), id="CONNECT"),
     ],
 )
-async def test_an_odd_request_never_fails_and_the_next_caller_is_served(served: Daemon, request_bytes: bytes) -> None:
+async def test_an_odd_request_never_fails_and_the_next_caller_is_served(
+    served: AppServer, request_bytes: bytes
+) -> None:
     connection = await served.connect()
     await connection.send(request_bytes)
     answer = await connection.answer()
@@ -538,7 +543,7 @@ async def test_an_odd_request_never_fails_and_the_next_caller_is_served(served: 
     await served.serves()
 
 
-async def test_a_type_that_is_not_text_is_refused_as_any_other(served: Daemon) -> None:
+async def test_a_type_that_is_not_text_is_refused_as_any_other(served: AppServer) -> None:
     rejections = served.count("rejection")
     connection = await served.connect()
     for _ in range(2):
@@ -547,7 +552,7 @@ async def test_a_type_that_is_not_text_is_refused_as_any_other(served: Daemon) -
     assert served.count("rejection") == rejections + 2
 
 
-async def test_refusals_leave_the_connection_in_step(served: Daemon) -> None:
+async def test_refusals_leave_the_connection_in_step(served: AppServer) -> None:
     connection = await served.connect()
     bad = b"[1, 2, 3]"
     await connection.send(raw_request(bad, b"Content-Length: %d" % len(bad)))
@@ -563,7 +568,7 @@ async def test_refusals_leave_the_connection_in_step(served: Daemon) -> None:
     assert first.accepted() != second.accepted()
 
 
-async def test_a_client_that_waits_for_leave_to_send_is_given_it(served: Daemon) -> None:
+async def test_a_client_that_waits_for_leave_to_send_is_given_it(served: AppServer) -> None:
     connection = await served.connect()
     await connection.send(raw_request(b"", LENGTH, b"Expect: 100-continue"))
     assert (await connection.answer()).status == 100
@@ -585,7 +590,7 @@ async def test_a_bad_chunk_after_good_ones_is_the_callers_fault(start_server: St
     assert daemon.count("notification") == 1
 
 
-async def test_half_a_body_is_not_accepted(served: Daemon) -> None:
+async def test_half_a_body_is_not_accepted(served: AppServer) -> None:
     before = served.count("notification")
     since = len(served.events.all)
     for request in (raw_request(GOOD[:-5], LENGTH), raw_request(b"5\r\n" + GOOD[:5], CHUNKED)):
@@ -603,7 +608,7 @@ async def test_half_a_body_is_not_accepted(served: Daemon) -> None:
 # When it cannot be taken
 
 
-def waiting(daemon: Daemon, files: int) -> dict[str, Any]:
+def waiting(daemon: AppServer, files: int) -> dict[str, Any]:
     """A notification of files that stay pending: nothing listens at their address."""
     return daemon.notification(*(daemon.entry(target_url=f"http://127.0.0.1:1/{n}") for n in range(files)))
 

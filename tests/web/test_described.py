@@ -14,7 +14,9 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.result import Ok
 
-from tests.harness import SECONDS, Daemon, notification
+from tests.support.daemon import Daemon
+from tests.support.notification import batch_body
+from tests.support.waiting import SECONDS
 
 TOKEN = "correct-horse-battery"
 EXAMPLES = 15
@@ -84,7 +86,7 @@ async def test_every_answer_is_one_that_is_described(tmp_path: Path, token: str 
     }
     async with Daemon(tmp_path, config) as daemon:
         await daemon.settle("batch", ["http://elsewhere.invalid/1", "http://elsewhere.invalid/2"])
-        assert (await daemon.post(notification("", []))).status == 400
+        assert (await daemon.post(batch_body("", []))).status == 400
         asked = await asyncio.to_thread(check, daemon.callback.removesuffix("/notify"), token)
         assert asked > 200
         assert not [line for line in daemon.lines if line["level"] in ("error", "critical")]

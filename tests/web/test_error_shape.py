@@ -12,7 +12,9 @@ from notify_server.callbacks.errors import error_response
 from notify_server.store.sqlite.client import SqliteClient
 
 if TYPE_CHECKING:
-    from tests.web.conftest import Answer, Clock, Daemon, Locked, Signer, Start
+    from tests.support.app import AppServer, Clock, Signer, Start
+    from tests.support.http import Reply
+    from tests.web.conftest import Locked
 
 TOKEN = "token-of-the-platform"
 
@@ -32,13 +34,13 @@ def test_an_error_has_the_keys_of_the_convention_in_their_order_and_no_others() 
     assert list(json.loads(response.body)) == ["request_id", "code", "msg", "data"]
 
 
-async def ask(daemon: Daemon, request: bytes) -> Answer:
+async def ask(daemon: AppServer, request: bytes) -> Reply:
     connection = await daemon.connect()
     await connection.send(request)
     return await connection.answer()
 
 
-async def test_refusals_before_the_contract_have_the_shape(daemon: Daemon) -> None:
+async def test_refusals_before_the_contract_have_the_shape(daemon: AppServer) -> None:
     body = daemon.notification()
     (await daemon.post(b"[]")).refusal(400, "400")
     (await daemon.get("/nothing/here")).refusal(404, "404")
@@ -51,7 +53,7 @@ async def test_refusals_before_the_contract_have_the_shape(daemon: Daemon) -> No
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
 async def test_a_method_that_the_servers_own_pages_do_not_have_is_refused_in_the_shape(
-    daemon: Daemon, path: str, method: str
+    daemon: AppServer, path: str, method: str
 ) -> None:
     answer = await daemon.ask(method, path)
     answer.refusal(answer.status, str(answer.status))
@@ -98,7 +100,7 @@ async def test_a_body_that_comes_too_slowly_is_refused_in_the_shape(start: Start
     (await ask(daemon, request)).refusal(408, "408")
 
 
-async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served: Daemon) -> None:
+async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served: AppServer) -> None:
     request = b"POST /notify HTTP/1.1\r\nHost: h\r\nExpect: the impossible\r\nContent-Length: 0\r\n\r\n"
     answer = await ask(served, request)
     answer.refusal(417, "417")
@@ -106,7 +108,7 @@ async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served:
 
 @pytest.mark.parametrize("verb", ["accept", "reject"])
 async def test_an_error_that_nobody_foresaw_is_answered_in_the_shape_and_logged(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, verb: str
+    daemon: AppServer, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     async def fail(self: SqliteClient, given: Any) -> int:
         raise RuntimeError("the inside story")
@@ -121,7 +123,7 @@ async def test_an_error_that_nobody_foresaw_is_answered_in_the_shape_and_logged(
     await daemon.serves()
 
 
-async def test_answers_to_requests_that_run_at_once_have_ids_of_their_own(daemon: Daemon) -> None:
+async def test_answers_to_requests_that_run_at_once_have_ids_of_their_own(daemon: AppServer) -> None:
     answers = await asyncio.gather(*(daemon.post(b"[]") for _ in range(20)))
     assert len({answer.json["request_id"] for answer in answers}) == 20
     assert {answer.refusal(400, "400") for answer in answers} == {answers[0].json["msg"]}

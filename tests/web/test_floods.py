@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.web.conftest import Daemon, Events, Start
+    from tests.support.app import AppServer, Events, Start
 
 
-async def post_as(daemon: Daemon, address: str) -> tuple[int, str | None]:
+async def post_as(daemon: AppServer, address: str) -> tuple[int, str | None]:
     answer = await daemon.post(daemon.notification(), {"X-Forwarded-For": address, "Content-Type": "application/json"})
     return answer.status, answer.headers.get("Retry-After")
 

@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 
 from notify_server.app import CALLBACK
 from notify_server.callbacks.connection import MAX_HEAD, CallbackConnection
-from tests.web.conftest import PATIENCE, Clock, Daemon, Events, notification, start_app
+from tests.support.app import AppServer, Clock, Events, start_app
+from tests.support.notification import notification
+from tests.support.waiting import SECONDS
 
 if TYPE_CHECKING:
-    from tests.web.conftest import Locked, Start
+    from tests.support.app import Start
+    from tests.web.conftest import Locked
 
 LIMIT = 3000
 
@@ -60,7 +63,7 @@ class Door:
 
     async def answers(self, number: int) -> list[tuple[int, str, str]]:
         """The first answers, so many unless the connection has come to its end before."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(SECONDS):
             while len(found := answers_in(self._data)) < number and not self._ended:
                 self._news.clear()
                 await self._news.wait()
@@ -70,7 +73,7 @@ class Door:
 class Doors:
     """One app with two listeners: the front's, and one where all is aiohttp's."""
 
-    def __init__(self, daemon: Daemon, front: int, aiohttp: int) -> None:
+    def __init__(self, daemon: AppServer, front: int, aiohttp: int) -> None:
         self.daemon = daemon
         self.ports = {"front": front, "aiohttp": aiohttp}
 
@@ -239,7 +242,7 @@ async def test_any_request_however_it_is_cut_has_the_answer_that_aiohttp_gives(
     assert kept_by_front == kept_by_aiohttp
 
 
-async def test_requests_that_come_at_once_are_answered_in_their_order(daemon: Daemon) -> None:
+async def test_requests_that_come_at_once_are_answered_in_their_order(daemon: AppServer) -> None:
     connection = await daemon.connect()
     requests = [request(content(), JSON), request(b"{", JSON), request(content(), JSON)]
     await connection.send(b"".join(requests))
@@ -250,7 +253,7 @@ async def test_requests_that_come_at_once_are_answered_in_their_order(daemon: Da
     (await connection.answer()).accepted()
 
 
-async def test_a_connection_serves_callbacks_and_all_else_by_turns(daemon: Daemon) -> None:
+async def test_a_connection_serves_callbacks_and_all_else_by_turns(daemon: AppServer) -> None:
     connection = await daemon.connect()
     for _ in range(3):
         await connection.send(request(content(), JSON) + request(b"", line="GET /healthz HTTP/1.1"))
@@ -258,7 +261,7 @@ async def test_a_connection_serves_callbacks_and_all_else_by_turns(daemon: Daemo
         assert (await connection.answer()).status == 200
 
 
-async def test_a_caller_that_asks_for_it_has_its_connection_closed_after_the_answer(daemon: Daemon) -> None:
+async def test_a_caller_that_asks_for_it_has_its_connection_closed_after_the_answer(daemon: AppServer) -> None:
     for body, status in ((content(), 200), (b"{", 400)):
         connection = await daemon.connect()
         await connection.send(request(body, JSON, "Connection: close"))
@@ -288,7 +291,7 @@ async def test_a_refused_request_counts_once_for_the_rate_limit(start: Start) ->
     assert [(await connection.answer()).status for _ in range(5)] == [401] * 4 + [429]
 
 
-async def test_a_body_in_pieces_is_taken_as_it_was_sent(daemon: Daemon) -> None:
+async def test_a_body_in_pieces_is_taken_as_it_was_sent(daemon: AppServer) -> None:
     connection = await daemon.connect()
     body = content() + b" " * 700_000
     data = request(body, JSON)
@@ -300,7 +303,7 @@ async def test_a_body_in_pieces_is_taken_as_it_was_sent(daemon: Daemon) -> None:
     assert stored == (body.decode(),)
 
 
-async def test_who_hangs_up_in_the_middle_of_a_body_leaves_nothing_behind(daemon: Daemon) -> None:
+async def test_who_hangs_up_in_the_middle_of_a_body_leaves_nothing_behind(daemon: AppServer) -> None:
     before, since = daemon.counts(), len(daemon.events.all)
     connection = await daemon.connect()
     await connection.send(request(content(), JSON)[:-5])
@@ -310,7 +313,7 @@ async def test_who_hangs_up_in_the_middle_of_a_body_leaves_nothing_behind(daemon
     await daemon.serves()
 
 
-async def test_who_ends_its_side_after_a_request_gets_the_answer(daemon: Daemon) -> None:
+async def test_who_ends_its_side_after_a_request_gets_the_answer(daemon: AppServer) -> None:
     connection = await daemon.connect()
     await connection.send(request(content(), JSON))
     connection.end()
@@ -338,7 +341,7 @@ async def test_who_hangs_up_before_its_ack_leaves_a_notification_and_no_noise(st
     assert [event for event in daemon.events.all[since:] if event["level"] not in ("debug", "info")] == []
 
 
-async def test_who_does_not_read_its_answers_is_not_read_from_and_gets_them_all(daemon: Daemon) -> None:
+async def test_who_does_not_read_its_answers_is_not_read_from_and_gets_them_all(daemon: AppServer) -> None:
     stubborn = socket.create_connection(("127.0.0.1", daemon.port))
     # Few answers fit on the way.
     stubborn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

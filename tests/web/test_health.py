@@ -22,13 +22,14 @@ from notify_server.web import health
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.web.conftest import Daemon, Locked, Start
+    from tests.support.app import AppServer, Start
+    from tests.web.conftest import Locked
 
 TOKEN = "callback-secret-5f2c"
 ADMIN_TOKEN = "admin-secret-93ab"
 
 
-async def measures(daemon: Daemon) -> dict[str, float]:
+async def measures(daemon: AppServer) -> dict[str, float]:
     """What /metrics says: name and labels, and the value."""
     answer = await daemon.get("/metrics")
     assert answer.status == 200
@@ -44,12 +45,12 @@ async def measures(daemon: Daemon) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_it_says_that_it_is_alive(daemon: Daemon, method: str) -> None:
+async def test_it_says_that_it_is_alive(daemon: AppServer, method: str) -> None:
     answer = await daemon.ask(method, "/healthz")
     assert (answer.status, answer.body) == (200, b"ok\n" if method == "GET" else b"")
 
 
-async def test_it_is_ready_when_a_callback_would_be_taken_and_its_files_probed(daemon: Daemon) -> None:
+async def test_it_is_ready_when_a_callback_would_be_taken_and_its_files_probed(daemon: AppServer) -> None:
     answer = await daemon.get("/readyz")
     assert answer.status == 200
     assert answer.headers["Content-Type"].startswith("application/json")
@@ -195,7 +196,7 @@ async def test_the_metrics_show_the_hosts_by_their_circuit(start: Start) -> None
     assert after["notify_server_hosts circuit=closed"] == 0
 
 
-async def test_strangers_cannot_add_series_to_the_metrics(daemon: Daemon) -> None:
+async def test_strangers_cannot_add_series_to_the_metrics(daemon: AppServer) -> None:
     await daemon.post(b"[]")
     before = set(await measures(daemon))
     for n in range(20):
@@ -312,7 +313,7 @@ def test_an_exception_is_one_line_of_json(log: Log) -> None:
 
 
 @FORMS
-async def test_what_strangers_send_comes_out_as_escaped_lines(daemon: Daemon, log: Log, form: str) -> None:
+async def test_what_strangers_send_comes_out_as_escaped_lines(daemon: AppServer, log: Log, form: str) -> None:
     log.set_up(form)
     batch_id = "\r\n2026-01-01 [info] forged\x1b[31m"
     (await daemon.post(daemon.notification(batch_id=batch_id, api_code="a\x1b[31mb"))).accepted()
@@ -333,7 +334,7 @@ async def test_what_strangers_send_comes_out_as_escaped_lines(daemon: Daemon, lo
 
 
 @FORMS
-async def test_a_malformed_request_leaves_no_line_of_its_own_in_the_log(served: Daemon, log: Log, form: str) -> None:
+async def test_a_malformed_request_leaves_no_line_of_its_own_in_the_log(served: AppServer, log: Log, form: str) -> None:
     log.set_up(form)
     for request in (
         b"GET / HTTP/1.1\r\nHost: h\r\nX: \x1b[31m\x01forged\r\n\r\n",
@@ -384,7 +385,7 @@ async def test_secrets_are_in_no_answer_and_no_log(start: Start, log: Log, form:
     assert ADMIN_TOKEN not in repr(daemon.config)
 
 
-async def test_the_parts_of_a_malformed_request_that_hold_a_token_are_not_logged(served: Daemon, log: Log) -> None:
+async def test_the_parts_of_a_malformed_request_that_hold_a_token_are_not_logged(served: AppServer, log: Log) -> None:
     log.set_up("console")
     connection = await served.connect()
     await connection.send(f"POST /notify HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\x01\r\n\r\n".encode())

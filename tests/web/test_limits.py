@@ -18,7 +18,9 @@ import pytest_asyncio
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from tests.web.conftest import Connection, Daemon, Locked, Start
+    from tests.support.app import AppServer, Start
+    from tests.support.http import Connection
+    from tests.web.conftest import Locked
 
 HEAD = b"POST /notify HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
 
@@ -27,7 +29,7 @@ def posting(body: bytes) -> bytes:
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def content(daemon: Daemon) -> bytes:
+def content(daemon: AppServer) -> bytes:
     return json.dumps(daemon.notification()).encode()
 
 
@@ -229,7 +231,7 @@ async def test_on_stop_a_request_whose_body_is_arriving_is_answered(start_server
     assert watch.seconds < 1
 
 
-async def refused_connection(daemon: Daemon) -> None:
+async def refused_connection(daemon: AppServer) -> None:
     """Wait until the daemon takes no new connection."""
     async with asyncio.timeout(2):
         while True:

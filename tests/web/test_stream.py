@@ -19,30 +19,32 @@ from notify_server.telemetry.history import Sample
 from notify_server.web import stream
 from notify_server.web.api import handlers as api
 from notify_server.web.stream import Stream
-from tests import harness
-from tests.web.conftest import PATIENCE, Daemon, Start, eventually, notification
+from tests.support.app import AppServer, Start
+from tests.support.daemon import Daemon
+from tests.support.notification import notification
+from tests.support.waiting import SECONDS, eventually
 
 REQUEST = b"GET /api/v1/stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 async def events(reader: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]:
     """Events by name with their data, as a browser takes them."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(SECONDS):
         while block := await reader.readuntil(b"\n\n"):
             name, data = block.decode().rstrip("\n").split("\n")
             yield name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
-def stream_of(daemon: Daemon) -> Stream:
+def stream_of(daemon: AppServer) -> Stream:
     assert daemon.app is not None
     return daemon.app[STREAM]
 
 
-def listeners(daemon: Daemon) -> int:
+def listeners(daemon: AppServer) -> int:
     return len(stream_of(daemon)._listeners)
 
 
-async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(daemon: Daemon) -> None:
+async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(daemon: AppServer) -> None:
     async with daemon._session.get("/api/v1/stream") as response:
         assert response.headers["Content-Type"] == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
@@ -63,9 +65,9 @@ async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(
 
 
 async def test_a_listener_that_goes_is_no_error(tmp_path: Path) -> None:
-    async with harness.Daemon(tmp_path) as daemon:
+    async with Daemon(tmp_path) as daemon:
         url = daemon.callback.replace("/notify", "/api/v1/stream")
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SECONDS)) as session:
             for _ in range(3):
                 gone = await session.get(url)
                 assert (await gone.content.readuntil(b"\n\n")).startswith(b"event: sample")
@@ -143,7 +145,7 @@ async def test_once_closed_all_listeners_are_ended_and_nobody_may_listen() -> No
 
 
 async def test_a_daemon_with_listeners_stops_at_once(tmp_path: Path) -> None:
-    async with harness.Daemon(tmp_path, {"server": {"shutdown_grace": "20s"}}) as daemon:
+    async with Daemon(tmp_path, {"server": {"shutdown_grace": "20s"}}) as daemon:
         url = daemon.callback.replace("/notify", "/api/v1/stream")
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_read=30)) as session:
             responses = [await session.get(url) for _ in range(5)]

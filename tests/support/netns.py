@@ -30,7 +30,7 @@ import dns.rdatatype
 import dns.rrset
 import pytest
 
-from tests.harness import Bell
+from tests.support.waiting import Bell
 
 # libc's resolver gives up on a silent server after a second.
 RESOLV_CONF = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"

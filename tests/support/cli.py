@@ -13,7 +13,8 @@ import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tests.harness import SECONDS, clean_environment
+from tests.support.daemon import clean_environment
+from tests.support.waiting import SECONDS
 
 PIPE = asyncio.subprocess.PIPE
 

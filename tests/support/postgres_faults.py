@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from notify_server.store.postgres.store import PostgresStore
-from tests.store.postgres_server import fetch
+from tests.support.postgres import fetch
 
 T = TypeVar("T")
 
