@@ -17,8 +17,10 @@ from pydantic import BaseModel, PlainValidator, SecretStr
 from pydantic.fields import FieldInfo
 
 from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_config
-from notify_server.config.config import ENV_PREFIX, Config, StatusRange, duration
+from notify_server.config.config import ENV_PREFIX, FORWARD, Config, StatusRange, duration
+from notify_server.config.forward import warnings
 from notify_server.contract.signature import PlatformKey
+from notify_server.forward.accept import Accept
 
 SET = "…(set)"
 _UNITS = (("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0))
@@ -35,11 +37,13 @@ class Setting(NamedTuple):
 
 def check(path: Path | None) -> None:
     """Exit 2 with a line for every wrong key, else say what the configuration is made of."""
-    read_config(path)
+    config = read_config(path)
     file = config_file(path)
     print(f"file: {printable(str(file)) if file else 'none, config.toml is not there'}")
     variables = ", ".join(sorted(_variables(os.environ).values()))
     print(f"environment: {variables or 'none'}")
+    for warning in warnings(config.forward):
+        print(f"warning: {warning}")
     print("The configuration is right.")
 
 
@@ -52,6 +56,8 @@ def show(path: Path | None, *, as_json: bool) -> None:
         tables: dict[str, dict[str, Any]] = {}
         for setting in found:
             tables.setdefault(setting.section, {})[setting.key] = {"value": setting.value, "source": setting.source}
+        endpoints = forwarded(config, file, os.environ)
+        tables[FORWARD] = {"value": endpoints.value, "source": endpoints.source}
         shown = {"file": None if file is None else str(file), "settings": tables}
         print(json.dumps(shown, ensure_ascii=False, indent=2))
         return
@@ -72,6 +78,11 @@ def show(path: Path | None, *, as_json: bool) -> None:
             print(f"\n[{setting.section}.{setting.key}.{_toml(pattern)}]  # {printable(setting.source)}")
             for key, value in keys.items():
                 print(f"{key} = {_toml(value)}")
+    endpoints = forwarded(config, file, os.environ)
+    for endpoint in endpoints.value:
+        print(f"\n[[{FORWARD}]]  # {printable(endpoints.source)}")
+        for key, value in endpoint.items():
+            print(f"{key} = {_toml(value)}")
 
 
 def init(path: Path) -> None:
@@ -96,12 +107,31 @@ def settings(config: Config, file: Path | None, environ: Mapping[str, str]) -> I
     tables = {} if file is None else tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     variables = _variables(environ)
     for section, model in config:
+        if section == FORWARD:
+            continue
         for key, field in type(model).model_fields.items():
             variable = variables.get((section, key))
             source = f"environment {variable}" if variable else "default"
             if not variable and key in tables.get(section, {}):
                 source = str(file)
             yield Setting(section, key, _plain(getattr(model, key), field), source)
+
+
+def forwarded(config: Config, file: Path | None, environ: Mapping[str, str]) -> Setting:
+    """Return the `[[forward]]` tables, with the keys that are set in each, without their secrets."""
+    variable = _variables(environ).get((FORWARD, ""))
+    tables = {} if file is None else tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    source = f"environment {variable}" if variable else str(file) if FORWARD in tables else "default"
+    endpoints = [
+        {"name": each.name}
+        | {
+            key: each.target if key == "url" else _plain(getattr(each, key), type(each).model_fields[key])
+            for key in type(each).model_fields
+            if key in each.model_fields_set
+        }
+        for each in config.forward
+    ]
+    return Setting(FORWARD, "", endpoints, source)
 
 
 def _variables(environ: Mapping[str, str]) -> dict[tuple[str, str], str]:
@@ -123,6 +153,8 @@ def _plain(value: Any, field: FieldInfo) -> Any:
             return _duration(value) if _is_duration(field) else value
         case SecretStr():
             return SET
+        case Accept():
+            return str(value)
         case PlatformKey():
             return f"…(fingerprint {value.fingerprint})"
         case StatusRange(low, high):

@@ -50,6 +50,7 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _POSTGRES = ("postgresql://", "postgres://")
 _SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _ROLES = ("server", "roles")
+FORWARD = "forward"
 _OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
 # A prober waits for its connections with select(), which knows no descriptor above 1023.
 _CONCURRENCY_PER_PROCESS = 400
@@ -505,6 +506,10 @@ class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+# Both are made of the parts above.
+from notify_server.config.forward import KINDS, AlertConfig, Forward  # noqa: E402
+
+
 class Config(BaseSettings):
     """The whole configuration."""
 
@@ -518,6 +523,8 @@ class Config(BaseSettings):
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    forward: Forward = ()
+    alert: AlertConfig = Field(default_factory=AlertConfig)
 
     @model_validator(mode="after")
     def _one_server_does_both(self) -> Self:
@@ -570,6 +577,10 @@ def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, c
     variables = _Variables(known)()
     values = {}
     for section in Config.model_fields:
+        if section == FORWARD:
+            # A list: the variable takes the place of the whole.
+            values[section] = variables.get(section, tables.get(section, []))
+            continue
         table = tables.get(section, {})
         values[section] = table | variables.get(section, {}) if isinstance(table, dict) else table
     config = None
@@ -612,7 +623,9 @@ def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
         if not name.upper().startswith(ENV_PREFIX):
             continue
         section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
-        if section not in Config.model_fields:
+        if section == FORWARD and not key:
+            known[name] = value
+        elif section not in Config.model_fields:
             problems.append(f"environment {name}: {_unknown('section', section, Config.model_fields)}")
         elif key not in _keys(section):
             problems.append(f"environment {name}: {_unknown('key', key, _keys(section))}")
@@ -622,6 +635,8 @@ def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
 
 
 def _keys(section: str) -> Iterable[str]:
+    if section == FORWARD:
+        return ()
     return cast("type[_Section]", Config.model_fields[section].annotation).model_fields
 
 
@@ -641,8 +656,38 @@ def _misplaced(name: str, value: object) -> str:
     return f"{_name(name)}: stands outside of any section, such as [server]"
 
 
+def _forward_problem(error: ErrorDetails) -> str:
+    """One line that names the entry and key, such as `forward[1].secret: …`. Values are not shown: they are secrets."""
+    place, kind = FORWARD, ""
+    for part in error["loc"][1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif not kind and part in KINDS:
+            kind = part
+        else:
+            place += f".{_name(part)}"
+    match error["type"]:
+        case "value_error":
+            what = str(error["ctx"]["error"])
+        case "missing":
+            what = "is needed"
+        case "extra_forbidden":
+            what = _unknown("key", str(error["loc"][-1]), KINDS[kind].model_fields)
+        case "literal_error":
+            what = "must be " + error["ctx"]["expected"].replace("'", '"')
+        case "tuple_type" if place == FORWARD:
+            what = "must be a list of tables: write [[forward]]"
+        case "tuple_type":
+            what = 'must be a list, like ["a", "b"]'
+        case _:
+            what = "must be a table"
+    return f"{place}: {what}"
+
+
 def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]]) -> str:
     """One line: the section and key, or the variable, that the value came from, and what is wrong with it."""
+    if error["loc"][:1] == (FORWARD,):
+        return _forward_problem(error)
     # What is wrong with the whole is what its one rule is about.
     section, *rest = error["loc"] or _ROLES
     inside_hosts = (section, *rest[:1]) == ("verify", "hosts") and len(rest) > 1

@@ -12,9 +12,11 @@ import pytest
 from pydantic import BaseModel
 
 from notify_server.config.config import Config, HostSettings, load_config
+from notify_server.config.forward import KINDS
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 LINES = EXAMPLE.read_text(encoding="utf-8").splitlines()
+ENDPOINT_TABLE = "[[forward]]"
 HOST_TABLE = '[verify.hosts."*.example.com"]'
 ENTRY = re.compile(r"(?P<off># )?(?P<key>[a-z_]+) = (?P<value>.+)")
 
@@ -23,14 +25,14 @@ def entries() -> Iterator[tuple[str, str, bool, str]]:
     """Section, key, whether it is commented out, and the line above."""
     section = ""
     for above, line in zip(["", *LINES], LINES, strict=False):
-        if header := re.fullmatch(r'(?:# )?(\[[a-z]+(?:\.hosts\."\*\.example\.com")?\])', line):
+        if header := re.fullmatch(r'(?:# )?(\[\[?[a-z]+\]?(?:\.hosts\."\*\.example\.com")?\])', line):
             section = header[1]
         elif entry := ENTRY.fullmatch(line):
             yield section, entry["key"], bool(entry["off"]), above
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    return {f"[{name}]": type(section) for name, section in Config()}
+    return {f"[{name}]": type(section) for name, section in Config() if name != "forward"}
 
 
 def test_the_example_loads_to_exactly_the_defaults() -> None:
@@ -53,16 +55,23 @@ def test_the_example_of_a_host_has_every_key_of_a_host() -> None:
     assert [key for where, key, _, _ in entries() if where == HOST_TABLE] == list(HostSettings.model_fields)
 
 
+def test_the_example_has_an_endpoint_of_each_kind_with_every_key() -> None:
+    keys = [key for where, key, _, _ in entries() if where == ENDPOINT_TABLE]
+    starts = [place for place, key in enumerate(keys) if key == "name"]
+    found = [keys[start:end] for start, end in zip(starts, [*starts[1:], len(keys)], strict=True)]
+    assert [sorted(each) for each in found] == [sorted(kind.model_fields) for kind in KINDS.values()]
+
+
 def test_only_a_key_without_a_fixed_default_is_commented_out() -> None:
     for where, key, off, _ in entries():
-        if where != HOST_TABLE:
+        if where not in (HOST_TABLE, ENDPOINT_TABLE):
             field = sections()[where].model_fields[key]
             assert off == (type(None) in get_args(field.annotation) or key == "user_agent"), key
 
 
 def test_every_key_has_its_reason_on_the_line_above() -> None:
     for where, key, _, above in entries():
-        if where != HOST_TABLE:
+        if where not in (HOST_TABLE, ENDPOINT_TABLE):
             assert above.startswith("# "), key
             assert not ENTRY.fullmatch(above), key
 

@@ -1,0 +1,144 @@
+"""Composes the messages of bots: one digest for all that happened within `group_wait`, reminders, and the recovery.
+
+Pure: events and times are passed in. Which events a digest is made of, and when, is decided by `forward.group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from notify_server.forward.bots.answer import Message
+from notify_server.forward.texts import Language, reason_text, text
+
+MAX_BATCHES = 5
+MAX_FILES = 3
+_NAME_LIMIT = 60
+_FULL_WIDTH = str.maketrans({ch: chr(ord(ch) + 0xFEE0) for ch in "`*[]<>@~|"})
+
+
+def _plain(value: object, limit: int = _NAME_LIMIT) -> str:
+    """Return text from outside as it may stand in Markdown: one line, nothing that formats, links or mentions."""
+    shown = "".join(ch if ch.isprintable() else " " for ch in str(value))
+    if len(shown) > limit:
+        shown = f"{shown[: limit // 2]}…{shown[-(limit // 2 - 1) :]}"
+    # Robots differ in how a backslash escapes, so what would format becomes its full-width form.
+    return shown.translate(_FULL_WIDTH)
+
+
+def _clock(value: str | None) -> str:
+    """Return a payload's time as a person reads it, in the machine's time zone."""
+    return "" if value is None else datetime.fromisoformat(value).astimezone().strftime("%m-%d %H:%M")
+
+
+def _missing_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for file in data["missing"][:MAX_FILES]:
+        what = file["reason_text"][language]
+        # The code or status stands as it is, for whoever searches for it.
+        reason = text(language, "line.code", what=what, code=file["reason"]) if file["reason"] else what
+        name = _plain(file["source_path"] or file["oss_object_name"].rpartition("/")[2])
+        lines.append("- " + text(language, "line.missing", name=name, reason=reason))
+    if (more := data["missing_total"] - len(lines)) > 0:
+        lines.append("- " + text(language, "line.more_files", count=more))
+    return lines
+
+
+def _advice(language: Language, kind: str, data: Mapping[str, Any]) -> str:
+    if kind != "batch.incomplete" or not data["missing"]:
+        return text(language, "line.do_wait")
+    first = data["missing"][0]
+    return text(language, "line.do_recheck", next=reason_text(language, first["reason"], first["state"], "next"))
+
+
+def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list[str]:
+    """Return the lines of one batch: which, what is missing and why, what to do, a link."""
+    name = kind.rpartition(".")[2]
+    values = {
+        "files": data.get("files"),
+        "missing": data.get("missing_total"),
+        "expected": data.get("expected_files"),
+        "since": _clock(data.get("limit_at")),
+    }
+    label = data.get("batch_id") or data.get("reference") or ""
+    lines = [f"**{_plain(label)}** {_plain(data['api_code'])}", text(language, f"line.{name}", **values)]
+    if "missing" in data and kind != "batch.complete":
+        lines += _missing_lines(language, data)
+        if kind == "batch.at_risk":
+            times = [
+                text(language, f"line.{key}", at=_clock(data[key]))
+                for key in ("next_attempt_at", "final_by")
+                if data.get(key)
+            ]
+            lines += [" · ".join(times)] if times else []
+        lines.append(_advice(language, kind, data))
+    if data.get("url"):
+        lines.append(f"[{text(language, 'line.link')}]({data['url']})")
+    return lines
+
+
+def compose(
+    language: Language,
+    payloads: Sequence[Mapping[str, Any]],
+    *,
+    reminder: bool = False,
+    dashboard: str | None = None,
+) -> Message:
+    """Return the digest of problems: how many batches, the first of them by batch_id, and a link."""
+    batches = sorted(
+        (each for each in payloads if each["type"].startswith("batch.")),
+        key=lambda each: each["data"].get("batch_id") or "",
+    )
+    titles: list[str] = []
+    blocks: list[list[str]] = []
+    if batches:
+        titles.append(text(language, "title.reminder" if reminder else "title.problems", count=len(batches)))
+        blocks += [_batch_lines(language, each["type"], each["data"]) for each in batches[:MAX_BATCHES]]
+        if (more := len(batches) - MAX_BATCHES) > 0:
+            line = text(language, "line.more_batches", count=more)
+            blocks.append([f"{line} [{text(language, 'line.link_all')}]({dashboard})" if dashboard else line])
+    for each in payloads:
+        if each["type"].startswith("endpoint."):
+            title, lines = _endpoint_lines(language, each["type"], each["data"])
+            titles.append(title)
+            blocks.append(lines if len(payloads) == 1 else [f"**{title}**", *lines])
+        elif each["type"] == "test.ping":
+            titles.append(text(language, "title.ping"))
+            blocks.append([text(language, "line.ping")])
+    return Message(titles[0], "\n\n".join("\n".join(block) for block in blocks))
+
+
+def recovered(language: Language, payloads: Sequence[Mapping[str, Any]], *, dashboard: str | None = None) -> Message:
+    """Return the one message that says that every open problem has ended."""
+    batches = [each for each in payloads if each["type"] == "batch.complete"]
+    others = [each for each in payloads if each["type"] == "endpoint.recovered"]
+    ordered = sorted(batches, key=lambda each: each["data"]["batch_id"])
+    blocks = [_batch_lines(language, each["type"], each["data"]) for each in ordered[:MAX_BATCHES]]
+    if (more := len(ordered) - MAX_BATCHES) > 0:
+        blocks.append([text(language, "line.more_batches", count=more)])
+    for each in others:
+        title, lines = _endpoint_lines(language, each["type"], each["data"])
+        blocks.append([f"**{title}**", *lines])
+    if batches or not others:
+        title = text(language, "title.recovered", count=len(batches))
+    else:
+        title = _endpoint_lines(language, others[0]["type"], others[0]["data"])[0]
+    return Message(title, "\n\n".join("\n".join(block) for block in blocks))
+
+
+def _endpoint_lines(language: Language, kind: str, data: Mapping[str, Any]) -> tuple[str, list[str]]:
+    name = _plain(data["endpoint"])
+    if kind == "endpoint.recovered":
+        return text(language, "title.endpoint_recovered", endpoint=name), [text(language, "line.back")]
+    error = _plain(data["last_error"] or "", 200)
+    key = "line.stopped" if data["stopped"] else "line.endpoint"
+    return (
+        text(language, "title.endpoint_failing", endpoint=name),
+        [text(language, key, endpoint=name, failures=data["failures"], error=error)],
+    )
+
+
+def parse_time(value: str) -> int:
+    """Return a payload's time as Unix ms."""
+    return round(datetime.fromisoformat(value).astimezone(UTC).timestamp() * 1000)

@@ -1,0 +1,108 @@
+"""The texts of bots' messages: what, which batch, what is missing and why, what to do, a link."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from notify_server.forward.digest import compose, recovered
+from notify_server.forward.payload import BatchRow, EndpointData, EventType, PingData, batch_event, plain_event
+from notify_server.forward.texts import LANGUAGES, Language, _messages, reason_text
+from tests.forward.test_payload import AT, MISSING, row, sample
+
+
+def payload(kind: EventType, batch: BatchRow | None = None, **more: Any) -> dict[str, Any]:
+    event = sample(kind) if batch is None else batch_event(kind, batch, MISSING, AT, **more)
+    loaded: dict[str, Any] = json.loads(event.payload)
+    return loaded
+
+
+def test_both_languages_have_the_same_texts() -> None:
+    def keys(language: Language) -> set[str]:
+        return {f"{section}.{key}" for section, texts in _messages(language).items() for key in texts}
+
+    assert {key for key in keys("en") if not key.endswith("_one")} == keys("zh")
+
+
+def test_chinese_has_full_width_punctuation() -> None:
+    for texts in _messages("zh").values():
+        for text in texts.values():
+            assert not set(text.replace("{", "").replace("}", "")) & set(",;!?()"), text
+
+
+def test_digest_names_what_is_missing_and_why() -> None:
+    problem = payload(EventType.BATCH_INCOMPLETE, row(), url="https://n.example.com/batches/7")
+    message = compose("en", [problem])
+    assert message.title == "1 batch has missing files"
+    assert message.markdown.split("\n") == [
+        "**20261127-0001** rent.dcentralize.room.add",
+        "2 of 7 files missing",
+        f"- /upload/2026/11/livingro: {reason_text('en', 'http_404', 'unavailable')} (http_404)",
+        f"- b.jpg: {reason_text('en', None, 'upload_failed')}",
+        f"What to do: {reason_text('en', 'http_404', 'unavailable', 'next')}",
+        "[Open the batch](https://n.example.com/batches/7)",
+    ]
+
+
+def test_digest_in_chinese_keeps_the_code() -> None:
+    message = compose("zh", [payload(EventType.BATCH_INCOMPLETE)])
+    assert message.title == "1 个批次有文件缺失"
+    assert "共 7 个文件，缺失 2 个" in message.markdown
+    assert "（http_404）" in message.markdown
+    assert "处理办法：" in message.markdown
+
+
+def test_digest_shows_five_batches_by_batch_id() -> None:
+    many = [payload(EventType.BATCH_INCOMPLETE, row(batch_id=f"b{n}")) for n in (7, 3, 5, 1, 6, 2, 4)]
+    message = compose("en", many, dashboard="https://n.example.com/")
+    shown = [line for line in message.markdown.split("\n") if line.startswith("**")]
+    assert [line.split("**")[1] for line in shown] == ["b1", "b2", "b3", "b4", "b5"]
+    assert message.title == "7 batches have missing files"
+    assert message.markdown.endswith("and 2 more batches [Open the dashboard](https://n.example.com/)")
+
+
+def test_at_risk_names_the_next_check_and_the_latest_verdict() -> None:
+    message = compose("en", [payload(EventType.BATCH_AT_RISK)])
+    assert "next check " in message.markdown
+    assert "verdict by " in message.markdown
+    assert "nothing yet" in message.markdown
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("kind", EventType)
+def test_every_type_has_a_message(language: Language, kind: EventType) -> None:
+    make = recovered if kind in (EventType.BATCH_COMPLETE, EventType.ENDPOINT_RECOVERED) else compose
+    message = make(language, [payload(kind)])
+    assert message.title
+    assert message.markdown
+    assert "{" not in message.title + message.markdown
+
+
+def test_text_from_outside_cannot_format_link_or_mention() -> None:
+    hostile = "x](http://evil) **b** @all <@all>\n# h"
+    message = compose("en", [payload(EventType.BATCH_INCOMPLETE, row(batch_id=hostile))])
+    first = message.markdown.split("\n")[0]
+    assert "@all" not in first
+    assert "](http" not in first
+    assert "<" not in first
+    assert "rent.dcentralize" in first
+
+
+def test_reminder_and_recovery_have_their_own_titles() -> None:
+    problem = payload(EventType.BATCH_INCOMPLETE)
+    assert compose("zh", [problem, problem], reminder=True).title == "提醒：2 个批次仍有文件缺失"
+    assert recovered("zh", [payload(EventType.BATCH_COMPLETE)] * 3).title == "已恢复：3 个批次全部齐全"
+
+
+def test_stopped_endpoint_says_how_to_start_it() -> None:
+    data = EndpointData("listings", 1, 410, "answered HTTP 410", 3, stopped=True)
+    message = compose("en", [json.loads(plain_event(EventType.ENDPOINT_FAILING, data, AT).payload)])
+    assert message.title == "Forwarding fails: listings"
+    assert "notify-server forward start listings" in message.markdown
+
+
+def test_ping_is_a_message_of_its_own() -> None:
+    ping = json.loads(plain_event(EventType.TEST_PING, PingData("g"), AT).payload)
+    assert compose("en", [ping]).title == "Test message from notify_server"
