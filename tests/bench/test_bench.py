@@ -21,7 +21,7 @@ from rich.console import Console
 from notify_server.clock import unix_ms
 from notify_server.contract.wire import parse_notification
 from tests.bench import __main__ as bench
-from tests.bench import openloop, postgres, postgres_steps, usage
+from tests.bench import postgres, postgres_steps, usage
 from tests.bench.figures import Column, MissingToolError, Outcome, Setting, Sheet, in_turn, quantile, row_name, show
 from tests.bench.openloop import Load, measure, requests
 from tests.bench.record import (
@@ -168,22 +168,6 @@ def test_its_requests_are_notifications_that_the_contract_takes_and_that_all_dif
     notifications = [parse_notification(body, max_files=10) for body in bodies]
     assert {len(notification.file_list) for notification in notifications} == {7}
     assert len({notification.batch_id for notification in notifications}) == 6
-
-
-def test_it_wakes_up_on_the_microsecond() -> None:
-    async def oversleep() -> float:
-        loop = asyncio.get_running_loop()
-        late = []
-        for _ in range(20):
-            woken = asyncio.Event()
-            due = loop.time() + 0.0004
-            loop.call_at(due, woken.set)
-            await woken.wait()
-            late.append(loop.time() - due)
-        return min(late)
-
-    with asyncio.Runner(loop_factory=openloop.new_loop) as runner:
-        assert runner.run(oversleep()) < 0.0004
 
 
 # --- Statistics and tables ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 from tests.support.daemon import Daemon
@@ -47,7 +46,7 @@ async def test_a_kill_half_way_through_expanding_leaves_no_file_out_and_none_twi
         assert daemon.value("PRAGMA integrity_check") == "ok"
 
 
-async def test_after_a_kill_probing_goes_on_within_seconds_and_nothing_has_been_spent(tmp_path: Path) -> None:
+async def test_after_a_kill_probing_goes_on_and_no_attempt_has_been_spent(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         gate = asyncio.Event()
         origin.default = Answer(gate=gate)
@@ -58,10 +57,8 @@ async def test_after_a_kill_probing_goes_on_within_seconds_and_nothing_has_been_
 
         before = len(origin.hits)
         gate.set()
-        started = time.monotonic()
         await daemon.start()
         await origin.reached(before + 1)
-        assert origin.hits[before].at - started < 5
         await daemon.verdict("b")
         assert daemon.value("SELECT count(*) FROM file WHERE state = 'available' AND attempts = 1") == 100
 

@@ -18,7 +18,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from tests.support.daemon import (
 from tests.support.http import Reply
 from tests.support.notification import batch_body
 from tests.support.origin import SILENCE, Answer, Origin
+from tests.support.waiting import SECONDS
 
 SETTLED = "SELECT count(*) = sum(verdict <> 'pending') FROM batch"
 
@@ -71,10 +71,8 @@ async def test_a_killed_prober_is_replaced_and_its_files_are_probed_again(tmp_pa
         (prober,) = daemon.prober_pids()
         os.kill(prober, signal.SIGKILL)
         # Callbacks are answered while there is no prober.
-        started = time.monotonic()
         replies = await asyncio.gather(*(daemon.post(batch_body(f"c{n}", [])) for n in range(20)))
         assert {reply.status for reply in replies} == {200}
-        assert time.monotonic() - started < 2
         await daemon.line("prober ended, starting another", pid=prober)
         gate.set()
         assert (await daemon.verdict("b"))["verdict"] == "complete"
@@ -207,7 +205,6 @@ async def test_a_stop_under_load_answers_what_is_in_progress_and_burns_no_attemp
 
         loads = [asyncio.create_task(load(f"load{number}")) for number in range(4)]
         await quick.reached(50)
-        started = time.monotonic()
         if how == "Ctrl-C":
             # A terminal's reaches the whole group, the probers too.
             os.killpg(daemon.pid, signal.SIGINT)
@@ -216,8 +213,8 @@ async def test_a_stop_under_load_answers_what_is_in_progress_and_burns_no_attemp
         await daemon.line("stopping")
         answers = await asyncio.gather(*(upload.finish() for upload in uploads))
         assert [answer[:12] for answer in answers] == [b"HTTP/1.1 200"] * 20
+        # How long it may take is measured by the torture's part "stop".
         assert await daemon.exit_code() == 0
-        assert time.monotonic() - started < grace + 1
         await asyncio.gather(*loads)
 
         assert {reply.status for reply in refused} <= {503}
@@ -243,9 +240,7 @@ async def test_a_stop_under_load_answers_what_is_in_progress_and_burns_no_attemp
 
 async def test_an_idle_daemon_stops_at_once(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
-        started = time.monotonic()
         assert await daemon.terminate() == 0
-        assert time.monotonic() - started < 3
         assert [line["event"] for line in daemon.lines[-2:]] == ["stopping", "stopped"]
 
 
@@ -576,13 +571,12 @@ async def test_slow_senders_are_cut_off_and_keep_nobody_waiting(tmp_path: Path) 
             for name, start in starts.items()
             for drip in (b"", b"a")
         }
-        latencies: list[float] = []
-        for number in range(100):
-            began = time.monotonic()
+        # Until the first of the slow connections is closed, all of them are open beside the honest caller.
+        number = 0
+        while number < 10 or not any(task.done() for task in slow.values()):
             assert (await daemon.post(batch_body(f"honest-{number}", []))).status == 200
-            latencies.append(time.monotonic() - began)
-        assert max(latencies) < 1
-        _, late = await asyncio.wait(slow.values(), timeout=6)
+            number += 1
+        _, late = await asyncio.wait(slow.values(), timeout=SECONDS)
         for task in late:
             task.cancel()
         await asyncio.gather(*slow.values(), return_exceptions=True)

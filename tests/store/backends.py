@@ -117,7 +117,7 @@ class SqliteBackend(Backend):
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
         patch.setattr(sqlite, "MAX_REJECTIONS", rejections)
-        patch.setattr(sqlite, "REJECTION_BYTES_KEPT", rejection_bytes)
+        patch.setattr(sqlite, "MAX_REJECTION_BYTES", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
         patch.setattr(sqlite_records, "WALKED", rows)
@@ -126,7 +126,8 @@ class SqliteBackend(Backend):
 # The keeper, with bounds that can be set while it runs.
 KEEPER = """
 import json, pathlib, signal, sys
-from notify_server.store import keeper, sqlite
+from notify_server.processes import keeper
+from notify_server.store.sqlite import store as sqlite
 bounds = pathlib.Path(sys.argv[1])
 def bind(*_):
     vars(sqlite).update(json.loads(bounds.read_text()))
@@ -148,7 +149,7 @@ class KeptBackend(SqliteBackend):
         return self._kept
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        bounds = {"MAX_REJECTIONS": rejections, "REJECTION_BYTES_KEPT": rejection_bytes}
+        bounds = {"MAX_REJECTIONS": rejections, "MAX_REJECTION_BYTES": rejection_bytes}
         (self.directory / "bounds.json").write_text(json.dumps(bounds))
         assert self._kept.pid is not None
         os.kill(self._kept.pid, signal.SIGUSR1)
@@ -208,7 +209,7 @@ class PostgresBackend(Backend):
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
         patch.setattr(postgres_writes, "MAX_REJECTIONS", rejections)
-        patch.setattr(postgres_writes, "REJECTION_BYTES_KEPT", rejection_bytes)
+        patch.setattr(postgres_writes, "MAX_REJECTION_BYTES", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
         patch.setattr(postgres_records, "WALKED", rows)

@@ -7,10 +7,9 @@ from pathlib import Path
 from tests.torture import fuzz
 from tests.torture.figures import Setting
 
-SEED = 1
 
-
-async def test_every_mutated_body_gets_the_answer_that_another_reading_of_the_contract_gives(tmp_path: Path) -> None:
-    print("seed", SEED)
-    figures = await fuzz.run(Setting(SEED, 0.02, tmp_path))
+async def test_every_mutated_body_gets_the_answer_that_another_reading_of_the_contract_gives(
+    tmp_path: Path, seed: int
+) -> None:
+    figures = await fuzz.run(Setting(seed, 0.02, tmp_path))
     assert [figure for figure in figures if not figure.met] == []

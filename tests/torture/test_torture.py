@@ -21,13 +21,6 @@ from tests.torture.__main__ import PARTS, Part, arguments, load, report, run_par
 from tests.torture.figures import Figure, Setting
 
 
-@pytest.fixture
-def seed() -> int:
-    chosen = random.SystemRandom().randrange(1_000_000)
-    print(f"seed {chosen}")
-    return chosen
-
-
 def not_met(figures: Iterable[Figure]) -> list[Figure]:
     return [figure for figure in figures if not figure.met]
 
