@@ -126,7 +126,7 @@ async def test_no_more_is_in_memory_than_a_chunk(path: Path, url: str, monkeypat
     fill(path)
     await up(path, url)
     sides: list[Side] = [SqliteSide.source(path), await PostgresSide.source(url)]
-    for module in ("copying_sqlite", "copying_postgres"):
+    for module in ("copying.sqlite", "copying.postgres"):
         monkeypatch.setattr(f"notify_server.store.{module}.CHUNK_ROWS", 7)
     for side in sides:
         columns = await side.columns("notification")
@@ -162,7 +162,7 @@ async def test_notifications_that_a_file_would_not_expand_any_more_are_not_copie
 async def test_while_it_is_copied_no_server_gets_either_side(
     path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("postgres_session", "copying_postgres"):
+    for module in ("postgres.session", "copying.postgres"):
         monkeypatch.setattr(f"notify_server.store.{module}.SETTINGS", {"lock_timeout": "100ms"})
     await migrate_at(url)
     for side_of in (PostgresSide.source, PostgresSide.target):

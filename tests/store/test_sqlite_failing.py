@@ -292,7 +292,7 @@ FILL_DISK = """
 import asyncio, json, resource, sys
 from pathlib import Path
 from notify_server.errors import StoreUnavailableError
-from notify_server.store.sqlite import SqliteStore
+from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import delivery
 
 async def main():

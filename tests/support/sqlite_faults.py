@@ -39,7 +39,7 @@ HOLD_STORE = """
 import asyncio, sys
 from contextlib import closing
 from pathlib import Path
-from notify_server.store.sqlite import SqliteStore
+from notify_server.store.sqlite.store import SqliteStore
 
 async def main():
     store = await SqliteStore.open(Path(sys.argv[1]))
