@@ -38,7 +38,7 @@ from notify_server.store.base import ExpansionListener, Store
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
-from notify_server.supervise import log_task_failure
+from notify_server.supervise import Grace, start_task
 from notify_server.telemetry.history import HostRates, Timeline
 from notify_server.telemetry.metrics import Metrics, tracing_wanted
 from notify_server.verify.guard import Guard
@@ -70,6 +70,7 @@ STREAM = web.AppKey("stream", Stream)
 DASHBOARD = web.AppKey("dashboard", Dashboard)
 DRAINING = web.AppKey("draining", asyncio.Event)
 TRACING: web.AppKey[Tracing | None] = web.AppKey("tracing")
+GRACE = web.AppKey("grace", Grace)
 
 PRUNE_SECONDS = 600.0
 PRUNE_ROWS = 500
@@ -79,8 +80,10 @@ PRUNE_PAUSES = 3.0
 # What is counted over the whole record is counted so often, and for no more than this share of the time.
 SURVEY_SECONDS = 5.0
 SURVEY_SHARE = 0.05
-# Of shutdown_grace, what probes in flight may take; the rest is for recording them and closing the store.
+# Shares of what is left of shutdown_grace: probes in flight, then the end of the probers, then closing the store. What
+# remains is for the rest.
 PROBES_SHARE = 0.5
+STORE_SHARE = 0.8
 # Turns of the event loop that it takes to have all connections that wait to be accepted.
 ACCEPTING_TURNS = 3
 
@@ -99,6 +102,7 @@ def make_app(
     app = web.Application()
     app[METRICS] = Metrics()
     app[DRAINING] = asyncio.Event()
+    app[GRACE] = Grace(config.server.shutdown_grace)
     stream = app[STREAM] = Stream()
     admin = app[ADMIN] = Admin(config, now)
     rates = HostRates()
@@ -133,7 +137,7 @@ def make_app(
         app[RECORDS] = await _open_records(config)
         yield
         await app[RECORDS].close()
-        await opened.close()
+        await opened.close(app[GRACE].left() * STORE_SHARE)
 
     async def verify(app: web.Application) -> AsyncIterator[None]:
         def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
@@ -193,18 +197,16 @@ def make_app(
         )
         told = ExpansionListener(_add_hosts_to(pool), on_verdicts, app[METRICS].unknown_fields.add_plain)
         tasks = [
-            asyncio.create_task(app[STORE].expand_inbox(guard, now, told), name="expand"),
-            asyncio.create_task(_housekeeping(config, app[STORE], app[METRICS], now), name="housekeeping"),
-            asyncio.create_task(_survey(app[RECORDS], app[METRICS]), name="survey"),
+            start_task(app[STORE].expand_inbox(guard, now, told), "expand the inbox"),
+            start_task(_housekeeping(config, app[STORE], app[METRICS], now), "prune the record"),
+            start_task(_survey(app[RECORDS], app[METRICS]), "survey the record"),
         ]
         if tracing is not None:
             latest = partial(_latest_delivery, app[RECORDS])
-            tasks.append(asyncio.create_task(tracing.run(latest), name="tracing"))
-        for task in tasks:
-            task.add_done_callback(log_task_failure)
+            tasks.append(start_task(tracing.run(latest), "export traces"))
         yield
         if pool is not None:
-            await pool.stop(config.server.shutdown_grace * PROBES_SHARE)
+            await pool.stop(app[GRACE].left() * PROBES_SHARE)
         if tracing is not None:
             await tracing.caught_up()
         for task in tasks:
@@ -237,8 +239,7 @@ def make_app(
         actions = Actions(config, app[STORE], app[RECORDS], now=now, add_hosts=_add_hosts_to(pool))
         app[API] = Api(app[RECORDS], actions, admin, live, timeline, rates, stream)
         app[DASHBOARD] = Dashboard(config, app[API], admin, version(), now)
-        task = asyncio.create_task(_sample(timeline, stream), name="sample")
-        task.add_done_callback(log_task_failure)
+        task = start_task(_sample(timeline, stream), "sample the time series")
         yield
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -514,6 +515,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         _announce(config, listener)
         await stop.wait()
         log.info("stopping", grace_seconds=grace)
+        app[GRACE].begin()
         if (tracing := app[TRACING]) is not None:
             tracing.deadline = asyncio.get_running_loop().time() + grace
         app[DRAINING].set()

@@ -1,4 +1,9 @@
-"""A child process of the daemon: started, kept running, and talked to in frames over its standard input and output."""
+"""Supervises a child process of the daemon: starts it, talks to it in frames over its standard input and output, and
+replaces it when it has ended or hangs.
+
+A child hangs when nothing has been read from it for some time although it is pinged: it is killed, and what it was sent
+and has not answered is lost, as after a crash.
+"""
 
 from __future__ import annotations
 
@@ -12,115 +17,236 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from notify_server.processes.frames import Frames, frame
+from notify_server.supervise import let_end, start_task, stop_tasks
 
 log = structlog.get_logger("notify_server")
 
 READ_BYTES = 1 << 20
-RESTART_SHORTEST = 0.05
-RESTART_LONGEST = 5.0
-# How settings begin in the environment: the daemon's own, and those of its tracing, which may hold credentials.
-DAEMONS_OWN = ("NOTIFY_SERVER__", "OTEL_")
+MIN_RESTART_SECONDS = 0.05
+MAX_RESTART_SECONDS = 5.0
+# Silence is counted in ticks of the daemon's own loop: while the daemon itself stands still, nobody is silent.
+TICK_SECONDS = 0.2
+# Whoever waits for an answer is refused after SILENT_TICKS; the process is killed after HUNG_TICKS.
+SILENT_TICKS = 3
+HUNG_TICKS = 20
+# How long a process may take to load and to send its first sign of life.
+START_TICKS = 150
+# How long to wait for a killed process: one that waits for a dead disk cannot end.
+KILL_SECONDS = 1.0
+# Prefixes of settings in the environment: the daemon's own, and those of its tracing, which may hold credentials.
+SECRET_PREFIXES = ("NOTIFY_SERVER__", "OTEL_")
 
 
 def module(name: str) -> list[str]:
-    """The command that runs a module of this package."""
-    return [sys.executable, "-m", f"notify_server.{name}"]
+    """Return the command that runs a module of this package. `-P` keeps the working directory off its import path."""
+    return [sys.executable, "-P", "-m", f"notify_server.{name}"]
 
 
 class Child:
-    """One process at a time. It is sent `first` when it starts, and is up once it has answered that.
+    """Keeps one process running. It is sent `first` when it starts, and is up once it has answered that.
 
-    `name` is what the log calls it; `restarts` counts the processes that were started because another had ended;
-    `finishing` is true once it has been told to end.
+    `on_up` receives its first frame, `on_frame` every later one. `on_death` is called when a process that was up has
+    ended. `on_silent` is called when it has not answered for SILENT_TICKS: it may answer later, or be killed.
+    `is_overdue` is asked in each tick, with the count of ticks, whether the process owes an answer for so long that it
+    must be killed. `name` is for the log; `restarts` counts replacements.
     """
 
-    def __init__(self, name: str, command: Sequence[str], first: bytes) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        first: bytes,
+        *,
+        on_up: Callable[[bytes], object],
+        on_frame: Callable[[bytes], object],
+        on_death: Callable[[], object],
+        on_silent: Callable[[], object] = lambda: None,
+        is_overdue: Callable[[int], bool] = lambda ticks: False,
+    ) -> None:
         self._name = name
         self._command = command
         self._first = first
+        self._on_up = on_up
+        self._on_frame = on_frame
+        self._on_death = on_death
+        self._on_silent = on_silent
+        self._is_overdue = is_overdue
         self._process: Process | None = None
         self._up = False
-        self.finishing = False
+        self._alive = False
+        self._silent_ticks = 0
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
         self.restarts = 0
+        self.ticks = 0
 
     @property
     def up(self) -> bool:
-        """Whether the process runs and has answered its first frame."""
+        """True while the process runs and has answered its first frame."""
         return self._up
+
+    @property
+    def answers(self) -> bool:
+        """True while the process is up and not silent, and is not being stopped."""
+        return self._up and self._silent_ticks < SILENT_TICKS and not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """True once `stop` has begun."""
+        return self._stopping.is_set()
 
     @property
     def pid(self) -> int | None:
         """The process id, None while there is no process."""
         return self._process.pid if self._process is not None else None
 
+    def start(self) -> None:
+        """Start the process and keep one running until `stop`."""
+        self._task = start_task(self._run(), f"supervise {self._name}")
+
     def send(self, payload: bytes) -> None:
-        """Hand it a frame. When the process is gone that is lost, as `on_death` tells."""
+        """Send a frame. It is lost when the process is gone, which `on_death` reports."""
         pipe = self._process.stdin if self._process is not None else None
-        # uvloop raises on a pipe whose other end it knows to be gone, which may be before `on_death` is called.
+        # uvloop raises on a pipe whose other end is closed, which it may notice before `on_death` is called.
         if pipe is not None and not pipe.is_closing():
             pipe.write(frame(payload))
 
-    async def run(
-        self,
-        on_up: Callable[[bytes], object],
-        on_frame: Callable[[bytes], object],
-        on_death: Callable[[], object],
-    ) -> None:
-        """Keep a process running until it ends after `finish`.
-
-        `on_up` is told its first frame, `on_frame` every later one; `on_death` is called when a process that was up has
-        ended: what it was sent and has not answered is lost.
+    async def stop(self, grace: float) -> bool:
+        """Close the input of the process and wait for its end; kill it after `grace` seconds. Return False when it had
+        to be killed.
         """
-        delay = RESTART_SHORTEST
-        while not self.finishing:
-            process = self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=PIPE, stdout=PIPE, env=_environment()
-            )
-            try:
-                self.send(self._first)
-                frames = Frames()
-                while data := await _receive(process):
-                    for payload in frames.feed(data):
-                        if self._up:
-                            on_frame(payload)
-                            # Callbacks have their turn between two frames, however many are here.
-                            await asyncio.sleep(0)
-                        else:
-                            self._up = True
-                            delay = RESTART_SHORTEST
-                            log.debug(f"{self._name} ready", pid=process.pid)
-                            on_up(payload)
-            finally:
-                was_up, self._up = self._up, False
-                # One that was told to finish is finishing, and is given the time.
-                if not self.finishing:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                status = await process.wait()
-            if was_up:
-                on_death()
-            if self.finishing:
-                return
-            log.error(f"{self._name} ended, starting another", pid=process.pid, status=status)
-            await asyncio.sleep(delay)
-            self.restarts += 1
-            delay = min(delay * 2, RESTART_LONGEST)
+        self._stopping.set()
+        if self._task is None:
+            return True
+        let_end(self._task)
+        self._close_input()
+        in_time = await self._ended_within(grace)
+        if not in_time:
+            self._kill()
+            if not await self._ended_within(KILL_SECONDS):
+                log.error(f"{self._name} cannot be killed, leaving it behind", pid=self.pid)
+        await stop_tasks(self._task)
+        return in_time
 
-    def finish(self) -> None:
-        """Close its input: it ends by itself once it has done what it was sent."""
-        self.finishing = True
+    async def _ended_within(self, seconds: float) -> bool:
+        assert self._task is not None
+        await asyncio.wait([self._task], timeout=seconds)
+        return self._task.done()
+
+    async def _run(self) -> None:
+        delay = MIN_RESTART_SECONDS
+        while not self.stopping:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=PIPE, stdout=PIPE, env=_environment()
+                )
+            except OSError as error:
+                log.error(f"{self._name} cannot be started, trying again", error=str(error))
+                await self._pause(delay)
+                delay = min(delay * 2, MAX_RESTART_SECONDS)
+                continue
+            was_up = await self._attend(process)
+            if was_up:
+                delay = MIN_RESTART_SECONDS
+                self._on_death()
+            if self.stopping:
+                return
+            log.error(f"{self._name} ended, starting another", pid=process.pid, status=process.returncode)
+            await self._pause(delay)
+            self.restarts += 1
+            delay = min(delay * 2, MAX_RESTART_SECONDS)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+
+    async def _attend(self, process: Process) -> bool:
+        """Talk to the process until it has ended; return True if it was up."""
+        self._process = process
+        self._alive = False
+        self._silent_ticks = 0
+        watching = start_task(self._watch(process), f"watch {self._name}")
+        let_end(watching)
+        was_up = False
+        try:
+            self.send(self._first)
+            if self.stopping:
+                self._close_input()
+            was_up = await self._receive(process)
+            # One that is being stopped may take its time after it has closed its output.
+            if not self.stopping:
+                self._kill()
+            await process.wait()
+        finally:
+            watching.cancel()
+            self._up = False
+            if process.returncode is None:
+                self._kill()
+            self._process = None
+        return was_up
+
+    async def _receive(self, process: Process) -> bool:
+        """Hand over frames until the output of the process ends; return True if it was up."""
+        frames = Frames()
+        try:
+            while data := await _read(process):
+                self._alive = True
+                self._silent_ticks = 0
+                for payload in frames.feed(data):
+                    if not payload:
+                        continue
+                    if self._up:
+                        self._on_frame(payload)
+                        # Let callbacks run between two frames, however many have arrived.
+                        await asyncio.sleep(0)
+                    else:
+                        self._up = True
+                        log.debug(f"{self._name} ready", pid=process.pid)
+                        self._on_up(payload)
+        except Exception as error:
+            # What cannot be understood now is not understood later either: begin again with another process.
+            log.error(f"{self._name} cannot be understood, please report this", pid=process.pid, exc_info=error)
+        return self._up
+
+    async def _watch(self, process: Process) -> None:
+        """Ping the process in each tick, and kill it when it hangs."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.ticks += 1
+            self._silent_ticks += 1
+            if self._up:
+                self.send(b"")
+                if self._silent_ticks == SILENT_TICKS:
+                    self._on_silent()
+            limit = HUNG_TICKS if self._alive else START_TICKS
+            if self._silent_ticks > limit:
+                log.error(
+                    f"{self._name} hangs, killing it", pid=process.pid, silent_seconds=self._silent_ticks * TICK_SECONDS
+                )
+            elif self._is_overdue(self.ticks):
+                log.error(f"{self._name} answers pings but not its work, killing it", pid=process.pid)
+            else:
+                continue
+            self._kill()
+            return
+
+    def _close_input(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
-    def kill(self) -> None:
-        """End it at once."""
-        self.finishing = True
+    def _kill(self) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
 
-async def _receive(process: Process) -> bytes:
+def ticks(seconds: float) -> int:
+    """Return the number of ticks that a process is given for something that should take at most `seconds`."""
+    return round(seconds / TICK_SECONDS) + 1
+
+
+async def _read(process: Process) -> bytes:
     assert process.stdout is not None
     with contextlib.suppress(ConnectionError):
         return await process.stdout.read(READ_BYTES)
@@ -129,4 +255,4 @@ async def _receive(process: Process) -> bytes:
 
 def _environment() -> dict[str, str]:
     # A child needs none of the daemon's settings, and must not be able to leak them.
-    return {name: value for name, value in os.environ.items() if not name.upper().startswith(DAEMONS_OWN)}
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(SECRET_PREFIXES)}

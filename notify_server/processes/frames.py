@@ -1,6 +1,7 @@
-"""How the daemon and its child processes talk: frames through pipes. It loads nothing, as a prober must not.
+"""The framing between the daemon and its child processes. Imports nothing else, so that a prober stays small.
 
-A frame is a length (4 bytes, little endian) and so many bytes of MessagePack.
+A frame is a length (4 bytes, little endian) and that many bytes of MessagePack. An empty frame is a ping when the
+daemon sends it, and a sign of life when a child does.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ FRAME_HEADER = struct.Struct("<I")
 
 
 def frame(payload: bytes) -> bytes:
-    """The payload as it goes through a pipe."""
+    """Return the payload as it goes through a pipe."""
     return FRAME_HEADER.pack(len(payload)) + payload
 
 
 class Frames:
-    """Puts frames together again from what a pipe gives."""
+    """Reassembles frames from the chunks that a pipe delivers."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The payloads that are complete with these bytes."""
+        """Return the payloads that these bytes complete."""
         buffer = self._buffer
         buffer += data
         payloads: list[bytes] = []

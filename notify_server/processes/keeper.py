@@ -21,7 +21,6 @@ import structlog
 
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import BatchVerdict
-from notify_server.processes.frames import Frames, frame
 from notify_server.processes.keeper_protocol import (
     VERBS,
     Call,
@@ -32,15 +31,14 @@ from notify_server.processes.keeper_protocol import (
     Opened,
     Reply,
 )
+from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.store.base import ExpansionListener
 from notify_server.store.sqlite import writer as sqlite_writer
 from notify_server.store.sqlite.store import SqliteStore
-from notify_server.supervise import freeze_gc
+from notify_server.supervise import freeze_gc, start_task
 from notify_server.verify.guard import Guard
 
 log = structlog.get_logger("notify_server.store")
-
-READ_BYTES = 1 << 20
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_call = msgspec.msgpack.Decoder(Call).decode
@@ -53,8 +51,8 @@ class Keeper:
 
     def __init__(self, source: int, sink: int) -> None:
         self._source = source
-        self._sink = sink
-        self._frames = Frames()
+        self._output = Output(sink)
+        self._input = Input(source, self._output)
         self._now = 0
         # Lines for the log from before the daemon knows that the store is open.
         self._early: list[Logged] = []
@@ -66,7 +64,9 @@ class Keeper:
 
     async def run(self) -> None:
         """Open the store and serve it."""
-        config = msgspec.msgpack.decode(self._first_frame(), type=KeeperConfig)
+        config = msgspec.msgpack.decode(self._input.first(), type=KeeperConfig)
+        # SQLite blocks this thread for as long as the disk takes.
+        self._output.start_beating()
         sqlite_writer.BUSY_TIMEOUT_MS = config.busy_timeout_ms
         structlog.configure(processors=[structlog.processors.format_exc_info, self._log])
         try:
@@ -78,7 +78,6 @@ class Keeper:
         self._opened = True
         for line in self._early:
             self._send(line)
-        os.set_blocking(self._source, False)
         asyncio.get_running_loop().add_reader(self._source, self._read)
         await self._ended.wait()
         if self._expanding is not None:
@@ -90,17 +89,14 @@ class Keeper:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _first_frame(self) -> bytes:
-        while not (frames := self._frames.feed(os.read(self._source, READ_BYTES))):
-            pass
-        return frames[0]
-
     def _read(self) -> None:
-        data = os.read(self._source, READ_BYTES)
-        if not data:
+        try:
+            payloads = self._input.read()
+        except EOFError:
             asyncio.get_running_loop().remove_reader(self._source)
             self._ended.set()
-        for payload in self._frames.feed(data):
+            return
+        for payload in payloads:
             call = _decode_call(payload)
             self._now = call.now
             task = asyncio.create_task(self._answer(call), name=call.verb)
@@ -126,8 +122,9 @@ class Keeper:
                 self._store.release(*arguments)
                 return None
             case "expand_inbox":
-                self._expanding = asyncio.create_task(self._expand_inbox(Guard(*arguments)), name="expand")
-                self._expanding.add_done_callback(_fatal)
+                self._expanding = start_task(
+                    self._expand_inbox(Guard(*arguments)), "expand the inbox", on_failure=_exit
+                )
                 return None
             case _:
                 return await getattr(self._store, verb)(*arguments)
@@ -155,25 +152,20 @@ class Keeper:
         raise structlog.DropEvent
 
     def _send(self, message: msgspec.Struct) -> None:
-        view = memoryview(frame(_encode(message)))
-        while view:
-            view = view[os.write(self._sink, view) :]
+        self._output.send(_encode(message))
 
 
-def _fatal(task: asyncio.Task[None]) -> None:
-    # The daemon starts another keeper, and tells of it.
-    if not task.cancelled() and task.exception() is not None:
-        task.get_loop().call_exception_handler({"message": f"{task.get_name()} failed", "exception": task.exception()})
-        os._exit(1)
+def _exit() -> None:
+    # The daemon logs it and starts another keeper.
+    os._exit(1)
 
 
 def main() -> None:
     """The process: ends quietly when the daemon does."""
-    # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # It finishes its transaction and ends.
+    follow_daemon(signal.SIGCONT)
     freeze_gc()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, EOFError):
         asyncio.run(Keeper(sys.stdin.fileno(), sys.stdout.fileno()).run())
 
 

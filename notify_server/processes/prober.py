@@ -27,8 +27,8 @@ import msgspec
 import pycurl
 
 from notify_server.model import Evidence, Reason, Request
-from notify_server.processes.frames import Frames, frame
 from notify_server.processes.prober_protocol import ProberConfig, Ready
+from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.verify.guard import Guard
 
 # Longer values are cut: they are kept to be read by people.
@@ -303,8 +303,8 @@ class Prober:
 
     def __init__(self, source: int, sink: int) -> None:
         self._source = source
-        self._sink = sink
-        self._frames = Frames()
+        self._output = Output(sink)
+        self._input = Input(source, self._output)
         self._multi = pycurl.CurlMulti()
         self._idle: list[Handle] = []
         self._busy = 0
@@ -313,33 +313,13 @@ class Prober:
         self._together = 1
         self._decode = msgspec.msgpack.Decoder(list[Request]).decode
         self._encode = msgspec.msgpack.Encoder().encode
-        self._config = msgspec.msgpack.decode(self._first_frame(), type=ProberConfig)
+        self._config = msgspec.msgpack.decode(self._input.first(), type=ProberConfig)
         self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
         self._multi.setopt(pycurl.M_MAXCONNECTS, min(max(self._config.concurrency * 2, MIN_KEPT), MAX_KEPT))
-        os.set_blocking(source, False)
-        self._write(self._encode(Ready(pycurl.version_info()[1])))
-
-    def _first_frame(self) -> bytes:
-        while not (frames := self._read()):
-            pass
-        return frames[0]
-
-    def _read(self) -> list[bytes]:
-        try:
-            data = os.read(self._source, 1 << 18)
-        except BlockingIOError:
-            return []
-        if not data:
-            raise EOFError
-        return self._frames.feed(data)
+        self._output.send(self._encode(Ready(pycurl.version_info()[1])))
 
     def _send(self, evidence: list[Evidence]) -> None:
-        self._write(self._encode(evidence))
-
-    def _write(self, payload: bytes) -> None:
-        view = memoryview(frame(payload))
-        while view:
-            view = view[os.write(self._sink, view) :]
+        self._output.send(self._encode(evidence))
 
     def run(self) -> None:
         """Work until standard input ends (EOFError) or standard output is gone (BrokenPipeError)."""
@@ -350,7 +330,7 @@ class Prober:
             reads.append(self._source)
             ready, _, _ = select.select(reads, writes, errors, self._patience())
             if self._source in ready:
-                for payload in self._read():
+                for payload in self._input.read():
                     for request in self._decode(payload):
                         self._start(request)
                 self._together = min(MAX_TOGETHER, max(1, self._busy // 2))
@@ -413,9 +393,7 @@ class Prober:
 
 def main() -> None:
     """The process: ends quietly when the daemon does."""
-    # A terminal's Ctrl-C, and a service manager's SIGTERM, reach all processes; the daemon decides when this one stops.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    follow_daemon(signal.SIGKILL)
     # Callbacks and what keeps the record come first where there are not enough processors for all.
     os.nice(10)
     try:

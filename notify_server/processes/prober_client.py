@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from notify_server.model import Evidence, Request
-from notify_server.processes.child import Child, module
+from notify_server.processes.child import Child, module, ticks
 from notify_server.processes.prober_protocol import ProberConfig, Ready
-from notify_server.supervise import log_task_failure
 
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
+# A prober ends each request by the request's own time-out. It hangs when an answer is later than that by so much.
+OVERDUE_SECONDS = 5.0
 
 _decode = msgspec.msgpack.Decoder(list[Evidence]).decode
 _decode_ready = msgspec.msgpack.Decoder(Ready).decode
@@ -22,22 +23,32 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class ProberLink:
-    """One prober. `busy` counts the requests it has been sent and not answered; it is the caller's to look at.
-
-    `libcurl` is the version it has, empty until the first process is ready.
-    """
+    """One prober. `libcurl` is the version it has, empty until the first process is ready."""
 
     def __init__(self, config: ProberConfig) -> None:
-        self._child = Child("prober", module("processes.prober"), _encode(config))
-        self._task: asyncio.Task[None] | None = None
+        self._child = Child(
+            "prober",
+            module("processes.prober"),
+            _encode(config),
+            on_up=self._on_up,
+            on_frame=self._on_frame,
+            on_death=self._on_child_death,
+            is_overdue=self._is_overdue,
+        )
         self._ready = asyncio.Event()
-        self.busy = 0
+        # The requests that are not answered yet, each with the tick of its deadline.
+        self._deadlines: dict[int, int] = {}
         self.libcurl = ""
 
     @property
+    def busy(self) -> int:
+        """The number of requests that the prober was sent and has not answered."""
+        return len(self._deadlines)
+
+    @property
     def alive(self) -> bool:
-        """Whether the process is up and has said that it is ready."""
-        return self._child.up
+        """True while the process is up and answers."""
+        return self._child.answers
 
     @property
     def pid(self) -> int | None:
@@ -46,7 +57,7 @@ class ProberLink:
 
     @property
     def restarts(self) -> int:
-        """How many processes were started because another had ended."""
+        """The number of processes that were started because another had ended."""
         return self._child.restarts
 
     async def start(
@@ -59,39 +70,37 @@ class ProberLink:
 
         `on_death` is called when a process that was ready has ended; what it was sent and has not answered is lost.
         """
-
-        def up(payload: bytes) -> None:
-            self.libcurl = _decode_ready(payload).libcurl
-            self._ready.set()
-            on_ready(self)
-
-        def told(payload: bytes) -> None:
-            evidence = _decode(payload)
-            self.busy -= len(evidence)
-            on_evidence(self, evidence)
-
-        def died() -> None:
-            self.busy = 0
-            if not self._child.finishing:
-                on_death(self)
-
-        self._task = asyncio.create_task(self._child.run(up, told, died), name="prober")
-        self._task.add_done_callback(log_task_failure)
+        self._on_ready, self._on_evidence, self._on_death = on_ready, on_evidence, on_death
+        self._child.start()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ready.wait(), START_SECONDS)
 
     def send(self, requests: Sequence[Request]) -> None:
-        """Hand requests to the prober. When it is gone they are lost, as `on_death` tells."""
-        self.busy += len(requests)
+        """Send requests to the prober. When it is gone they are lost, which `on_death` reports."""
+        now = self._child.ticks
+        for request in requests:
+            self._deadlines[request.id] = now + ticks(request.timeout_ms / 1000 + OVERDUE_SECONDS)
         self._child.send(_encode(requests))
 
-    async def stop(self) -> None:
-        """End the process: it leaves by itself when its input closes, and is killed when it does not."""
-        self._child.finish()
-        if self._task is not None:
-            try:
-                await asyncio.wait_for(self._task, STOP_SECONDS)
-            except TimeoutError:
-                self._child.kill()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._task
+    async def stop(self, grace: float = STOP_SECONDS) -> None:
+        """End the process: it leaves by itself when its input closes, and is killed after `grace` seconds."""
+        await self._child.stop(grace)
+
+    def _on_up(self, payload: bytes) -> None:
+        self.libcurl = _decode_ready(payload).libcurl
+        self._ready.set()
+        self._on_ready(self)
+
+    def _on_frame(self, payload: bytes) -> None:
+        evidence = _decode(payload)
+        for item in evidence:
+            self._deadlines.pop(item.id, None)
+        self._on_evidence(self, evidence)
+
+    def _on_child_death(self) -> None:
+        self._deadlines.clear()
+        if not self._child.stopping:
+            self._on_death(self)
+
+    def _is_overdue(self, now: int) -> bool:
+        return any(deadline < now for deadline in self._deadlines.values())

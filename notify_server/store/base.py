@@ -156,8 +156,10 @@ class Store(FileQueue, Editable, Protocol):
     def nodes(self) -> Nodes:
         """This daemon among those that share the work; a store of one daemon has it alone, as 0."""
 
-    async def close(self) -> None:
-        """Let what is being written finish, and close. Callers still waiting get StoreUnavailableError."""
+    async def close(self, grace: float = 30.0) -> None:
+        """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get
+        StoreUnavailableError.
+        """
 
     async def reject(self, rejection: Rejection) -> None:
         """Keep a refused body. The number and total size kept are bounded; the oldest go first."""

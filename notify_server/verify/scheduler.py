@@ -33,9 +33,9 @@ from notify_server.model import (
     Request,
     http_reason,
 )
-from notify_server.processes.prober_client import ProberLink
+from notify_server.processes.prober_client import STOP_SECONDS, ProberLink
 from notify_server.store.base import FileQueue
-from notify_server.supervise import log_task_failure
+from notify_server.supervise import start_task
 from notify_server.verify import policy
 from notify_server.verify.connectivity import Connectivity, ask_name_server, is_name
 from notify_server.verify.guard import Guard
@@ -164,11 +164,9 @@ class Pool:
         """Start the probers and the work."""
         await asyncio.gather(*(link.start(self._on_ready, self._on_evidence, self._on_death) for link in self._links))
         self._tasks = [
-            asyncio.create_task(self._claim_loop(), name="verify-claim"),
-            asyncio.create_task(self._record_loop(), name="verify-record"),
+            start_task(self._claim_loop(), "verify: claim"),
+            start_task(self._record_loop(), "verify: record"),
         ]
-        for task in self._tasks:
-            task.add_done_callback(log_task_failure)
 
     def finish(self) -> None:
         """Start nothing more."""
@@ -189,7 +187,7 @@ class Pool:
         except TimeoutError:
             log.info("probes cut off, their files stay pending", files=len(self._flights) + len(self._results))
         record.cancel()
-        await asyncio.gather(*(link.stop() for link in self._links))
+        await asyncio.gather(*(link.stop(min(STOP_SECONDS, grace / 2)) for link in self._links))
         for reach in (self._network, self._names):
             reach.take()
         await asyncio.gather(claim, record, return_exceptions=True)

@@ -10,10 +10,13 @@ from aiohttp import web
 
 from notify_server.errors import StoreUnavailableError
 from notify_server.store.base import Store
+from notify_server.supervise import ended_tasks
 from notify_server.telemetry.metrics import Metrics
 
 # An answer is good for this long, so that asking often costs the store nothing.
 FRESH_SECONDS = 1.0
+# An orchestrator that gets no answer in time does not learn the reason either.
+CHECK_SECONDS = 0.8
 
 
 class Health:
@@ -36,7 +39,7 @@ class Health:
         self._probers_up = probers_up
         self._draining = draining
         self._takes_callbacks = takes_callbacks
-        self._lock = asyncio.Lock()
+        self._checking: asyncio.Future[None] | None = None
         self._store_state = ""
         self._checked_at = float("-inf")
 
@@ -53,6 +56,8 @@ class Health:
         state = {"store": await self._check_store(), "server": "draining" if self._draining() else "ok"}
         if self._probers_up is not None:
             state["probers"] = "ok" if self._probers_up() else "down, restarting"
+        if ended := ended_tasks():
+            state["tasks"] = "ended, restart the server: " + ", ".join(ended)
         if not self._takes_callbacks:
             state["callbacks"] = "not taken here, see [server] roles"
         ready = all(part == "ok" for part in state.values())
@@ -68,13 +73,25 @@ class Health:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _check_store(self) -> str:
-        async with self._lock:
-            loop = asyncio.get_running_loop()
-            if loop.time() - self._checked_at >= FRESH_SECONDS:
-                try:
-                    await self._store.ping(self._now())
-                    self._store_state = "ok"
-                except StoreUnavailableError as error:
-                    self._store_state = f"cannot commit: {error}"
-                self._checked_at = loop.time()
-            return self._store_state
+        """Return what a write has shown within CHECK_SECONDS; requests that come together share one write."""
+        if self._checking is None and asyncio.get_running_loop().time() - self._checked_at >= FRESH_SECONDS:
+            self._checking = asyncio.ensure_future(self._ping())
+            self._checking.add_done_callback(self._checked)
+        if self._checking is not None:
+            done, _ = await asyncio.wait([self._checking], timeout=CHECK_SECONDS)
+            if not done:
+                return f"cannot commit: no answer within {CHECK_SECONDS:g} s"
+        return self._store_state
+
+    async def _ping(self) -> None:
+        try:
+            await self._store.ping(self._now())
+            self._store_state = "ok"
+        except StoreUnavailableError as error:
+            self._store_state = f"cannot commit: {error}"
+
+    def _checked(self, checking: asyncio.Future[None]) -> None:
+        self._checking = None
+        self._checked_at = asyncio.get_running_loop().time()
+        if not checking.cancelled() and (error := checking.exception()) is not None:
+            self._store_state = f"cannot commit: {error}"

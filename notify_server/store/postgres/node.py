@@ -20,6 +20,7 @@ import structlog
 from notify_server.errors import StoreUnavailableError
 from notify_server.store.postgres.session import CLAIMING, Connection, Session, retry_once
 from notify_server.store.sql import load_queries
+from notify_server.supervise import start_task
 
 log = structlog.get_logger("notify_server.store")
 
@@ -84,8 +85,8 @@ class Node:
         await self._session.open()
         await self._beat()
         self._tasks = [
-            asyncio.create_task(self._beats(), name="postgres-node"),
-            asyncio.create_task(self._call_out(), name="postgres-notify"),
+            start_task(self._beats(), "PostgreSQL: lease of this node"),
+            start_task(self._call_out(), "PostgreSQL: notify other nodes"),
         ]
 
     async def close(self) -> None:

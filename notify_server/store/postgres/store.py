@@ -50,6 +50,7 @@ from notify_server.store.postgres.writes import (
     write_results,
 )
 from notify_server.store.sql import load_queries
+from notify_server.supervise import start_task
 from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ class PostgresStore:
         await self._count_nodes()
         if self._expands:
             await self._turn.take()
-        self._task = asyncio.create_task(self._ticks(), name="postgres-ticks")
+        self._task = start_task(self._ticks(), "PostgreSQL: housekeeping of this node")
 
     @property
     def backlog(self) -> int:
@@ -195,12 +196,16 @@ class PostgresStore:
         """Whether to expand if nobody else does: it is left to those that probe, as long as there are any."""
         return self._probes or not self._probing
 
-    async def close(self) -> None:
+    async def close(self, grace: float = 30.0) -> None:
         self._closing = True
-        await self._accept.close()
-        await self._reject.close()
-        await self._at_rest.wait()
-        await self._disconnect()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace / 2):
+                await self._accept.close()
+                await self._reject.close()
+                await self._at_rest.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace / 2):
+                await self._disconnect()
 
     async def _disconnect(self) -> None:
         if self._task is not None:

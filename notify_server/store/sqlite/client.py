@@ -16,7 +16,7 @@ import structlog
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.processes.child import Child, module
+from notify_server.processes.child import Child, module, ticks
 from notify_server.processes.keeper_protocol import (
     VERBS,
     Call,
@@ -39,7 +39,6 @@ from notify_server.store.base import (
 )
 from notify_server.store.batching import LATELY_SECONDS, answer, fail
 from notify_server.store.sqlite import writer as sqlite_writer
-from notify_server.supervise import log_task_failure
 from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
@@ -47,8 +46,13 @@ T = TypeVar("T")
 log = structlog.get_logger("notify_server.store")
 
 START_SECONDS = 60.0
-# For what it has been told, and for writing the WAL back.
+# For finishing what it was sent and checkpointing the WAL.
 STOP_SECONDS = 30.0
+# Callers who wait at the other end of a connection are refused after this, and after a moment when the keeper is
+# silent. Every other call waits for the keeper's answer or its end; an answer this late means that it hangs.
+ANSWER_TICKS = ticks(5.0)
+OVERDUE_TICKS = ticks(30.0)
+IMPATIENT = frozenset({"accept_all", "reject", "recheck", "ping"})
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_opened = msgspec.msgpack.Decoder(Opened).decode
@@ -67,19 +71,28 @@ class SqliteClient:
         self, path: Path, command: Sequence[str], now: Callable[[], int], on_commit: Callable[[float], object]
     ) -> None:
         config = KeeperConfig(str(path.absolute()), os.getpid(), sqlite_writer.BUSY_TIMEOUT_MS)
-        self._child = Child("keeper", command, _encode(config))
+        self._child = Child(
+            "keeper",
+            command,
+            _encode(config),
+            on_up=self._on_up,
+            on_frame=self._on_frame,
+            on_death=self._on_death,
+            on_silent=self._on_silent,
+            is_overdue=self._is_overdue,
+        )
         self._path = path
         self._now = now
         self._backlog = 0
         self._ids = itertools.count(1)
-        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        # Each with its verb and the tick at which it was sent.
+        self._calls: dict[int, tuple[str, int, asyncio.Future[Any]]] = {}
         self._expanding: tuple[Guard, ExpansionListener] | None = None
         self._opened: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._closing = False
         self._on_commit = on_commit
         self._accepting: list[tuple[Delivery, asyncio.Future[int]]] = []
         self._came_at = -math.inf
-        self._task: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -96,18 +109,17 @@ class SqliteClient:
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
         store = cls(path, command or module("processes.keeper"), now, on_commit)
-        store._task = asyncio.create_task(store._run(), name="keeper")
-        store._task.add_done_callback(log_task_failure)
+        store._child.start()
         try:
             async with asyncio.timeout(START_SECONDS):
                 refused = await asyncio.shield(store._opened)
         except TimeoutError:
-            refused = f"{path}: the process that keeps it does not start: the log says why"
+            refused = f"{path}: the process that writes it does not start: the log says why"
         except BaseException:
-            await store._end()
+            await store._child.stop(STOP_SECONDS)
             raise
         if refused is not None:
-            await store._end()
+            await store._child.stop(STOP_SECONDS)
             raise StoreRefusedError(refused)
         return store
 
@@ -128,26 +140,13 @@ class SqliteClient:
         """The keeper's process id, None while there is none."""
         return self._child.pid
 
-    async def close(self) -> None:
+    async def close(self, grace: float = STOP_SECONDS) -> None:
         self._closing = True
         self._send_deliveries()
-        await self._end()
-
-    async def _end(self) -> None:
-        self._child.finish()
-        assert self._task is not None
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await asyncio.shield(self._task)
-        except TimeoutError:
+        if not await self._child.stop(grace):
             log.error("the record could not be closed in time: nothing is lost, the next start takes longer")
-            self._child.kill()
-            await self._task
 
     # The keeper
-
-    async def _run(self) -> None:
-        await self._child.run(self._on_up, self._on_frame, self._on_death)
 
     def _on_up(self, payload: bytes) -> None:
         opened = _decode_opened(payload)
@@ -164,7 +163,7 @@ class SqliteClient:
         match _decode(payload):
             case Reply(id, backlog, answer, failure):
                 self._backlog = backlog
-                verb, future = self._calls.pop(id)
+                verb, _, future = self._calls.pop(id)
                 if future.done():
                     return
                 if failure is not None:
@@ -190,23 +189,42 @@ class SqliteClient:
 
     def _on_death(self) -> None:
         calls, self._calls = self._calls, {}
-        for _, future in calls.values():
+        for _, _, future in calls.values():
             if not future.done():
-                future.set_exception(self._gone())
+                future.set_exception(self._unavailable())
 
-    def _gone(self) -> StoreUnavailableError:
+    def _on_silent(self) -> None:
+        for verb, _, future in self._calls.values():
+            if verb in IMPATIENT and not future.done():
+                future.set_exception(self._unavailable())
+
+    def _is_overdue(self, now: int) -> bool:
+        for verb, sent_at, future in self._calls.values():
+            if now - sent_at > OVERDUE_TICKS:
+                return True
+            if now - sent_at > ANSWER_TICKS and verb in IMPATIENT and not future.done():
+                future.set_exception(StoreUnavailableError(f"{self._path}: cannot be written in time"))
+        return False
+
+    def _unavailable(self) -> StoreUnavailableError:
         if self._closing:
             return StoreUnavailableError("the store is closing")
-        return StoreUnavailableError(f"{self._path}: the process that keeps it has ended, another is being started")
+        if self._child.up:
+            return StoreUnavailableError(f"{self._path}: the process that writes it does not answer")
+        return StoreUnavailableError(f"{self._path}: the process that writes it has ended, another is being started")
 
     def _call(self, verb: str, *arguments: object) -> asyncio.Future[Any]:
+        if self._child.answers:
+            return self._send(verb, arguments)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if self._child.up and not self._child.finishing:
-            id = next(self._ids)
-            self._calls[id] = verb, future
-            self._child.send(_encode(Call(id, self._now(), verb, msgspec.Raw(_encode(arguments)))))
-        else:
-            future.set_exception(self._gone())
+        future.set_exception(self._unavailable())
+        return future
+
+    def _send(self, verb: str, arguments: tuple[object, ...]) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        id = next(self._ids)
+        self._calls[id] = verb, self._child.ticks, future
+        self._child.send(_encode(Call(id, self._now(), verb, msgspec.Raw(_encode(arguments)))))
         return future
 
     # The verbs
@@ -218,7 +236,7 @@ class SqliteClient:
             future.set_exception(rejection_gone(delivery.replays))
             return future
         if self._closing:
-            future.set_exception(self._gone())
+            future.set_exception(self._unavailable())
             return future
         if not self._accepting:
             # Those that come in one turn of the loop go in one frame. The keeper, which commits meanwhile what came
@@ -274,9 +292,10 @@ class SqliteClient:
 
     def _have_expanded(self, guard: Guard) -> None:
         networks = [str(network) for network in guard.allowed_networks]
-        call = self._call("expand_inbox", guard.allowed_hosts, networks, sorted(guard.allowed_ports))
-        # When this one is gone before it has answered, the next is told again.
-        call.add_done_callback(_ignore_result)
+        # A keeper that is not up is sent this when it is.
+        if self._child.up:
+            arguments = guard.allowed_hosts, networks, sorted(guard.allowed_ports)
+            self._send("expand_inbox", arguments).add_done_callback(_ignore_result)
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         hosts: list[HostDue] = await self._call("due_hosts", after, limit)
@@ -287,8 +306,9 @@ class SqliteClient:
         return files
 
     def release(self, files: Sequence[DueFile]) -> None:
-        # Of a keeper that is gone nothing is claimed any more.
-        self._call("release", files).add_done_callback(_ignore_result)
+        # A keeper that is gone has no claims; one that is silent for a moment must still learn of it.
+        if self._child.up:
+            self._send("release", (files,)).add_done_callback(_ignore_result)
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         verdicts: list[BatchVerdict] = await self._call("record", results, now)

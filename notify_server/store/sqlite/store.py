@@ -154,7 +154,7 @@ class SqliteStore:
     def nodes(self) -> Nodes:
         return Nodes(0, (0,), (0,))
 
-    async def close(self) -> None:
+    async def close(self, grace: float = 30.0) -> None:
         await self._writer.close()
         self._lock.close()
 

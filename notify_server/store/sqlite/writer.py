@@ -26,6 +26,7 @@ from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnav
 from notify_server.model import FileState, Reason, ReportedStatus, Verdict
 from notify_server.store.batching import GROUP_LIMIT, LATELY_SECONDS, answer, fail
 from notify_server.store.sql import load_migrations, unfinished
+from notify_server.supervise import let_end, start_task
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -341,7 +342,7 @@ class Writer:
         self._came_at = -math.inf
         self._news = asyncio.Event()
         self._closing = False
-        self._task = asyncio.create_task(self._run(), name="sqlite-writer")
+        self._task = start_task(self._run(), "SQLite writer")
 
     def future(self) -> asyncio.Future[Answer]:
         """A future for a caller; it has failed already when the store is closing."""
@@ -485,8 +486,9 @@ class Writer:
     async def close(self) -> None:
         """Finish what was handed in, then close. Closing checkpoints the WAL into the database file."""
         self._closing = True
+        let_end(self._task)
         self.wake()
-        await self._task
+        await asyncio.wait([self._task])
         if self._connection is not None:
             self._connection.close()
             self._connection = None
