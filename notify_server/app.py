@@ -27,7 +27,7 @@ from notify_server.callbacks.connection import CallbackConnection
 from notify_server.callbacks.errors import error_response
 from notify_server.callbacks.handler import Callback
 from notify_server.clock import SteadyClock, unix_ms
-from notify_server.config.config import Config, HostSettings, ServerConfig, version
+from notify_server.config import Config, HostSettings, ServerConfig, version
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import ListenError, StoreUnavailableError
 from notify_server.model import BatchVerdict, FileResult

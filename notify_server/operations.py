@@ -16,7 +16,7 @@ import msgspec
 import structlog
 from msgspec import Meta, Struct
 
-from notify_server.config.config import Config
+from notify_server.config import Config
 from notify_server.contract import wire
 from notify_server.contract.envelope import open_envelope
 from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError

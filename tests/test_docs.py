@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from notify_server.cli.main import app as cli
-from notify_server.config.config import Config, VerifyConfig
+from notify_server.config import Config, VerifyConfig
 from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError
 from notify_server.model import FileState, Reason, Verdict

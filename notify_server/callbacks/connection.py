@@ -20,7 +20,7 @@ from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion11, 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.handler import Callback
 from notify_server.callbacks.response import Answer
-from notify_server.config.config import ServerConfig
+from notify_server.config import ServerConfig
 
 # A longer head is aiohttp's; so long may one line of it be there.
 MAX_HEAD = 8190

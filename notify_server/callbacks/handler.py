@@ -21,7 +21,7 @@ from yarl import URL
 from notify_server.callbacks.errors import RefusedError, busy, error_response
 from notify_server.callbacks.rate_limit import RateLimit, source_of
 from notify_server.callbacks.response import AckForm, Answer
-from notify_server.config.config import Config, IPNetwork
+from notify_server.config import Config, IPNetwork
 from notify_server.contract import signature, wire
 from notify_server.contract.envelope import open_envelope
 from notify_server.contract.trace_context import TraceParent, parse_traceparent

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
-from notify_server.config.config import AckConfig
+from notify_server.config import AckConfig
 
 REQUEST_ID = "{request_id}"
 # RFC 9110 8.6, 15.3.5, 15.3.6: the one has neither a body nor its length, the other has none.

@@ -12,7 +12,7 @@ from notify_server.errors import NotifyServerError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from notify_server.config.config import Config
+    from notify_server.config import Config
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class UsageError(NotifyServerError):
 
 def read_config(path: Path | None) -> Config:
     """The configuration, or exit 2 with a line on standard error for every wrong key."""
-    from notify_server.config.config import load_config
+    from notify_server.config import load_config
     from notify_server.errors import ConfigError
 
     try:

@@ -17,8 +17,10 @@ from pydantic import BaseModel, PlainValidator, SecretStr
 from pydantic.fields import FieldInfo
 
 from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_config
-from notify_server.config.config import ENV_PREFIX, FORWARD, Config, StatusRange, duration
+from notify_server.config import ENV_PREFIX, Config, StatusRange
 from notify_server.config.forward import warnings
+from notify_server.config.loading import FORWARD
+from notify_server.config.values import duration
 from notify_server.contract.signature import PlatformKey
 from notify_server.forward.accept import Accept
 

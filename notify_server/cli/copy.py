@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, read_config, until_signal
-from notify_server.config.config import LogConfig, store_url
+from notify_server.config import LogConfig
+from notify_server.config.values import store_url
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.store.copying.copy import Checked, Progress, Side, Step, copy
 from notify_server.store.copying.sqlite import SqliteSide

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from notify_server.cli.common import EXIT_FAILED, read_config
-from notify_server.config.config import LogConfig
+from notify_server.config import LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.store.sql import load_migrations
 from notify_server.store.sqlite.writer import FileLock, connect, refusal, schema_version

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, printable, read_config, until_signal
 from notify_server.cli.source import Acting, Remote, Source, SourceError, acting, reading
-from notify_server.config.config import Config, duration
+from notify_server.config import Config
+from notify_server.config.values import duration
 from notify_server.errors import NotifyServerError
 from notify_server.model import CircuitState, FileState, Verdict
 from notify_server.operations import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck

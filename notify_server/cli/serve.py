@@ -11,7 +11,7 @@ import uvloop
 
 from notify_server.app import serve
 from notify_server.cli.common import EXIT_FAILED, read_config
-from notify_server.config.config import Config
+from notify_server.config import Config
 from notify_server.errors import NotifyServerError
 from notify_server.supervise import freeze_gc
 from notify_server.telemetry.metrics import set_up_logging

@@ -25,7 +25,7 @@ from rich.text import Text
 from yarl import URL
 
 from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
-from notify_server.config.config import ENV_PREFIX, Config
+from notify_server.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
 from notify_server.simulator.simulator import (
     MAX_DIFFERENCES,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from notify_server.clock import unix_ms
-from notify_server.config.config import Config
+from notify_server.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.operations import Actions, Prune, Pruned, Recheck, Rechecked, Replayed
 from notify_server.store.reading.types import (

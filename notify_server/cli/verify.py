@@ -29,7 +29,7 @@ from notify_server.app import prober_config
 from notify_server.cli.addresses import AddressFile, Entry, InputError
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
 from notify_server.clock import unix_ms
-from notify_server.config.config import Config, LogConfig
+from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.model import BatchVerdict, DueFile, FileResult, FileState
 from notify_server.processes.prober_client import ProberLink

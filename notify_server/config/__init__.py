@@ -1,0 +1,39 @@
+"""The configuration: its values, its sections, the whole of it, and how it is loaded."""
+
+from notify_server.config.forward import AlertConfig
+from notify_server.config.loading import ENV_PREFIX, load_config
+from notify_server.config.root import Config
+from notify_server.config.sections import (
+    AckConfig,
+    AuthConfig,
+    ContractConfig,
+    HostSettings,
+    LogConfig,
+    RetentionConfig,
+    ServerConfig,
+    StoreConfig,
+    VerifyConfig,
+    version,
+)
+from notify_server.config.values import IPNetwork, Role, StatusRange, without_secrets
+
+__all__ = [
+    "ENV_PREFIX",
+    "AckConfig",
+    "AlertConfig",
+    "AuthConfig",
+    "Config",
+    "ContractConfig",
+    "HostSettings",
+    "IPNetwork",
+    "LogConfig",
+    "RetentionConfig",
+    "Role",
+    "ServerConfig",
+    "StatusRange",
+    "StoreConfig",
+    "VerifyConfig",
+    "load_config",
+    "version",
+    "without_secrets",
+]

@@ -20,17 +20,8 @@ from pydantic import (
 )
 from yarl import URL
 
-from notify_server.config.config import (
-    Duration,
-    Networks,
-    PositiveDuration,
-    ReadableFile,
-    Text,
-    _Section,
-    _show,
-    matching,
-    text,
-)
+from notify_server.config.sections import Section
+from notify_server.config.values import Duration, Networks, PositiveDuration, ReadableFile, Text, matching, show, text
 from notify_server.forward.accept import Accept, parse_accept
 from notify_server.forward.payload import PROBLEMS, EventType, matching_types
 from notify_server.forward.standard_webhooks import check_secret
@@ -79,7 +70,7 @@ def _event_patterns(values: tuple[str, ...]) -> tuple[str, ...]:
         if not matching_types([value]):
             near = get_close_matches(value, [*EventType, "batch.*", "endpoint.*"], 1)
             meant = f', did you mean "{near[0]}"?' if near else f": there are {', '.join(EventType)}"
-            raise ValueError(f"{_show(value)} matches no event{meant}")
+            raise ValueError(f"{show(value)} matches no event{meant}")
     return values
 
 
@@ -99,7 +90,7 @@ Events = Annotated[tuple[Text, ...], AfterValidator(_event_patterns)]
 Mobile = Annotated[str, PlainValidator(matching(r"[+0-9A-Za-z_-]{1,40}", "a mobile number"))]
 
 
-class _Endpoint(_Section):
+class _Endpoint(Section):
     name: Name
     api_codes: tuple[Text, ...] = ()
 
@@ -213,7 +204,7 @@ def _names_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Forward = Annotated[tuple[ForwardEndpoint, ...], AfterValidator(_names_once)]
 
 
-class AlertConfig(_Section):
+class AlertConfig(Section):
     """`[alert]`: when people are warned before a verdict."""
 
     at_risk_after: PositiveDuration = 600.0

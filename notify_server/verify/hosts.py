@@ -13,7 +13,7 @@ from __future__ import annotations
 from asyncio import TimerHandle
 from collections import deque
 
-from notify_server.config.config import HostSettings
+from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile
 
 REST_FACTOR = 10.0

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-from notify_server.config.config import HostSettings
+from notify_server.config import HostSettings
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import printable_url
 

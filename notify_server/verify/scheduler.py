@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 
 import structlog
 
-from notify_server.config.config import HostSettings, VerifyConfig
+from notify_server.config import HostSettings, VerifyConfig
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import (
     AttemptRow,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
 
-from notify_server.config.config import HostSettings
+from notify_server.config import HostSettings
 
 
 def limit_of(host: str, settings: HostSettings, me: int, nodes: Iterable[int]) -> int:

@@ -23,7 +23,7 @@ from aiohttp import HttpVersion11, web
 from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.callbacks.handler import client_address, within
 from notify_server.callbacks.rate_limit import RateLimit, source_of
-from notify_server.config.config import Config
+from notify_server.config import Config
 
 log = structlog.get_logger("notify_server.web")
 

@@ -26,7 +26,7 @@ import aiohttp
 import pycurl
 from rich.console import Console
 
-from notify_server.config.config import LogConfig
+from notify_server.config import LogConfig
 from notify_server.telemetry.metrics import set_up_logging
 from tests.bench.figures import MissingToolError, Outcome, Setting, show
 

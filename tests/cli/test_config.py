@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import notify_server
-from notify_server.config.config import Config, load_config
+from notify_server.config import Config, load_config
 from tests.support.daemon import Finished, clean_environment, run_command
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.store.copying.copy import TABLES
 from notify_server.store.postgres.session import migrate_at
 from notify_server.store.sql import load_migrations

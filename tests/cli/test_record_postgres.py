@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.store.postgres.session import migrate_at
 from notify_server.store.sql import load_migrations
 from tests.cli.test_record import RETRY, fill_through

@@ -26,7 +26,7 @@ import aiohttp
 import pytest
 import yaml
 
-from notify_server.config.config import Config, load_config
+from notify_server.config import Config, load_config
 from tests.bench.servers import running, tool
 from tests.support.daemon import Daemon, Finished, clean_environment
 from tests.support.notification import batch_body, finished

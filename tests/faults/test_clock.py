@@ -17,7 +17,7 @@ from aiohttp import web
 
 from notify_server.app import make_app
 from notify_server.clock import unix_ms
-from notify_server.config.config import load_config
+from notify_server.config import load_config
 from tests.support.daemon import to_toml
 from tests.support.notification import batch_body
 from tests.support.origin import Answer, Origin

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from notify_server.config.config import Config, load_config
+from notify_server.config import Config, load_config
 from notify_server.config.forward import BotEndpoint, CommandEndpoint, UrlEndpoint, warnings
 from notify_server.errors import ConfigError
 from notify_server.forward.payload import PROBLEMS

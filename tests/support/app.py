@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from notify_server.app import POOL, make_app, make_front, serve
 from notify_server.clock import unix_ms
-from notify_server.config.config import Config
+from notify_server.config import Config
 from notify_server.contract.signature import load_platform_key
 from tests.support.http import Connection, Reply
 from tests.support.notification import entry, notification, numbers

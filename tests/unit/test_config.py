@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from notify_server.config.config import Config, StatusRange, VerifyConfig, duration, load_config, version
+from notify_server.config import Config, StatusRange, VerifyConfig, load_config, version
+from notify_server.config.values import duration
 from notify_server.errors import ConfigError
 
 NOT_A_DURATION = 'is not a duration: write a number of seconds, or "30s", "5m", "2h"'

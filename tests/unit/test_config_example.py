@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from notify_server.config.config import Config, HostSettings, load_config
+from notify_server.config import Config, HostSettings, load_config
 from notify_server.config.forward import KINDS
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"

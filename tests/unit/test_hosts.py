@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notify_server.config.config import HostSettings
+from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile
 from notify_server.verify.guard import Guard
 from notify_server.verify.hosts import REST_FACTOR, REST_SHORTEST, Host, hostname_of

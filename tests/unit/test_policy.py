@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from notify_server.config.config import HostSettings, StatusRange, VerifyConfig
+from notify_server.config import HostSettings, StatusRange, VerifyConfig
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import Guard
 from notify_server.verify.policy import (

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from notify_server.config.config import HostSettings
+from notify_server.config import HostSettings
 from notify_server.verify.shares import limit_of
 
 HOSTS = [f"h{n}.example" for n in range(50)]

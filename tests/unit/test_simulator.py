@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from notify_server.cli.main import app
 from notify_server.cli.simulate import Options, configured, run, show, trust_only
-from notify_server.config.config import AuthConfig, Config, ServerConfig, StoreConfig
+from notify_server.config import AuthConfig, Config, ServerConfig, StoreConfig
 from notify_server.contract.object_key import decode_object_key
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import StoreRefusedError, StoreUnavailableError

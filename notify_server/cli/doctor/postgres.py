@@ -16,7 +16,7 @@ from notify_server.cli.doctor.checks import (
     schema_finding,
     warning,
 )
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import store as postgres

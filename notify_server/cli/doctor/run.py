@@ -13,7 +13,7 @@ from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, config_file, output, printable
 from notify_server.cli.doctor.checks import Check, Finding, Level, Subject, configured_checks, first_checks
-from notify_server.config.config import load_config
+from notify_server.config import load_config
 from notify_server.errors import ConfigError
 
 # A check that takes longer is not waited for; they all run at once.

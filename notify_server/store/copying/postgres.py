@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError
 from notify_server.store.copying.copy import CHUNK_BYTES, CHUNK_ROWS, COUNTED, TABLES, Key, Row, key_of
 from notify_server.store.postgres.session import (

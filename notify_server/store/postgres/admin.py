@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Self, TypeVar
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery
 from notify_server.store.base import MAX_ID, Restart

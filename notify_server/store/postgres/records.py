@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import asyncpg
 import msgspec
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import FileState, Verdict
 from notify_server.store.base import MAX_ID

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 import structlog
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.sql import load_migrations, unfinished
 

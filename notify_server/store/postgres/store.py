@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 import asyncpg
 import structlog
 
-from notify_server.config.config import without_secrets
+from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.expansion.expander import Expander
 from notify_server.expansion.merge import first_of_each

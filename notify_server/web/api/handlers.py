@@ -17,7 +17,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from notify_server.callbacks.errors import RefusedError, busy, error_response
-from notify_server.config.config import Role
+from notify_server.config import Role
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import CircuitState, FileState, HostView, Verdict
 from notify_server.operations import (

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
-from notify_server.config.config import Config
+from notify_server.config import Config
 from notify_server.contract.object_key import decode_object_key
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import CircuitState, FileState, Verdict

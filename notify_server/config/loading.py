@@ -1,0 +1,213 @@
+"""Loading: `config.toml` and `NOTIFY_SERVER__SECTION__KEY`, checked whole before anything is opened.
+
+Only `load_config` reads the environment and the file; a `Config(...)` built in code has what it is given, and defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_origin
+
+from pydantic import ValidationError
+
+from notify_server.config.forward import KINDS
+from notify_server.config.root import Config
+from notify_server.config.sections import HostSettings, Section
+from notify_server.config.values import show
+from notify_server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+ENV_PREFIX = "NOTIFY_SERVER__"
+FORWARD = "forward"
+_ROLES = ("server", "roles")
+
+
+def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Config:
+    """The configuration from a TOML file and the environment.
+
+    With no `path`, `config.toml` in `cwd` (the working directory) when it is there. Paths inside the file are relative
+    to the working directory of the process. Raises ConfigError: everything that is wrong, one line each.
+    """
+    tables = _read(path or (cwd or Path()) / "config.toml", optional=path is None)
+    problems = [_misplaced(name, value) for name, value in tables.items() if name not in Config.model_fields]
+    known, unknown = _sort_variables(environ)
+    problems += unknown
+    variables = _nest(known)
+    values = {}
+    for section in Config.model_fields:
+        if section == FORWARD:
+            # A list: the variable takes the place of the whole.
+            values[section] = variables.get(section, tables.get(section, []))
+            continue
+        table = tables.get(section, {})
+        values[section] = table | variables.get(section, {}) if isinstance(table, dict) else table
+    config = None
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        problems += [_problem(each, variables) for each in error.errors(include_url=False)]
+    # Raised out here because an error's context is printed with it, and pydantic's holds the values.
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read(path: Path, *, optional: bool) -> dict[str, Any]:
+    """The file's tables; a byte order mark is let pass, because some editors write one."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if optional and isinstance(error, FileNotFoundError):
+            return {}
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}, line {content.count(10, 0, error.start) + 1}: is not UTF-8 text"]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: is nested too deeply"]) from None
+    except ValueError as error:
+        # tomllib's texts quote keys, never values, so they can be shown.
+        what, _, place = re.sub(r"\('(.+?)',?\)", r"\1", str(error)).replace("', '", ".").partition(" (at ")
+        line = re.match(r"line ([0-9]+)", place)
+        number = line[1] if line else len(content.splitlines())
+        raise ConfigError([f"{path}, line {number}: {what}"]) from None
+
+
+def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Our variables: those that name a key, and a line for each that does not."""
+    known, problems = {}, []
+    for name, value in environ.items():
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+        if section == FORWARD and not key:
+            known[name] = value
+        elif section not in Config.model_fields:
+            problems.append(f"environment {name}: {_unknown('section', section, Config.model_fields)}")
+        elif key not in _keys(section):
+            problems.append(f"environment {name}: {_unknown('key', key, _keys(section))}")
+        else:
+            known[name] = value
+    return known, problems
+
+
+def _nest(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The variables' values by section and key; `forward` is a list of its own.
+
+    A value of a list or a table is JSON when it looks like it, else text between commas.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in variables.items():
+        section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+        if not key:
+            nested[section] = _decode(value)
+        else:
+            origin = get_origin(_section(section).model_fields[key].annotation)
+            is_collection = isinstance(origin, type) and issubclass(origin, (tuple, Mapping))
+            nested.setdefault(section, {})[key] = _decode(value) if is_collection else value
+    return nested
+
+
+def _decode(value: str) -> Any:
+    if not value.strip():
+        return value  # No list: an empty one may mean "any".
+    if not value.lstrip().startswith(("[", "{")):
+        return [part.strip() for part in value.split(",")]
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value  # The section refuses it.
+
+
+def _keys(section: str) -> Iterable[str]:
+    if section == FORWARD:
+        return ()
+    return _section(section).model_fields
+
+
+def _section(name: str) -> type[Section]:
+    return cast("type[Section]", Config.model_fields[name].annotation)
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"unknown {what}" + (f', did you mean "{near[0]}"?' if near else "")
+
+
+def _name(key: str) -> str:
+    """A key as TOML would write it."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else show(key)
+
+
+def _misplaced(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return f"[{_name(name)}]: {_unknown('section', name, Config.model_fields)}"
+    return f"{_name(name)}: stands outside of any section, such as [server]"
+
+
+def _forward_problem(error: ErrorDetails) -> str:
+    """One line that names the entry and key, such as `forward[1].secret: …`. Values are not shown: they are secrets."""
+    place, kind = FORWARD, ""
+    for part in error["loc"][1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif not kind and part in KINDS:
+            kind = part
+        else:
+            place += f".{_name(part)}"
+    match error["type"]:
+        case "value_error":
+            what = str(error["ctx"]["error"])
+        case "missing":
+            what = "is needed"
+        case "extra_forbidden":
+            what = _unknown("key", str(error["loc"][-1]), KINDS[kind].model_fields)
+        case "literal_error":
+            what = "must be " + error["ctx"]["expected"].replace("'", '"')
+        case "tuple_type" if place == FORWARD:
+            what = "must be a list of tables: write [[forward]]"
+        case "tuple_type":
+            what = 'must be a list, like ["a", "b"]'
+        case _:
+            what = "must be a table"
+    return f"{place}: {what}"
+
+
+def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]]) -> str:
+    """One line: the section and key, or the variable, that the value came from, and what is wrong with it."""
+    if error["loc"][:1] == (FORWARD,):
+        return _forward_problem(error)
+    # What is wrong with the whole is what its one rule is about.
+    section, *rest = error["loc"] or _ROLES
+    inside_hosts = (section, *rest[:1]) == ("verify", "hosts") and len(rest) > 1
+    if rest and rest[0] in variables.get(str(section), {}):
+        place = "environment " + f"{ENV_PREFIX}{section}__{rest.pop(0)}".upper()
+    elif inside_hosts:
+        place, rest = f"[verify.hosts.{show(rest[1])}]", rest[2:]
+    else:
+        place = f"[{section}]"
+    for part in rest:
+        place += f"[{part}]" if isinstance(part, int) else f" {_name(part)}" if part != "[key]" else ""
+    match error["type"]:
+        case "value_error":
+            what = str(error["ctx"]["error"])
+        case "extra_forbidden":
+            known = HostSettings.model_fields if inside_hosts else _keys(str(section))
+            what = _unknown("key", str(error["loc"][-1]), known)
+        case "literal_error":
+            wanted = error["ctx"]["expected"].replace("'", '"')
+            what = f"must be {wanted}, not {show(error['input'])}"
+        case "tuple_type":
+            what = 'must be a list, like ["a", "b"]'
+        case _:
+            what = "must be a table"
+    return f"{place}: {what}"

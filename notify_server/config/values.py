@@ -1,0 +1,250 @@
+"""The parsers of single values: durations, hosts, networks, addresses. Each takes text or a TOML value.
+
+A parser raises ValueError with one line that says what is wrong and what to write; who calls it knows the key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+import yarl
+from pydantic import AfterValidator, PlainValidator, SecretStr
+
+from notify_server.contract.signature import PlatformKey, load_platform_key
+
+DAY = 86_400.0
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "": 1.0}
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+POSTGRES_SCHEMES = ("postgresql://", "postgres://")
+_SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
+
+
+def show(value: object) -> str:
+    """A value as an error may show it: one line, short, nothing that a terminal would obey."""
+    if isinstance(value, (dict, list)):
+        return "a table" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, ensure_ascii=not (isinstance(value, str) and value.isprintable()), default=str)
+    return text if len(text) <= 80 else f"{text[:76]}..."
+
+
+def duration(value: object) -> float:
+    """Seconds, from a number of them or from text such as "250ms", "30s", "5m", "2h", "10d"; at most 100 years."""
+    seconds = -1.0
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(min(value, 1e30))
+    elif isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhd]?)", value.strip())):
+        seconds = float(match[1]) * _UNITS[match[2]]
+    if not seconds >= 0:
+        raise ValueError(f'{show(value)} is not a duration: write a number of seconds, or "30s", "5m", "2h"')
+    if seconds > 36_500 * DAY:
+        raise ValueError(f"{show(value)} is too long")
+    return seconds
+
+
+def whole(low: int, high: int | None = None) -> Callable[[object], int]:
+    """A parser of whole numbers from `low` to `high`, both included; text is for the environment."""
+    wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(value: object) -> int:
+        numeral = str(value).strip() if isinstance(value, (int, str)) else ""
+        if not re.fullmatch(r"-?[0-9]{1,18}", numeral):
+            raise ValueError(f"must be a whole number, not {show(value)}")
+        number = int(numeral)
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"must be {wanted}, not {number}")
+        return number
+
+    return parse
+
+
+def share_below_one(value: object) -> float:
+    """A share of the wait, from 0 to below 1: at 1 a retry could come at once."""
+    try:
+        share = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ValueError(f"must be a number from 0 to below 1, not {show(value)}")
+    return share
+
+
+def text(value: object) -> str:
+    """Text that can be encoded: a variable may hold bytes that are not UTF-8. Not shown, because it may be secret."""
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        raise ValueError("must be UTF-8 text")
+    return value
+
+
+def matching(pattern: str, wanted: str) -> Callable[[object], str]:
+    """A parser of text that matches `pattern` from end to end."""
+
+    def parse(value: object) -> str:
+        plain = text(value)
+        if not re.fullmatch(pattern, plain):
+            raise ValueError(f"must be {wanted}, not {show(plain)}")
+        return plain
+
+    return parse
+
+
+def token(value: object) -> SecretStr:
+    """A secret that fits in a header and in an address; the error never shows it."""
+    plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if not isinstance(plain, str) or not re.fullmatch(r"[!-~]{8,}", plain):
+        raise ValueError("must be at least 8 printable ASCII characters, without spaces")
+    return SecretStr(plain)
+
+
+def own_path(value: object) -> str:
+    """A path that a route can have literally: no escapes, no dot segments that clients rewrite, none of ours."""
+    path = text(value)
+    shape = re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@/-]+", path)
+    if not shape or "//" in path or {".", ".."} & set(path.split("/")):
+        raise ValueError(f'must be a plain path like "/notify", without query, fragment or blanks, not {show(path)}')
+    if own := next((own for own in _OWN_PATHS if f"{path}/".startswith(f"{own}/")), None):
+        raise ValueError(f"{show(path)} is taken: {own} is the server's own")
+    return path
+
+
+def network(value: object) -> IPNetwork:
+    """A network in CIDR form, or one address. Bits beyond the prefix are refused, as they hide a slip."""
+    if isinstance(value, IPNetwork):
+        return value
+    given, meant = text(value).strip(), '"10.0.0.0/8", "192.0.2.7" or "fd00::/8"'
+    try:
+        meant = f'"{ipaddress.ip_network(given, strict=False)}"'
+        return ipaddress.ip_network(given)
+    except ValueError:
+        raise ValueError(f"{show(given)} is not a network: write {meant}") from None
+
+
+def host_pattern(value: object) -> str:
+    """A host, or `*.` and a host for every depth of its subdomains but not itself; lower case, IDNs as punycode."""
+    bare = text(value).strip().removesuffix(".").lower()
+    wildcard, name = ("*.", bare[2:]) if bare.startswith("*.") else ("", bare)
+    try:
+        return str(ipaddress.ip_address(bare.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        pass
+    try:
+        ascii_name = name if name.isascii() else yarl.URL.build(scheme="http", host=name).raw_host or ""
+    except ValueError:
+        ascii_name = ""
+    labels = ascii_name.split(".")
+    if len(ascii_name) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise ValueError(f'{show(value)} is not a host: write "example.com", or "*.example.com" for its subdomains')
+    return wildcard + ascii_name
+
+
+class StatusRange(NamedTuple):
+    """HTTP statuses from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+
+def status_range(value: object) -> StatusRange:
+    if isinstance(value, StatusRange):
+        return value
+    match = re.fullmatch(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?", "" if isinstance(value, bool) else str(value).strip())
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(f'{show(value)} is not a status: write "204", or "200-299"')
+    return StatusRange(int(match[1]), int(match[2] or match[1]))
+
+
+def readable_file(value: object) -> Path:
+    path = value if isinstance(value, Path) else Path(text(value))
+    try:
+        path.open("rb").close()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {show(str(path))}: {why}") from None
+    return path
+
+
+def store_url(value: object) -> str:
+    """`sqlite:///relative` or `sqlite:////absolute`, the path as it is; or `postgresql://user:password@host/database`,
+    as libpq has it. No error shows it: it may hold a password.
+    """
+    url = text(value)
+    if url.startswith(POSTGRES_SCHEMES):
+        return _postgres_url(url)
+    if not url.startswith("sqlite:///") or url.endswith("/") or not url.isprintable():
+        raise ValueError(
+            'must be like "sqlite:///data/notify.db", "sqlite:////var/lib/notify.db" when absolute, '
+            'or "postgresql://user:password@host/database"'
+        )
+    if ":memory:" in url or re.search(r"[?#]", url):
+        raise ValueError("must be a plain path of a file: nothing would be durable in memory, and there are no options")
+    return url
+
+
+def _postgres_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        parts, options = None, {}
+    if parts is None or parts.fragment or not url.isprintable() or re.search(r"\s", url):
+        raise ValueError(
+            'must be like "postgresql://user:password@host/database?sslmode=require", with what is special in a name '
+            "or a password as %XX"
+        )
+    if options.get("sslmode", ["prefer"])[-1] not in _SSLMODES:
+        raise ValueError(f"sslmode must be one of {', '.join(_SSLMODES)}")
+    return url
+
+
+def without_secrets(url: str) -> str:
+    """The address of a store as it may be shown and logged: without user, password and options."""
+    if not url.startswith(POSTGRES_SCHEMES):
+        return url.removeprefix("sqlite:///")
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    sockets = parse_qs(parts.query).get("host", [])
+    return f"postgresql://{host}{parts.path}" + (f"?host={sockets[-1]}" if sockets and not host else "")
+
+
+def platform_key(value: object) -> PlatformKey:
+    return value if isinstance(value, PlatformKey) else load_platform_key(text(value))
+
+
+def positive(seconds: float) -> float:
+    if seconds <= 0:
+        raise ValueError("must be more than 0")
+    return seconds
+
+
+def some_and_each_once(values: tuple[object, ...]) -> tuple[object, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must have at least one entry, and none twice")
+    return values
+
+
+def check_lease(seconds: float) -> float:
+    if not 5 <= seconds <= 3600:
+        raise ValueError("must be from 5s to 1h")
+    return seconds
+
+
+Duration = Annotated[float, PlainValidator(duration)]
+PositiveDuration = Annotated[Duration, AfterValidator(positive)]
+Count = Annotated[int, PlainValidator(whole(1))]
+Port = Annotated[int, PlainValidator(whole(1, 65535))]
+Text = Annotated[str, PlainValidator(text)]
+# RFC 9110, section 5.5, without what is obsolete there.
+HeaderValue = Annotated[str, PlainValidator(matching(r"[!-~]([ -~]*[!-~])?", "printable ASCII, not blank at its ends"))]
+Token = Annotated[SecretStr, PlainValidator(token)]
+Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]
+HostPattern = Annotated[str, PlainValidator(host_pattern)]
+ReadableFile = Annotated[Path, PlainValidator(readable_file)]
+Method = Literal["HEAD", "GET"]
+Role = Literal["callbacks", "probes"]
