@@ -20,8 +20,8 @@ from notify_server.config import Config, VerifyConfig
 from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError
 from notify_server.model import FileState, Reason, Verdict
+from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.sql import load_migrations
-from notify_server.store.sqlite.store import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.web.api.handlers import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent

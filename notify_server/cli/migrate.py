@@ -23,7 +23,7 @@ def run(config_path: Path | None) -> None:
     try:
         if store.is_postgres:
             # Its driver is loaded by those who use it.
-            from notify_server.store.postgres.session import migrate_at
+            from notify_server.store.postgres.schema import migrate_at
 
             dialect, (before, after) = "postgres", asyncio.run(migrate_at(store.url))
         elif store.path.exists():

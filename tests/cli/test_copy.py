@@ -16,7 +16,7 @@ import pytest
 
 from notify_server.config import without_secrets
 from notify_server.store.copying.copy import TABLES
-from notify_server.store.postgres.session import migrate_at
+from notify_server.store.postgres.schema import migrate_at
 from notify_server.store.sql import load_migrations
 from notify_server.store.sqlite.store import SqliteStore
 from notify_server.store.sqlite.writer import connect

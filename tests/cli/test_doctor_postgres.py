@@ -11,7 +11,7 @@ import pytest
 
 from notify_server.cli.doctor.checks import Level
 from notify_server.cli.doctor.postgres import CONNECTIONS
-from notify_server.store.postgres.session import migrate_at
+from notify_server.store.postgres.schema import migrate_at
 from tests.cli.test_doctor import BEFORE_ALL, configure, examine, run_doctor, snapshot
 from tests.support import postgres
 from tests.support.daemon import Daemon

@@ -14,7 +14,7 @@ from notify_server.store.copying import copy as copying
 from notify_server.store.copying.copy import TABLES, Checked, Digest, Row, Side, copy
 from notify_server.store.copying.postgres import PostgresSide
 from notify_server.store.copying.sqlite import SqliteSide
-from notify_server.store.postgres.session import migrate_at
+from notify_server.store.postgres.schema import migrate_at
 from notify_server.store.postgres.store import PostgresStore
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, delivery

@@ -15,6 +15,7 @@ from notify_server.model import DueFile, InboxItem
 from notify_server.store.base import Nodes
 from notify_server.store.postgres import expansion as postgres_expansion
 from notify_server.store.postgres import records as postgres_records
+from notify_server.store.postgres import schema as postgres_schema
 from notify_server.store.postgres import session as postgres_session
 from notify_server.store.postgres import store as postgres
 from notify_server.store.postgres import writes as postgres_writes
@@ -272,7 +273,7 @@ async def test_a_result_that_was_committed_though_an_error_was_told_changes_noth
     assert await one.record([found(first)], NOW) == []
     before = await fetch(url, "SELECT * FROM batch"), await fetch(url, "SELECT * FROM file ORDER BY id")
     # Nobody has told this node that it was done.
-    one._held[first.id] = first
+    one.claims.hold(first)
     assert await one.record([missing(first)], NOW + 1) == []
     assert (await fetch(url, "SELECT * FROM batch"), await fetch(url, "SELECT * FROM file ORDER BY id")) == before
     assert await fetch(url, "SELECT count(*) FROM attempt") == [(1,)]
@@ -425,7 +426,7 @@ async def test_a_delivery_that_is_seen_later_than_those_behind_it_is_expanded_al
     assert await one.inbox(10) == []
     await deliver(one)
     assert len(await one.inbox(10)) == 1
-    assert one._turn.first > first
+    assert one._expansion_lock.first > first
 
 
 async def test_a_node_whose_connection_for_expansion_is_cut_commits_nothing_and_may_take_it_up_again(
@@ -735,7 +736,7 @@ async def test_a_migration_that_fails_leaves_nothing_of_itself(monkeypatch: pyte
     url = await new_schema()
     (first, *_) = load_migrations("postgres")
     broken = first._replace(script=f"{first.script}; NONSENSE;")
-    monkeypatch.setattr(postgres_session, "load_migrations", lambda dialect: (broken,))
+    monkeypatch.setattr(postgres_schema, "load_migrations", lambda dialect: (broken,))
     with pytest.raises(StoreRefusedError, match="cannot be used"):
         await PostgresStore.open(url)
     assert await fetch(url, "SELECT to_regclass('batch'), to_regclass('schema_version')") == [(None, None)]
@@ -754,7 +755,7 @@ async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_i
     )
     contents = "SELECT file.*, attempt.*, notification.* FROM file JOIN attempt ON file = file.id, notification"
     with monkeypatch.context() as patch:
-        patch.setattr(postgres_session, "load_migrations", lambda dialect: (first,))
+        patch.setattr(postgres_schema, "load_migrations", lambda dialect: (first,))
         async with opened(url) as store:
             await take_in(store, finished("a"), finished("b"))
             a, _ = await claim(store)
@@ -776,7 +777,7 @@ async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_i
 
 async def test_commits_wait_for_the_disk_whatever_the_settings_of_user_and_database(url: str) -> None:
     async with opened(f"{url}&synchronous_commit=off") as store:
-        for session in (store._acks, store._turn._session):
+        for session in (store._acks, store._expansion_lock._session):
             async with session.use() as connection:
                 assert await connection.fetchval("SHOW synchronous_commit") == "on"
         async with store._connection() as pooled:

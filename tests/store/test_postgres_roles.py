@@ -122,7 +122,7 @@ async def test_without_a_node_that_probes_what_needs_no_probe_has_its_verdict_an
     tmp_path: Path, url: str
 ) -> None:
     async with Origin() as origin, node(tmp_path / "takes", url, CALLBACKS) as taking:
-        await taking.line("no node asks for files, they wait: start one that has probes in [server] roles")
+        await taking.line("no node probes files, all of them wait: start one that has probes in [server] roles")
         await taking.deliver("failed", [failed("1"), failed("2")])
         assert (await taking.verdict("failed"))["verdict"] == "incomplete"
         await taking.deliver("finished", [finished(origin.url("/1"), "1")])

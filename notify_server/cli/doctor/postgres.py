@@ -20,14 +20,12 @@ from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import store as postgres
+from notify_server.store.postgres.schema import OLDEST_SERVER, copied_from, schema_version
 from notify_server.store.postgres.session import (
-    OLDEST_SERVER,
     Connection,
     close,
     connect,
-    copied_from,
     refuse_on_error,
-    schema_version,
     translate_errors,
 )
 from notify_server.store.sql import load_migrations, load_queries, unfinished

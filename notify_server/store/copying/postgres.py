@@ -11,17 +11,13 @@ import asyncpg
 from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError
 from notify_server.store.copying.copy import CHUNK_BYTES, CHUNK_ROWS, COUNTED, TABLES, Key, Row, key_of
+from notify_server.store.postgres.schema import check_server, check_whole, copied_from, migrate, schema_version
 from notify_server.store.postgres.session import (
     CONNECT_SECONDS,
     SETTINGS,
     Connection,
-    check_server,
-    check_whole,
     close,
-    copied_from,
-    migrate,
     refuse_on_error,
-    schema_version,
     strip_nul,
     translate_errors,
 )

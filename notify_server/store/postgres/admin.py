@@ -13,14 +13,14 @@ from typing import Self, TypeVar
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery
-from notify_server.store.base import MAX_ID, Restart
+from notify_server.store.base import Restart
+from notify_server.store.limits import clamp
 from notify_server.store.postgres.node import INBOX, WORK
+from notify_server.store.postgres.schema import check_whole, schema_version
 from notify_server.store.postgres.session import (
     Connection,
     Session,
-    check_whole,
     refuse_on_error,
-    schema_version,
     transact,
 )
 from notify_server.store.postgres.writes import prune, write_deliveries, write_recheck
@@ -78,8 +78,11 @@ class PostgresAdmin:
         return restart
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
-        before = [min(max(bound, -MAX_ID), MAX_ID) for bound in (completed_before, rejected_before)]
-        return await self._change(partial(prune, completed_before=before[0], rejected_before=before[1], limit=limit))
+        return await self._change(
+            partial(
+                prune, completed_before=clamp(completed_before), rejected_before=clamp(rejected_before), limit=limit
+            )
+        )
 
     async def _change(self, job: Callable[[Connection], Awaitable[T]], channel: str | None = None) -> T:
         async def told(connection: Connection) -> T:

@@ -56,9 +56,9 @@ class Node:
         self._lease = lease
         self._on_lost = on_lost
         self._roles = roles
-        self._ignore_result = {INBOX: on_inbox}
+        self._handlers = {INBOX: on_inbox}
         if PROBES in roles:
-            self._ignore_result[WORK] = on_work
+            self._handlers[WORK] = on_work
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Nothing that goes over it has to outlive a crash.
         self._session = Session(url, place, CLAIMING, self._listen)
@@ -150,13 +150,13 @@ class Node:
         self._on_lost()
 
     async def _listen(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        for channel in self._ignore_result:
+        for channel in self._handlers:
             await connection.add_listener(channel, self._hear)
         connection.add_termination_listener(lambda _: self.check())
 
     def _hear(self, connection: Connection, pid: int, channel: str, payload: Any) -> None:
         if pid != connection.get_server_pid():
-            self._ignore_result[channel]()
+            self._handlers[channel]()
 
     async def _call_out(self) -> None:
         while True:

@@ -9,10 +9,10 @@ from notify_server.errors import NonceReusedError, NotifyServerError
 from notify_server.expansion.merge import by_batch, settled_by_batch
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection
 from notify_server.store.base import Restart, rejection_gone, valid_ids
+from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
 from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, strip_nul
 from notify_server.store.sql import load_queries
-from notify_server.store.sqlite.store import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 
 SQL = load_queries("postgres")
 

@@ -39,17 +39,13 @@ from notify_server.model import (
     Verdict,
 )
 from notify_server.store.base import Expansion, ExpansionListener, HostDue, Nodes, Restart, rejection_gone
+from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.sql import expand_rows, load_queries
 from notify_server.store.sqlite.writer import FileLock, Writer, connect, refusal, reserve_log
 from notify_server.verify.guard import Guard
 
 T = TypeVar("T")
 
-# Kept of what was refused: enough to look at and replay, too little to fill a disk.
-MAX_REJECTIONS = 10_000
-MAX_REJECTION_BYTES = 256 * 1024 * 1024
-# Requests kept of one file, the latest.
-MAX_ATTEMPT_ROWS = 50
 # Bodies kept in memory between their commit and their expansion.
 RECENT_BYTES = 8 * 1024 * 1024
 # A caller that brings more counts for several.
