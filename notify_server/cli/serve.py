@@ -9,10 +9,10 @@ from pathlib import Path
 
 import uvloop
 
-from notify_server.app import serve
 from notify_server.cli.common import EXIT_FAILED, read_config
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError
+from notify_server.serve import serve
 from notify_server.supervise import freeze_gc
 from notify_server.telemetry.metrics import set_up_logging
 

@@ -25,14 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from notify_server.app import prober_config
 from notify_server.cli.addresses import AddressFile, Entry, InputError
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
 from notify_server.clock import unix_ms
 from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.model import BatchVerdict, DueFile, FileResult, FileState
-from notify_server.processes.prober_client import ProberLink
+from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.store.base import HostDue
 from notify_server.telemetry.metrics import set_up_logging
 from notify_server.verify.guard import Guard
@@ -340,7 +339,7 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
     verify = config.verify.model_copy(update={"retry_schedule": ()})
     guard = Guard(verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports)
     listing = InMemoryQueue(guard)
-    links = [ProberLink(prober_config(config)) for _ in range(verify.processes)]
+    links = [ProberLink(prober_config(config.verify)) for _ in range(verify.processes)]
     pool = Pool(listing, guard, verify, links, now=unix_ms, chance=random.random, on_verdicts=lambda verdicts: None)
     listing.add_hosts = pool.add_hosts
     reading = Reading(urls, file, listing)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import certifi
 import msgspec
 
+from notify_server.config import VerifyConfig
 from notify_server.model import Evidence, Request
 from notify_server.processes.child import Child, module, ticks
 from notify_server.processes.prober_protocol import ProberConfig, Ready
@@ -104,3 +108,23 @@ class ProberLink:
 
     def _is_overdue(self, now: int) -> bool:
         return any(deadline < now for deadline in self._deadlines.values())
+
+
+def prober_config(verify: VerifyConfig) -> ProberConfig:
+    """Return the settings of one prober of `verify.processes`."""
+    return ProberConfig(
+        list(verify.allowed_hosts),
+        [str(network) for network in verify.allowed_networks],
+        list(verify.allowed_ports),
+        verify.user_agent,
+        str(verify.ca_file or system_certificates()),
+        -(-verify.concurrency // verify.processes),
+    )
+
+
+def system_certificates() -> str:
+    """Return the file of certificate authorities to trust unless `[verify] ca_file` names another."""
+    # libcurl was built on another machine, where they may be elsewhere.
+    system = ssl.get_default_verify_paths().cafile
+    candidates = [system, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"]
+    return next((path for path in candidates if path and Path(path).is_file()), certifi.where())

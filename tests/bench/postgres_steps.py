@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import msgspec
 
-from notify_server.app import PRUNE_ROWS
+from notify_server.background import PRUNE_ROWS
 from notify_server.clock import unix_ms
 from notify_server.expansion.expander import INBOX_ITEMS
 from notify_server.model import AttemptRow, Delivery, DueFile, FileResult, FileState, ReportedStatus

@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from notify_server.app import POOL, make_app, make_front, serve
+from notify_server.app import POOL, make_app
 from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.contract.signature import load_platform_key
+from notify_server.serve import make_connections, serve
 from tests.support.http import Connection, Reply
 from tests.support.notification import entry, notification, numbers
 from tests.support.waiting import eventually
@@ -187,7 +188,7 @@ async def start_app(directory: Path, events: Events, clock: Clock, sections: Map
     runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
-    front = make_front(app, runner.server, config.server)
+    front = make_connections(app, runner.server, config.server)
     listener = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     session = aiohttp.ClientSession(f"http://127.0.0.1:{port}")
