@@ -27,6 +27,7 @@ from yarl import URL
 from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
 from notify_server.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
+from notify_server.simulator.record import RecordViews
 from notify_server.simulator.simulator import (
     MAX_DIFFERENCES,
     Comparison,
@@ -37,7 +38,6 @@ from notify_server.simulator.simulator import (
     SimulationError,
     Tally,
 )
-from notify_server.store.sqlite.reader import Reader
 
 T = TypeVar("T")
 
@@ -127,8 +127,8 @@ async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Con
         report = await _while_alive(process, _watched(plan, options, daemon), directory)
         code = show(report, plan, console)
         # The daemon closes the database last, so that it leaves one file.
-        with Reader(daemon.record) as reader:
-            _show_queries(reader, daemon.record, console)
+        async with await RecordViews.open(daemon.record) as views:
+            await _show_queries(views, daemon.record, console)
     return code
 
 
@@ -385,11 +385,11 @@ def _differences_table(comparison: Comparison) -> Table:
     return table
 
 
-def _show_queries(reader: Reader, record: Path, console: Console) -> None:
+async def _show_queries(views: RecordViews, record: Path, console: Console) -> None:
     console.print(Text(f"\nThe record is {record}, the log {record.with_name('daemon.log')}. Ask it:"), soft_wrap=True)
     for query in QUERIES:
         console.print(Text(f'\nsqlite3 {shlex.quote(str(record))} "{query}"', "bold cyan"), soft_wrap=True)
-        columns, rows = reader.first_rows(query, 5)
+        columns, rows = await views.first_rows(query, 5)
         table = Table()
         # Where it is narrow, the id or key that comes first is cut at its end, so that a row stays one line.
         rest = sum(max(len(str(cell)) for cell in cells) for cells in list(zip(columns, *rows, strict=True))[1:])

@@ -34,10 +34,10 @@ from notify_server.store.reading.types import (
     Totals,
 )
 from notify_server.store.sql import load_migrations
-from notify_server.store.sqlite.reader import connect_read_only
+from notify_server.store.sqlite.read_connection import ReadConnection
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
-from notify_server.store.sqlite.writer import check_whole, holder, schema_version
+from notify_server.store.sqlite.writer import holder
 
 if TYPE_CHECKING:
     # Loaded when a daemon is asked: reading the file should not have to wait for it.
@@ -265,12 +265,12 @@ def _first_of(certificate: Path) -> str:
         raise SourceError(f"[server] ssl_certificate: cannot be read ({error})") from error
 
 
-def check_record(path: Path, holder_process: str | None) -> None:
+async def check_record(path: Path, holder_process: str | None) -> None:
     """Raises SourceError or StoreRefusedError unless there is a record at `path` and its schema is of this version."""
     try:
-        with contextlib.closing(connect_read_only(path)) as connection:
-            present = schema_version(connection)
-            check_whole(connection, path)
+        async with await ReadConnection.open(path) as connection:
+            present = await connection.schema_version()
+            await connection.check_whole(path)
     except StoreRefusedError as error:
         raise SourceError(str(error)) from error
     known = len(load_migrations("sqlite"))
@@ -301,7 +301,7 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
             return
         path = config.store.path
         running = holder(path)
-        check_record(path, running)
+        await check_record(path, running)
         records = SqliteRecords(path)
         stack.push_async_callback(records.close)
         if running is None:

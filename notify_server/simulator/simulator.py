@@ -2,7 +2,7 @@
 
     Plan --seed--> Platform (batches, order of deliveries) --POST--> daemon --HEAD--> ObjectStore (planted objects)
                        |                                               |
-                       +---- compare <---- Reader <---- its record ----+
+                       +---- compare <- RecordViews <-- its record ----+
 
 What is planted depends on the plan alone; only the addresses hold the port that the object store was given.
 """
@@ -17,13 +17,13 @@ import ssl
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
-from typing import ParamSpec, Self, TypeVar
+from typing import Self
 
 import aiohttp
 import msgspec
@@ -32,10 +32,7 @@ from yarl import URL
 
 from notify_server.errors import NotifyServerError
 from notify_server.model import FileState, Reason, ReportedStatus, Verdict, http_reason
-from notify_server.store.sqlite.reader import BatchRow, FileRow, Reader
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from notify_server.simulator.record import BatchRow, FileRow, RecordViews
 
 API_CODE = "rent.dcentralize.room.add"
 CONTENT_TYPE = "image/jpeg"
@@ -412,14 +409,17 @@ class Comparison(msgspec.Struct):
             self.differences.append(difference)
 
 
-def compare(batches: Iterable[PlantedBatch], reader: Reader, objects: str, requests: Mapping[str, int]) -> Comparison:
+async def compare(
+    batches: Iterable[PlantedBatch], record: RecordViews, objects: str, requests: Mapping[str, int]
+) -> Comparison:
     """Hold the record against what was planted. `objects` is the object store's address, `requests` what it counted."""
     result = Comparison({kind: Tally() for kind in Kind}, Tally(), [])
     for batch in batches:
         before = result.different_files
-        states = _compare_files(result, batch, reader.results(batch.batch_id, batch.api_code), objects, requests)
+        rows = record.files(batch.batch_id, batch.api_code)
+        states = await _compare_files(result, batch, rows, objects, requests)
         # Read after its files: a verdict that comes in between then shows as what it is, instead of as a missing one.
-        found = reader.summaries([(batch.batch_id, batch.api_code)])
+        found = await record.batches([(batch.batch_id, batch.api_code)])
         tally = result.batches
         tally.planted += 1
         fault = _batch_fault(batch, found[0], states) if found else ("in the record", ABSENT, "")
@@ -435,13 +435,13 @@ def compare(batches: Iterable[PlantedBatch], reader: Reader, objects: str, reque
     return result
 
 
-def _compare_files(
-    result: Comparison, batch: PlantedBatch, rows: Iterable[FileRow], objects: str, requests: Mapping[str, int]
+async def _compare_files(
+    result: Comparison, batch: PlantedBatch, rows: AsyncIterable[FileRow], objects: str, requests: Mapping[str, int]
 ) -> Counter[str]:
     """Compare one batch's files; the states found, counted."""
     states: Counter[str] = Counter()
     unseen = dict(batch.files)
-    for row in rows:
+    async for row in rows:
         states[row.state] += 1
         if row.state in (FileState.AVAILABLE, FileState.UNAVAILABLE) and row.verified_at is not None:
             result.verified_at.append(datetime.fromisoformat(row.verified_at).timestamp())
@@ -569,19 +569,19 @@ class Simulation:
         await self._reach()
         async with ObjectStore(slow_seconds=self._slow_seconds) as objects:
             objects.plant(self.platform.files)
-            with Reader(self._record) as reader:
-                before = reader.last_delivery()
+            async with await RecordViews.open(self._record) as record:
+                before = await record.last_delivery()
                 started = clock()
-                await self._deliver(reader, objects.address)
-                last = reader.last_delivery()
+                await self._deliver(record, objects.address)
+                last = await record.last_delivery()
                 if last - before < self.platform.acked:
                     raise SimulationError(
                         f"{self._url} has acked {self.platform.acked} deliveries, {self._record} has "
                         f"{last - before} of them: name that daemon's database with --store"
                     )
-                timed_out = not await self._verdicts(reader, last)
+                timed_out = not await self._verdicts(record, last)
                 seconds = clock() - started
-                comparison = await _in_thread(compare, self.platform.batches, reader, objects.address, objects.requests)
+                comparison = await compare(self.platform.batches, record, objects.address, objects.requests)
         return self._report(comparison, seconds, timed_out)
 
     async def _reach(self) -> None:
@@ -598,30 +598,30 @@ class Simulation:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
-    async def _deliver(self, reader: Reader, objects: str) -> None:
+    async def _deliver(self, record: RecordViews, objects: str) -> None:
         delivering = asyncio.create_task(
             self.platform.deliver(self._url, objects, token=self._token, tls=self._tls, rate=self._rate)
         )
         try:
             while not (await asyncio.wait([delivering], timeout=POLL_SECONDS))[0]:
-                await self._look(reader, self.platform.batches)
+                await self._look(record, self.platform.batches)
             await delivering
         finally:
             delivering.cancel()
             await asyncio.gather(delivering, return_exceptions=True)
 
-    async def _look(self, reader: Reader, batches: Sequence[PlantedBatch], settled: int = 0) -> list[BatchRow]:
+    async def _look(self, record: RecordViews, batches: Sequence[PlantedBatch], settled: int = 0) -> list[BatchRow]:
         """The batches' rows, and how far the daemon is with them and `settled` files of others."""
-        rows = await _in_thread(reader.summaries, [(batch.batch_id, batch.api_code) for batch in batches])
+        rows = await record.batches([(batch.batch_id, batch.api_code) for batch in batches])
         self.verified = settled + sum(row.files - row.pending for row in rows)
         return rows
 
-    async def _verdicts(self, reader: Reader, delivery: int) -> bool:
+    async def _verdicts(self, record: RecordViews, delivery: int) -> bool:
         """Wait for the verdicts on what came up to `delivery`; whether all are there that can be expected."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timeout
         # Before, a verdict may be that of an earlier run of the same plan.
-        while not await _in_thread(reader.expanded, delivery):
+        while not await record.expanded(delivery):
             if clock() >= deadline:
                 return False
             await asyncio.sleep(POLL_SECONDS)
@@ -629,7 +629,7 @@ class Simulation:
         settled = 0
         only_missing_since: float | None = None
         while True:
-            rows = await self._look(reader, list(waiting.values()), settled)
+            rows = await self._look(record, list(waiting.values()), settled)
             only_missing = len(rows) == len(waiting)
             for row in rows:
                 batch = waiting[row.batch_id, row.api_code]
@@ -665,16 +665,6 @@ class Simulation:
             seconds,
             timed_out,
         )
-
-
-async def _in_thread(read: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """Do this without holding up the object store. A cancellation waits for it: its connection is closed next."""
-    reading = asyncio.ensure_future(asyncio.to_thread(read, *args, **options))
-    try:
-        return await asyncio.shield(reading)
-    except asyncio.CancelledError:
-        await asyncio.wait([reading])
-        raise
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

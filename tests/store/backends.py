@@ -24,6 +24,7 @@ from notify_server.store.base import Store
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import store as postgres
 from notify_server.store.postgres import writes as postgres_writes
+from notify_server.store.reading import walk
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite import client as kept
 from notify_server.store.sqlite import records as sqlite_records
@@ -120,7 +121,7 @@ class SqliteBackend(Backend):
         patch.setattr(sqlite, "MAX_REJECTION_BYTES", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
-        patch.setattr(sqlite_records, "WALKED", rows)
+        patch.setattr(walk, "MAX_SCANNED_ROWS", rows)
 
 
 # The keeper, with bounds that can be set while it runs.
@@ -212,7 +213,7 @@ class PostgresBackend(Backend):
         patch.setattr(postgres_writes, "MAX_REJECTION_BYTES", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
-        patch.setattr(postgres_records, "WALKED", rows)
+        patch.setattr(walk, "MAX_SCANNED_ROWS", rows)
 
 
 BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend, "kept": KeptBackend, "postgres": PostgresBackend}

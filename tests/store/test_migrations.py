@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError
+from notify_server.simulator.record import RecordViews
 from notify_server.store.reading.types import FileFilter
 from notify_server.store.sql import Migration, load_migrations
 from notify_server.store.sqlite import writer as sqlite_writer
-from notify_server.store.sqlite.reader import Reader
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect, migrate, schema_version
 from tests.store.builders import NOW, chunk, delivery, failed, found, rejection
@@ -256,6 +256,7 @@ async def test_a_database_of_the_first_version_works_after_the_upgrade(path: Pat
             assert sorted(verdict.batch_id for verdict in verdicts) == ["b1", "b3"]
         finally:
             await records.close()
-    with Reader(path) as reader:
-        ((row,), (file, *_)) = reader.summaries([("b1", "a")]), reader.results("b1", "a")
+    async with await RecordViews.open(path) as views:
+        (row,) = await views.batches([("b1", "a")])
+        file, *_ = [file async for file in views.files("b1", "a")]
         assert (row.verdict, row.available, file.oss_object_name, file.state) == ("complete", 2, "k1", "available")

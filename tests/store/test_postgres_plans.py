@@ -17,9 +17,9 @@ import pytest
 
 from notify_server.model import FileState, Verdict
 from notify_server.store.base import MAX_ID
-from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres.records import PostgresRecords
 from notify_server.store.postgres.session import CLAIMING, SEEKING, connect
+from notify_server.store.reading import queries, walk
 from notify_server.store.reading.types import BatchFilter, FileFilter, Records
 from notify_server.store.sql import load_queries
 from tests.store.builders import NOW
@@ -325,12 +325,12 @@ class Observed(PostgresRecords):
 
     cost = (0, 0)
 
-    async def _row(self, statement: str, **parameters: object) -> tuple[Any, ...] | None:
-        row = await super()._row(f"{EXPLAIN} {statement}", **parameters)
+    async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:
+        row = await super()._row(f"{EXPLAIN} {statement}", parameters)
         assert row is not None
         rows, pages = cost(json.loads(row[0])[0]["Plan"])
         self.cost = self.cost[0] + rows, self.cost[1] + pages
-        return await super()._row(statement, **parameters)
+        return await super()._row(statement, parameters)
 
 
 NextRequest = Callable[[Records], Awaitable[object]]
@@ -355,8 +355,8 @@ def listings() -> Iterator[tuple[str, NextRequest]]:
 async def test_a_page_of_anything_costs_the_same_with_a_million_files_in_the_record_as_with_few(
     tidied: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_records, "WALKED", WALKED)
-    monkeypatch.setattr(postgres_records, "SEARCHED_BATCHES", WALKED)
+    monkeypatch.setattr(walk, "MAX_SCANNED_ROWS", WALKED)
+    monkeypatch.setattr(queries, "MAX_SEARCHED_BATCHES", WALKED)
     observed = [await Observed.open(url) for url in tidied]
     try:
         wrong = {}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.reading.types import BatchFilter, FileFilter
+from notify_server.store.sqlite import read_connection
 from notify_server.store.sqlite import records as sqlite_records
-from notify_server.store.sqlite.reader import connect_read_only
+from notify_server.store.sqlite.read_connection import ReadConnection, connect_read_only
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import NOW, claim, delivery, finished, missing, take_in
@@ -101,7 +102,7 @@ async def test_a_database_that_is_damaged_under_it_is_unavailable_and_read_again
     whole = path.read_bytes()
     async with opened(path):
         records = SqliteRecords(path)
-        # Both threads have their connection.
+        # Both connections are open.
         await asyncio.gather(*(records.totals() for _ in range(10)))
         path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
         for _ in range(10):
@@ -110,18 +111,18 @@ async def test_a_database_that_is_damaged_under_it_is_unavailable_and_read_again
         path.write_bytes(whole)
         for _ in range(10):
             assert len((await records.files(FileFilter(batch=1), None, 1000)).items) == 500
-        assert len(records._connections) <= sqlite_records.THREADS
+        assert len(records._idle) <= sqlite_records.MAX_CONNECTIONS
         await every_call(records)
         await records.close()
 
 
 async def test_nothing_can_be_written_by_it(store: SqliteStore, path: Path) -> None:
-    with closing(connect_read_only(path)) as connection:
+    async with await ReadConnection.open(path) as connection:
         for statement in ("DELETE FROM batch", "CREATE TABLE mine (id)", "PRAGMA user_version = 9"):
-            with pytest.raises(sqlite3.OperationalError, match="readonly"):
-                connection.execute(statement)
+            with pytest.raises(StoreUnavailableError, match="readonly"):
+                await connection.rows(statement)
     with pytest.raises(StoreRefusedError, match="there is no record"):
-        connect_read_only(path.with_name("another.db"))
+        await ReadConnection.open(path.with_name("another.db"))
     await store.ping(NOW)
 
 
@@ -132,17 +133,59 @@ async def test_a_read_that_takes_too_long_is_cut_off_and_the_next_one_is_answere
     store: SqliteStore, records: SqliteRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await take_in(store, *(finished(str(n)) for n in range(2000)))
-    monkeypatch.setattr(sqlite_records, "STEPS", 100)
+    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 100)
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_records, "READ_SECONDS", 0.0)
         for _ in range(4):
             with pytest.raises(StoreUnavailableError, match="that is too much to read at once"):
                 await records.count(FileFilter(host="nowhere"))
-    opened_by_then = list(records._connections)
+    opened_by_then = list(records._idle)
     assert await records.count(FileFilter(host="nowhere")) == 0
     await every_call(records)
-    assert opened_by_then == records._connections[: len(opened_by_then)]
-    assert not any(connection.in_transaction for connection in records._connections)
+    assert opened_by_then == records._idle
+    assert not any(connection.in_transaction for connection in records._idle)
+
+
+async def test_a_cancelled_read_is_interrupted_and_its_connection_is_used_again(
+    store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 100)
+    endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    async with await ReadConnection.open(path) as connection:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        is_late = connection._is_late
+
+        def observed() -> bool:
+            loop.call_soon_threadsafe(begun.set)
+            return is_late()
+
+        await connection._connection.set_progress_handler(observed, 100)
+        reading = asyncio.create_task(connection.rows(endless))
+        await begun.wait()
+        # A second cancellation must not abandon the statement either.
+        reading.cancel()
+        await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert not connection.in_transaction
+        assert await connection.rows("SELECT 1") == [(1,)]
+
+
+async def test_cancelled_calls_give_their_connection_back(
+    store: SqliteStore, records: SqliteRecords, path: Path
+) -> None:
+    await take_in(store, *(finished(str(n)) for n in range(100)))
+    for turns in range(12):
+        calls = [asyncio.create_task(records.files(FileFilter(), None, 100)) for _ in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert len((await records.files(FileFilter(), None, 200)).items) == 100
+    assert len(records._idle) <= sqlite_records.MAX_CONNECTIONS
 
 
 async def test_reads_hold_no_transaction_so_that_the_wal_can_be_cut_short_afterwards(
@@ -151,7 +194,7 @@ async def test_reads_hold_no_transaction_so_that_the_wal_can_be_cut_short_afterw
     await take_in(store, *map(finished, "abc"))
     await store.record([missing(file) for file in await claim(store, n=1)], NOW)
     wal = path.with_name(path.name + "-wal")
-    monkeypatch.setattr(sqlite_records, "STEPS", 10)
+    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 10)
     for seconds in (5.0, 0.0):
         monkeypatch.setattr(sqlite_records, "READ_SECONDS", seconds)
         calls = (every_call(records) for _ in range(4))
@@ -167,13 +210,14 @@ async def test_a_read_that_lasts_keeps_no_delivery_waiting(
     store: SqliteStore, records: SqliteRecords, path: Path
 ) -> None:
     await take_in(store, finished())
-    with closing(connect_read_only(path)) as connection:
-        cursor = connection.execute("SELECT * FROM file, (VALUES (1), (2))")
-        cursor.fetchone()
+    connection = await connect_read_only(path)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(connection.close)
+        cursor = await stack.enter_async_context(connection.execute("SELECT * FROM file, (VALUES (1), (2))"))
+        await cursor.fetchone()
         assert await store.accept(delivery())
         await take_in(store, finished("b"))
         assert (await records.totals()).files == 2
-        cursor.close()
 
 
 async def test_closing_it_last_or_first_leaves_one_whole_file(path: Path) -> None:

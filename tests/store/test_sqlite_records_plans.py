@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import pytest
 
 from notify_server.model import FileState, Verdict
+from notify_server.store.reading import queries, walk
 from notify_server.store.reading.types import BatchFilter, FileFilter, Page
 from notify_server.store.sql import load_queries
-from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW
@@ -76,9 +76,9 @@ class Observed(SqliteRecords):
         self.path = path
         self.ran: list[tuple[str, Mapping[str, object]]] = []
 
-    def _fetch(self, statement: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+    async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:
         self.ran.append((statement, parameters))
-        return super()._fetch(statement, parameters)
+        return await super()._row(statement, parameters)
 
     def taken(self) -> tuple[int, list[str]]:
         """The steps that they take of SQLite's machine, and the lines of their plans."""
@@ -123,8 +123,8 @@ def paths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 async def databases(
     paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Observed, Observed]]:
-    monkeypatch.setattr(sqlite_records, "WALKED", 10)
-    monkeypatch.setattr(sqlite_records, "SEARCHED_BATCHES", 20)
+    monkeypatch.setattr(walk, "MAX_SCANNED_ROWS", 10)
+    monkeypatch.setattr(queries, "MAX_SEARCHED_BATCHES", 20)
     small, large = map(Observed, paths)
     yield small, large
     for records in (small, large):

@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -30,7 +30,9 @@ from notify_server.contract.object_key import decode_object_key
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import FileState, ReportedStatus, Verdict
+from notify_server.simulator import record as simulator_record
 from notify_server.simulator import simulator
+from notify_server.simulator.record import FileRow, RecordViews
 from notify_server.simulator.simulator import (
     CONTENT_TYPE,
     EXPECTED,
@@ -47,8 +49,6 @@ from notify_server.simulator.simulator import (
     compare,
     percentile,
 )
-from notify_server.store.sqlite import reader as reader_module
-from notify_server.store.sqlite.reader import Reader
 from notify_server.store.sqlite.writer import connect
 
 OBJECTS = "http://127.0.0.1:9/"
@@ -494,8 +494,11 @@ class Played:
         self.change(f"UPDATE file SET {assignments} WHERE oss_object_name = ?", *columns.values(), file.key)
 
     def compare(self) -> simulator.Comparison:
-        with Reader(self.path) as reader:
-            return compare(self.platform.batches, reader, OBJECTS, self.requests)
+        async def compared() -> simulator.Comparison:
+            async with await RecordViews.open(self.path) as record:
+                return await compare(self.platform.batches, record, OBJECTS, self.requests)
+
+        return asyncio.run(compared())
 
     def shown(self) -> tuple[int, str]:
         """The exit code, and what is printed."""
@@ -678,71 +681,74 @@ def test_what_a_daemon_says_is_shown_as_text_not_as_markup(played: Played) -> No
 # --- Reading the record ---
 
 
-def test_the_reader_finds_nothing_where_there_is_no_record(tmp_path: Path) -> None:
+async def test_opening_a_missing_record_is_refused_and_creates_no_file(tmp_path: Path) -> None:
     with pytest.raises(StoreRefusedError, match="there is no record"):
-        Reader(tmp_path / "notify.db")
+        await RecordViews.open(tmp_path / "notify.db")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database, and longer than a header of one hundred bytes" * 9])
-def test_the_reader_refuses_what_is_not_a_record(tmp_path: Path, content: bytes) -> None:
+async def test_opening_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notify.db"
     path.write_bytes(content)
     with pytest.raises(StoreRefusedError, match=r"notify\.db: "):
-        Reader(path)
+        await RecordViews.open(path)
 
 
-def test_the_reader_opens_a_record_whose_path_looks_like_an_address(tmp_path: Path) -> None:
+async def test_a_record_whose_path_looks_like_a_uri_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "a?mode=rw#%41 b.db"
     connect(path).close()
-    with Reader(path) as reader:
-        assert reader.last_delivery() == 0
+    async with await RecordViews.open(path) as record:
+        assert await record.last_delivery() == 0
 
 
 @pytest.mark.parametrize("statement", ["DELETE FROM file", "PRAGMA user_version = 9", "CREATE TABLE x (y)"])
-def test_the_reader_never_writes(played: Played, statement: str) -> None:
-    with Reader(played.path) as reader, pytest.raises(StoreUnavailableError, match="readonly"):
-        reader.first_rows(statement, 1)
+async def test_a_statement_that_writes_is_refused(played: Played, statement: str) -> None:
+    async with await RecordViews.open(played.path) as record:
+        with pytest.raises(StoreUnavailableError, match="readonly"):
+            await record.first_rows(statement, 1)
 
 
-def test_the_reader_reads_in_chunks(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Reader(played.path) as reader:
-        batches = [(batch.batch_id, batch.api_code) for batch in played.platform.batches]
-        whole = reader.summaries(batches), [list(reader.results(*batch)) for batch in batches]
-        monkeypatch.setattr(reader_module, "CHUNK_BATCHES", 3)
-        monkeypatch.setattr(reader_module, "CHUNK_FILES", 5)
-        assert (reader.summaries(batches), [list(reader.results(*batch)) for batch in batches]) == whole
+async def test_rows_are_read_in_chunks(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [(batch.batch_id, batch.api_code) for batch in played.platform.batches]
+
+    async def everything() -> tuple[object, list[list[FileRow]]]:
+        files = [[row async for row in record.files(*batch)] for batch in batches]
+        return await record.batches(batches), files
+
+    async with await RecordViews.open(played.path) as record:
+        whole = await everything()
+        monkeypatch.setattr(simulator_record, "CHUNK_BATCHES", 3)
+        monkeypatch.setattr(simulator_record, "CHUNK_FILES", 5)
+        assert await everything() == whole
     assert [len(rows) for rows in whole[1]] == [10] * 4
 
 
-def test_the_reader_seeks_what_it_is_asked_for(played: Played) -> None:
+def test_the_queries_scan_no_table(played: Played) -> None:
     with contextlib.closing(sqlite3.connect(played.path)) as connection:
-        summaries = reader_module._SUMMARIES.replace(":rows", "(?, ?), (?, ?)")
-        for query, parameters in ((summaries, "abcd"), (reader_module._RESULTS, (*"abc", 1))):
+        summaries = simulator_record._SUMMARIES.replace(":rows", "(?, ?), (?, ?)")
+        for query, parameters in ((summaries, "abcd"), (simulator_record._RESULTS, (*"abc", 1))):
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", tuple(parameters))]
             assert not [step for step in plan if step.startswith(("SCAN batch", "SCAN file"))], plan
 
 
-def test_the_reader_holds_no_transaction_between_its_reads(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "CHUNK_FILES", 5)
+async def test_no_transaction_is_held_between_reads(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator_record, "CHUNK_FILES", 5)
     batch = played.platform.batches[0]
-
-    def half_read(reader: Reader) -> Iterator[object]:
-        rows = reader.results(batch.batch_id, batch.api_code)
-        next(rows)
-        reader.first_rows("SELECT * FROM file_result", 1)
-        return rows
-
-    with Reader(played.path) as reader, contextlib.closing(sqlite3.connect(played.path, timeout=0)) as writer:
-        rows = half_read(reader)
-        with writer:
-            writer.execute("UPDATE batch SET deliveries = 9")
-        # Only without any reader can the whole WAL go.
-        assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
-        assert len(list(rows)) == 9
+    record = await RecordViews.open(played.path)
+    async with record:
+        rows = record.files(batch.batch_id, batch.api_code)
+        await anext(rows)
+        await record.first_rows("SELECT * FROM file_result", 1)
+        with contextlib.closing(sqlite3.connect(played.path, timeout=0)) as writer:
+            with writer:
+                writer.execute("UPDATE batch SET deliveries = 9")
+            # Only without any reader can the whole WAL go.
+            assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+        assert len([row async for row in rows]) == 9
 
 
-def test_the_reader_tells_how_far_the_inbox_is_expanded(tmp_path: Path) -> None:
+async def test_a_delivery_counts_as_expanded_once_it_is_or_has_been_pruned(tmp_path: Path) -> None:
     path = tmp_path / "notify.db"
     with contextlib.closing(connect(path)) as connection:
         for id, expanded_at in ((1, 5), (2, None)):
@@ -751,11 +757,11 @@ def test_the_reader_tells_how_far_the_inbox_is_expanded(tmp_path: Path) -> None:
                 " files, expanded_at, body) VALUES (?, '', '', 0, '', '', '', 0, ?, '')",
                 (id, expanded_at),
             )
-        with Reader(path) as reader:
-            assert reader.last_delivery() == 2
-            assert [reader.expanded(delivery) for delivery in (1, 2)] == [True, False]
+        async with await RecordViews.open(path) as record:
+            assert await record.last_delivery() == 2
+            assert [await record.expanded(delivery) for delivery in (1, 2)] == [True, False]
             # Pruned: it was expanded before that.
-            assert reader.expanded(99)
+            assert await record.expanded(99)
 
 
 # --- Figures and options ---

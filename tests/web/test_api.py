@@ -36,6 +36,7 @@ from notify_server.store.reading.types import (
     RejectionItem,
     Totals,
 )
+from notify_server.store.sqlite import read_connection
 from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect
@@ -444,7 +445,7 @@ async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_
 
 async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
-    monkeypatch.setattr(sqlite_records, "STEPS", 1)
+    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 1)
     assert await filled.refusal("batches", 503) == ("that is too much to read at once: narrow it down")
 
 
@@ -758,7 +759,7 @@ async def test_an_export_that_cannot_be_finished_is_broken_off(
         def files(self, *arguments: Any) -> Any:
             if self.pages:
                 monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
-                monkeypatch.setattr(sqlite_records, "STEPS", 1)
+                monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 1)
             return super().files(*arguments)
 
     served.records = Closing(served.records)

@@ -1,0 +1,206 @@
+"""Answers the calls of Records from an engine's SQL: what both engines have in common."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from notify_server.store.base import MAX_ID
+from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
+from notify_server.store.reading.types import (
+    AttemptItem,
+    BatchDetail,
+    BatchFilter,
+    BatchItem,
+    DeliveryItem,
+    FailureGroup,
+    FileDetail,
+    FileFilter,
+    FileItem,
+    Found,
+    HostBacklog,
+    Page,
+    RejectionDetail,
+    RejectionItem,
+    Totals,
+)
+from notify_server.store.reading.walk import Indexes, Walk, walk_batches, walk_files
+from notify_server.store.sql import load_queries
+
+T = TypeVar("T")
+Item = TypeVar("Item", BatchItem, FileItem)
+
+# Time limit of one statement.
+READ_SECONDS = 5.0
+# A search for a key looks into this many batches, the newest.
+MAX_SEARCHED_BATCHES = 200_000
+TOO_MUCH = "that is too much to read at once: narrow it down"
+CLOSED = "the record is closed"
+
+_MACROS = ("batch_item", "file_item", "rejection_item", "next")
+
+
+def load_record_queries(dialect: str, iso: str) -> Mapping[str, str]:
+    """Return the statements of `store/<dialect>/records.sql` with their macros expanded.
+
+    `iso` replaces `:iso(column)`, as in re.sub: it turns Unix ms into ISO text.
+    """
+    queries = dict(load_queries(dialect, "records"))
+    macros = {name: queries.pop(name) for name in _MACROS}
+    for name, text in queries.items():
+        for macro, meaning in macros.items():
+            text = text.replace(f":{macro}", meaning)
+        queries[name] = re.sub(r":iso\((\w+)\)", iso, text)
+    return queries
+
+
+class QueriedRecords(ABC):
+    """Builds the statements and decodes their answers, which are JSON. An engine runs them.
+
+    `queries` are its statements (`load_record_queries`), `indexes` the names of its indexes.
+    """
+
+    queries: Mapping[str, str]
+    indexes: Indexes
+
+    @abstractmethod
+    async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:
+        """Run a statement with `:name` parameters and return its first row. Raises StoreUnavailableError."""
+
+    @abstractmethod
+    def _select(self, walk: Walk, columns: str) -> str:
+        """Return the SELECT of a walk."""
+
+    def _can_hold(self, value: object) -> bool:
+        """Return False for a value that the engine cannot hold, so that no row has it."""
+        return True
+
+    def _prefix_range(self, text: str) -> dict[str, object]:
+        """Return the parameters of `batches_beginning`."""
+        return {"text": text}
+
+    async def totals(self) -> Totals:
+        row = await self._get("totals")
+        assert row is not None
+        return msgspec.json.decode(row[0], type=Totals)
+
+    async def batches(self, wanted: BatchFilter, cursor: str | None, limit: int) -> Page[BatchItem]:
+        return await self._page(BatchItem, "batches", walk_batches(self.indexes, wanted), cursor, limit)
+
+    async def batch(self, id: int) -> BatchDetail | None:
+        row = await self._get("batch", id=id)
+        if row is None:
+            return None
+        batch = msgspec.json.decode(row[0], type=BatchDetail)
+        delivery = await self._get("delivery", id=row[1])
+        if delivery is None:
+            return batch
+        return msgspec.structs.replace(batch, last_delivery=msgspec.json.decode(delivery[0], type=DeliveryItem))
+
+    async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
+        return await self._page(FileItem, "files", walk_files(self.indexes, wanted), cursor, limit)
+
+    async def count(self, wanted: FileFilter) -> int:
+        if wanted.reason is None and wanted.host is None:
+            # Batches keep count of their files by state.
+            column = "files" if wanted.state is None else wanted.state.value
+            of = "true" if wanted.batch is None else "id = :batch"
+            statement = self.queries["file_total"].replace(":column", column).replace(":of", of)
+            row = await self._run(statement, {} if wanted.batch is None else {"batch": wanted.batch})
+        else:
+            walk = walk_files(self.indexes, wanted)
+            if not all(map(self._can_hold, walk.parameters.values())):
+                return 0
+            row = await self._run(self.queries["file_count"].replace(":counted", walk.counted), walk.parameters)
+        assert row is not None
+        return msgspec.convert(row[0], int)
+
+    async def file(self, id: int) -> FileDetail | None:
+        row = await self._get("file", id=id)
+        if row is None:
+            return None
+        requests = await self._list(AttemptItem, "attempts", file=id)
+        return msgspec.structs.replace(msgspec.json.decode(row[0], type=FileDetail), requests=requests)
+
+    async def failures(self, limit: int) -> list[FailureGroup]:
+        return await self._list(FailureGroup, "failures", limit=limit)
+
+    async def backlog(self, limit: int) -> list[HostBacklog]:
+        return await self._list(HostBacklog, "backlog", limit=limit)
+
+    async def rejections(self, cursor: str | None, limit: int) -> Page[RejectionItem]:
+        before = MAX_ID if cursor is None else decode_cursor(cursor, [int])[0]
+        items = await self._list(RejectionItem, "rejections", before=before, limit=limit + 1)
+        if len(items) <= limit:
+            return Page(items)
+        return Page(items[:limit], encode_cursor(items[limit - 1].id))
+
+    async def rejection(self, id: int) -> RejectionDetail | None:
+        row = await self._get("rejection", id=id)
+        if row is None:
+            return None
+        item, body = row
+        detail = msgspec.json.decode(item, type=RejectionDetail)
+        return msgspec.structs.replace(detail, body=body.decode(errors="backslashreplace"))
+
+    async def rejected_body(self, id: int) -> bytes | None:
+        row = await self._get("rejection", id=id)
+        return None if row is None else row[1]
+
+    async def search(self, text: str, limit: int) -> Found:
+        if not self._can_hold(text):
+            return Found([], [])
+        return Found(
+            await self._list(BatchItem, "batches_beginning", **self._prefix_range(text), limit=limit),
+            await self._list(FileItem, "files_named", text=text, batches=MAX_SEARCHED_BATCHES, limit=limit),
+        )
+
+    async def _page(self, kind: type[Item], query: str, walk: Walk, cursor: str | None, limit: int) -> Page[Item]:
+        if cursor is not None:
+            walk.start_after(cursor)
+            if not all(map(self._can_hold, walk.after or ())):
+                raise ValueError(UNKNOWN_CURSOR)
+        if not all(map(self._can_hold, walk.parameters.values())):
+            return Page([])
+        keys = ", ".join(walk.keys)
+        statement = self.queries[query]
+        for name, text in (
+            ("walk_keys", self._select(walk, keys)),
+            ("walk", self._select(walk, "*")),
+            ("left_out", walk.filtered),
+            ("found_order", walk.order("found.")),
+            ("keys", keys),
+        ):
+            statement = re.sub(rf":{name}\b", text.replace("\\", r"\\"), statement)
+        # One more item than fits tells that there is a next page.
+        row = await self._run(statement, walk.parameters | {"limit": limit + 1, "most": walk.max_rows(limit + 1)})
+        assert row is not None
+        items = _decode(kind, row[0])
+        if len(items) > limit:
+            return Page(items[:limit], encode_cursor(*walk.key_of(items[limit - 1])))
+        return Page(items, None if row[1] is None else encode_cursor(*msgspec.json.decode(row[1])))
+
+    async def _list(self, kind: type[T], query: str, **parameters: object) -> list[T]:
+        row = await self._get(query, **parameters)
+        assert row is not None
+        return _decode(kind, row[0])
+
+    async def _get(self, query: str, **parameters: object) -> tuple[Any, ...] | None:
+        return await self._run(self.queries[query], parameters)
+
+    async def _run(self, statement: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        # No row has a number beyond what both engines can hold.
+        bounded = {
+            name: min(max(value, -MAX_ID), MAX_ID) if isinstance(value, int) else value
+            for name, value in parameters.items()
+        }
+        return await self._row(statement, bounded)
+
+
+def _decode(kind: type[T], answer: str | None) -> list[T]:
+    # PostgreSQL makes no array of no rows.
+    return [] if answer is None else msgspec.json.decode(answer, type=list[kind])  # type: ignore[valid-type]
