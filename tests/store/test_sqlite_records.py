@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
+from notify_server.store.reading.queries import READ_SECONDS
 from notify_server.store.reading.types import BatchFilter, FileFilter
-from notify_server.store.sqlite import read_connection
 from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite.read_connection import ReadConnection, connect_read_only
 from notify_server.store.sqlite.records import SqliteRecords
@@ -29,7 +29,7 @@ async def store(path: Path) -> AsyncIterator[SqliteStore]:
 
 @pytest.fixture
 async def records(store: SqliteStore, path: Path) -> AsyncIterator[SqliteRecords]:
-    records = SqliteRecords(path)
+    records = SqliteRecords(path, progress_steps=10)
     yield records
     await records.close()
 
@@ -130,15 +130,14 @@ async def test_nothing_can_be_written_by_it(store: SqliteStore, path: Path) -> N
 
 
 async def test_a_read_that_takes_too_long_is_cut_off_and_the_next_one_is_answered(
-    store: SqliteStore, records: SqliteRecords, monkeypatch: pytest.MonkeyPatch
+    store: SqliteStore, records: SqliteRecords
 ) -> None:
     await take_in(store, *(finished(str(n)) for n in range(2000)))
-    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 100)
-    with monkeypatch.context() as patch:
-        patch.setattr(sqlite_records, "READ_SECONDS", 0.0)
-        for _ in range(4):
-            with pytest.raises(StoreUnavailableError, match="that is too much to read at once"):
-                await records.count(FileFilter(host="nowhere"))
+    records.read_seconds = 0.0
+    for _ in range(4):
+        with pytest.raises(StoreUnavailableError, match="that is too much to read at once"):
+            await records.count(FileFilter(host="nowhere"))
+    records.read_seconds = READ_SECONDS
     opened_by_then = list(records._idle)
     assert await records.count(FileFilter(host="nowhere")) == 0
     await every_call(records)
@@ -146,10 +145,7 @@ async def test_a_read_that_takes_too_long_is_cut_off_and_the_next_one_is_answere
     assert not any(connection.in_transaction for connection in records._idle)
 
 
-async def test_a_cancelled_read_is_interrupted_and_its_connection_is_used_again(
-    store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 100)
+async def test_a_cancelled_read_is_interrupted_and_its_connection_is_used_again(store: SqliteStore, path: Path) -> None:
     endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
     async with await ReadConnection.open(path) as connection:
         begun = asyncio.Event()
@@ -189,14 +185,13 @@ async def test_cancelled_calls_give_their_connection_back(
 
 
 async def test_reads_hold_no_transaction_so_that_the_wal_can_be_cut_short_afterwards(
-    store: SqliteStore, records: SqliteRecords, path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SqliteStore, records: SqliteRecords, path: Path
 ) -> None:
     await take_in(store, *map(finished, "abc"))
     await store.record([missing(file) for file in await claim(store, n=1)], NOW)
     wal = path.with_name(path.name + "-wal")
-    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 10)
     for seconds in (5.0, 0.0):
-        monkeypatch.setattr(sqlite_records, "READ_SECONDS", seconds)
+        records.read_seconds = seconds
         calls = (every_call(records) for _ in range(4))
         cut_off = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(each) for each in cut_off} == {type(None) if seconds else StoreUnavailableError}

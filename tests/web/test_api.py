@@ -36,8 +36,6 @@ from notify_server.store.reading.types import (
     RejectionItem,
     Totals,
 )
-from notify_server.store.sqlite import read_connection
-from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect
 from notify_server.telemetry.history import Sample
@@ -443,10 +441,14 @@ async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_
     await away.close()
 
 
-async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
-    monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 1)
-    assert await filled.refusal("batches", 503) == ("that is too much to read at once: narrow it down")
+async def test_a_read_that_takes_too_long_is_cut_off(filled: Filled) -> None:
+    served = served_api(filled.daemon)
+    slow, served.records = served.records, impatient_records(filled.daemon.path)
+    try:
+        assert await filled.refusal("batches", 503) == ("that is too much to read at once: narrow it down")
+    finally:
+        await served.records.close()
+        served.records = slow
 
 
 # --- What it does ---
@@ -647,6 +649,11 @@ def served_api(daemon: AppServer) -> Api:
     return daemon.app[API]
 
 
+def impatient_records(path: Path) -> SqliteRecords:
+    """The record, whose reads are all cut off."""
+    return SqliteRecords(path, read_seconds=-1.0, progress_steps=1)
+
+
 class Counted:
     """The record, and how many pages of files it has been asked for."""
 
@@ -748,19 +755,15 @@ async def test_an_export_that_nobody_reads_waits_and_is_given_up(
     assert not rest.endswith(b"0\r\n\r\n")
 
 
-async def test_an_export_that_cannot_be_finished_is_broken_off(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_export_that_cannot_be_finished_is_broken_off(start: Start, tmp_path: Path) -> None:
     make_record(tmp_path / "notify.db", 2_000)
     daemon = await start()
     served = served_api(daemon)
+    impatient = impatient_records(daemon.path)
 
     class Closing(Counted):
         def files(self, *arguments: Any) -> Any:
-            if self.pages:
-                monkeypatch.setattr(sqlite_records, "READ_SECONDS", -1.0)
-                monkeypatch.setattr(read_connection, "PROGRESS_STEPS", 1)
-            return super().files(*arguments)
+            return impatient.files(*arguments) if self.pages else super().files(*arguments)
 
     served.records = Closing(served.records)
     connection = await daemon.connect()
@@ -770,6 +773,7 @@ async def test_an_export_that_cannot_be_finished_is_broken_off(
     assert b"HTTP/1.1 503" not in everything
     assert not everything.endswith(b"0\r\n\r\n")
     assert daemon.events.find("export broken off") is not None
+    await impatient.close()
 
 
 # --- What is described ---

@@ -62,11 +62,14 @@ class ReadConnection:
         self._deadline = float("inf")
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
-        """Open the record at `path`. Raises StoreRefusedError when the file does not exist, or is not a record."""
+    async def open(cls, path: Path, *, progress_steps: int = PROGRESS_STEPS) -> Self:
+        """Open the record at `path`. Raises StoreRefusedError when the file does not exist, or is not a record.
+
+        The deadline of a read is checked every `progress_steps`.
+        """
         opened = cls(await connect_read_only(path))
         try:
-            await opened._connection.set_progress_handler(opened._is_late, PROGRESS_STEPS)
+            await opened._connection.set_progress_handler(opened._is_late, progress_steps)
         except BaseException:
             await opened.close()
             raise

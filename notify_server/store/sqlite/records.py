@@ -9,7 +9,7 @@ from typing import Any
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.reading.queries import CLOSED, READ_SECONDS, TOO_MUCH, QueriedRecords, load_record_queries
 from notify_server.store.reading.walk import Index, Indexes, Walk, conjunction
-from notify_server.store.sqlite.read_connection import ReadConnection
+from notify_server.store.sqlite.read_connection import PROGRESS_STEPS, ReadConnection
 
 MAX_CONNECTIONS = 2
 
@@ -30,14 +30,16 @@ QUERIES = load_record_queries("sqlite", r"strftime('%Y-%m-%dT%H:%M:%fZ', \1 / 10
 class SqliteRecords(QueriedRecords):
     """Reads the database at `path`, which must exist and be of this version. Close it when done.
 
-    Reads are single statements cut off after READ_SECONDS, and take turns on MAX_CONNECTIONS connections.
+    Reads are single statements, cut off after `read_seconds`, and share MAX_CONNECTIONS connections.
     """
 
     queries = QUERIES
     indexes = INDEXES
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_seconds: float = READ_SECONDS, progress_steps: int = PROGRESS_STEPS) -> None:
         self._path = path
+        self.read_seconds = read_seconds
+        self._progress_steps = progress_steps
         self._free = asyncio.Semaphore(MAX_CONNECTIONS)
         self._idle: list[ReadConnection] = []
         self._closed = False
@@ -56,7 +58,7 @@ class SqliteRecords(QueriedRecords):
             connection = await self._connection()
             broken = False
             try:
-                rows = await connection.rows(statement, parameters, seconds=READ_SECONDS)
+                rows = await connection.rows(statement, parameters, seconds=self.read_seconds)
             except TimeoutError as error:
                 raise StoreUnavailableError(TOO_MUCH) from error
             except StoreUnavailableError:
@@ -74,7 +76,7 @@ class SqliteRecords(QueriedRecords):
         if self._idle:
             return self._idle.pop()
         try:
-            return await ReadConnection.open(self._path)
+            return await ReadConnection.open(self._path, progress_steps=self._progress_steps)
         except StoreRefusedError as error:
             raise StoreUnavailableError(str(error)) from error
 
