@@ -12,13 +12,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-from uuid import uuid4
 
 import structlog
 from aiohttp import web
 
 from notify_server.background import prune_record, publish_verdicts, sample_time_series, survey_record
-from notify_server.callbacks.errors import error_response
 from notify_server.callbacks.handler import Callback
 from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, HostSettings, version
@@ -38,10 +36,12 @@ from notify_server.verify.scheduler import Pool
 from notify_server.verify.shares import limit_of
 from notify_server.web import rendering
 from notify_server.web.admin import Admin
-from notify_server.web.api.handlers import ENDPOINTS, Api, RuntimeState
-from notify_server.web.dashboard.pages import VIEWS, Dashboard, View
+from notify_server.web.api.endpoints import HttpApi
+from notify_server.web.api.handlers import Api
+from notify_server.web.api.types import RuntimeState
+from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.health import Health
-from notify_server.web.openapi import Endpoint
+from notify_server.web.routes import CALLBACK, DASHBOARD, DRAINING, HEALTH, HTTP_API, add_routes
 from notify_server.web.stream import Stream
 
 if TYPE_CHECKING:
@@ -58,13 +58,9 @@ RECORDS = web.AppKey("records", Records)
 # None on a node that takes callbacks only.
 POOL: web.AppKey[Pool | None] = web.AppKey("pool")
 METRICS = web.AppKey("metrics", Metrics)
-CALLBACK = web.AppKey("callback", Callback)
-HEALTH = web.AppKey("health", Health)
 ADMIN = web.AppKey("admin", Admin)
 API = web.AppKey("api", Api)
 STREAM = web.AppKey("stream", Stream)
-DASHBOARD = web.AppKey("dashboard", Dashboard)
-DRAINING = web.AppKey("draining", asyncio.Event)
 TRACING: web.AppKey[Tracing | None] = web.AppKey("tracing")
 GRACE = web.AppKey("grace", Grace)
 
@@ -101,7 +97,8 @@ def make_app(
     app[RATES] = HostRates()
     app[GUARD] = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
     app.cleanup_ctx.extend([_traces, _record, _verification, _web])
-    _add_routes(app)
+    rendering.setup(app)
+    add_routes(app, config.server.callback_path)
     return app
 
 
@@ -237,27 +234,12 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         list if pool is None else pool.hosts,
     )
     actions = Actions(config, store, app[RECORDS], now=now, add_hosts=_add_hosts_to(pool))
-    app[API] = Api(app[RECORDS], actions, app[ADMIN], state, timeline, app[RATES], app[STREAM])
+    app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM])
+    app[HTTP_API] = HttpApi(app[API], app[ADMIN], version())
     app[DASHBOARD] = Dashboard(config, app[API], app[ADMIN], version(), now)
     task = start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")
     yield
     await stop_tasks(task)
-
-
-def _add_routes(app: web.Application) -> None:
-    app.router.add_route("*", app[CONFIG].server.callback_path, _callback, expect_handler=_expect)
-    app.router.add_get("/healthz", _healthz)
-    app.router.add_get("/readyz", _readyz)
-    app.router.add_get("/metrics", _metrics)
-    for endpoint in ENDPOINTS:
-        app.router.add_route("*", endpoint.route, partial(_api, endpoint))
-    app.router.add_get("/openapi.json", _openapi)
-    rendering.setup(app)
-    for view in VIEWS:
-        app.router.add_route(view.method, view.path, partial(_view, view))
-        if view.method == "GET":
-            app.router.add_route("HEAD", view.path, partial(_view, view))
-    app.router.add_route("*", "/{path:.*}", _not_found)
 
 
 def _in_flight(pool: Pool | None) -> int:
@@ -292,56 +274,6 @@ async def _open_records(config: Config) -> Records:
     from notify_server.store.postgres.records import PostgresRecords
 
     return await PostgresRecords.open(config.store.url)
-
-
-async def _callback(request: web.Request) -> web.StreamResponse:
-    response = await request.app[CALLBACK].handle(request)
-    if request.app[DRAINING].is_set():
-        response.force_close()
-    return response
-
-
-async def _expect(request: web.BaseRequest) -> web.Response | None:
-    """Give leave to send the body (RFC 9110 10.1.1)."""
-    if request.headers.get("Expect", "").lower() != "100-continue":
-        return error_response(str(uuid4()), 417, "417", "Expect: only 100-continue can be met")
-    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    # What has been written so far is no part of the response.
-    request.writer.output_size = 0
-    return None
-
-
-async def _healthz(request: web.Request) -> web.Response:
-    log.debug("asked", path=request.path, remote=request.remote)
-    return await request.app[HEALTH].healthz(request)
-
-
-async def _readyz(request: web.Request) -> web.Response:
-    log.debug("asked", path=request.path, remote=request.remote)
-    return await request.app[HEALTH].readyz(request)
-
-
-async def _metrics(request: web.Request) -> web.Response:
-    log.debug("asked", path=request.path, remote=request.remote)
-    return await request.app[HEALTH].metrics(request)
-
-
-async def _api(endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-    return await request.app[API].handle(endpoint, request)
-
-
-async def _view(view: View, request: web.Request) -> web.StreamResponse:
-    return await request.app[DASHBOARD].handle(view, request)
-
-
-async def _openapi(request: web.Request) -> web.StreamResponse:
-    return await request.app[ADMIN].guard(request.app[API].describe)(request)
-
-
-async def _not_found(request: web.Request) -> web.Response:
-    request_id = str(uuid4())
-    log.debug("nothing there", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
-    return error_response(request_id, 404, "404", "nothing is served at this path")
 
 
 def _tracing() -> Tracing | None:

@@ -6,9 +6,11 @@ callbacks do not wait for it, and for ACTION_SECONDS: what is left then is told,
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Annotated
 from uuid import uuid4
 
@@ -20,8 +22,8 @@ from notify_server.config import Config
 from notify_server.contract import wire
 from notify_server.contract.envelope import open_envelope
 from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError
-from notify_server.model import Delivery, FileState, Reason
-from notify_server.store.base import Editable
+from notify_server.model import Delivery, FileState, Reason, http_reason
+from notify_server.store.base import MAX_ID, Editable
 from notify_server.store.reading.types import FileFilter, Records
 
 log = structlog.get_logger("notify_server")
@@ -31,8 +33,11 @@ ACTION_ROWS = 500
 UNSIGNED = "none"
 NOT_AVAILABLE = (FileState.PENDING, FileState.UNAVAILABLE, FileState.BLOCKED)
 
-Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+REASON_PATTERN = f"^(?:{'|'.join(Reason)}|http_[1-9][0-9]{{2}})$"
+
+Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Text = Annotated[str, Meta(min_length=1, max_length=2000)]
+ReasonCode = Annotated[str, Meta(pattern=REASON_PATTERN, description="Why a file is not available.")]
 Time = Annotated[datetime, Meta(tz=True, description="RFC 3339, with an offset or Z.")]
 
 
@@ -47,7 +52,7 @@ class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
 
     file: Id | None = None
     batch: Id | None = None
-    reason: Text | None = None
+    reason: ReasonCode | None = None
     host: Text | None = None
     states: list[FileState] = msgspec.field(default_factory=lambda: list(NOT_AVAILABLE))
     dry_run: bool = False
@@ -102,6 +107,8 @@ class Actions:
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
         """Ask for files anew; None when there is no such file or batch. Raises ActionRefusedError."""
+        if wanted.reason is not None and (wrong := unknown_reason(wanted.reason)) is not None:
+            raise ActionRefusedError(f"reason: {wrong}")
         if wanted.file is not None:
             if wanted.batch is not None or wanted.reason is not None or wanted.host is not None:
                 raise ActionRefusedError("file: name it alone, without batch, reason or host")
@@ -191,6 +198,18 @@ class Actions:
             if time.monotonic() >= deadline:
                 return Pruned(rows, more=True)
         return Pruned(rows)
+
+
+def unknown_reason(reason: str) -> str | None:
+    """Return what is wrong with a reason code, and the one that may be meant; None when it is known."""
+    if re.fullmatch(REASON_PATTERN, reason):
+        return None
+    shown = reason[:80]
+    if shown.startswith("http_"):
+        return f"{shown} is not a reason: http_ is followed by the three digits of a status, like {http_reason(404)}"
+    if near := get_close_matches(shown, [*Reason, http_reason(404)], 1):
+        return f"{shown} is not a reason, did you mean {near[0]}?"
+    return f"{shown} is not a reason: there are {', '.join(Reason)}, and http_404, http_500 and so on"
 
 
 def to_ms(moment: datetime | None) -> int | None:

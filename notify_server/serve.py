@@ -11,11 +11,12 @@ import structlog
 from aiohttp import web
 from cryptography.x509 import load_pem_x509_certificates
 
-from notify_server.app import CALLBACK, DRAINING, GRACE, METRICS, POOL, STREAM, TRACING, make_app
+from notify_server.app import GRACE, METRICS, POOL, STREAM, TRACING, make_app
 from notify_server.callbacks.connection import CallbackConnection
 from notify_server.config import Config, ServerConfig
 from notify_server.errors import ListenError
 from notify_server.telemetry.metrics import Metrics
+from notify_server.web.routes import CALLBACK, DRAINING
 
 log = structlog.get_logger("notify_server")
 

@@ -22,7 +22,7 @@ from notify_server.errors import ContractError
 from notify_server.model import FileState, Reason, Verdict
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.sql import load_migrations
-from notify_server.web.api.handlers import ENDPOINTS
+from notify_server.web.api.endpoints import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]

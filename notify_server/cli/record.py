@@ -30,7 +30,7 @@ from notify_server.store.reading.types import BatchDetail, BatchFilter, BatchIte
 
 if TYPE_CHECKING:
     from notify_server.telemetry.history import Sample
-    from notify_server.web.api.handlers import Host, Status
+    from notify_server.web.api.types import Host, Status
 
 T = TypeVar("T")
 Item = TypeVar("Item")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     # Loaded when a daemon is asked: reading the file should not have to wait for it.
     import aiohttp
 
-    from notify_server.web.api.handlers import Host, Status
+    from notify_server.web.api.types import Host, Status
 
 T = TypeVar("T")
 
@@ -158,12 +158,12 @@ class Remote:
         return answer
 
     async def status(self) -> Status:
-        from notify_server.web.api.handlers import Status
+        from notify_server.web.api.types import Status
 
         return await self._have(Status, "status")
 
     async def hosts(self) -> Page[Host]:
-        from notify_server.web.api.handlers import Host
+        from notify_server.web.api.types import Host
 
         return await self._have(Page[Host], "hosts")
 

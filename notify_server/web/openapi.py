@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,18 +23,24 @@ ERROR = {
 
 
 class Endpoint(NamedTuple):
-    """What can be asked for. `path` has its parameters in braces, which are whole numbers; `query` and `body` are the
-    types of what is sent, `answer` of what comes back as JSON, or the media types of what is not JSON.
+    """An operation of the API. `path` has its parameters in braces, which are integers; `handler` is a method of Api.
+
+    `query` and `body` are the types of the request, `answer` that of the JSON answer; `media` are the media types of
+    an answer that is not JSON.
     """
 
     method: str
     path: str
-    summary: str
-    handler: str
+    handler: Callable[..., Awaitable[Any]]
     query: type[msgspec.Struct] | None = None
     body: type[msgspec.Struct] | None = None
     answer: Any = None
     media: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """The operationId: the name of the handler."""
+        return self.handler.__name__
 
     @property
     def route(self) -> str:
@@ -47,8 +53,10 @@ class Endpoint(NamedTuple):
         return re.findall(r"{(\w+)}", self.path)
 
 
-def document(endpoints: Sequence[Endpoint], version: str, *, guarded: bool = True) -> dict[str, Any]:
-    """The OpenAPI document; `guarded` tells whether there is an admin_token."""
+def document(
+    endpoints: Sequence[Endpoint], version: str, summary: Callable[[Endpoint], str], *, guarded: bool = True
+) -> dict[str, Any]:
+    """Return the OpenAPI document; `guarded` is True when an admin_token is needed."""
     types = [kind for e in endpoints for kind in (e.query, e.body, e.answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
@@ -56,8 +64,8 @@ def document(endpoints: Sequence[Endpoint], version: str, *, guarded: bool = Tru
     queries = set()
     for endpoint in endpoints:
         operation: dict[str, Any] = {
-            "operationId": endpoint.handler,
-            "summary": endpoint.summary,
+            "operationId": endpoint.id,
+            "summary": summary(endpoint),
             "parameters": [
                 {
                     "name": name,

@@ -14,6 +14,7 @@ import msgspec
 from multidict import MultiMapping
 
 from notify_server.callbacks.errors import RefusedError
+from notify_server.operations import REASON_PATTERN, unknown_reason
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -64,6 +65,8 @@ def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False
         try:
             converted[name] = msgspec.convert(value, wanted)
         except msgspec.ValidationError as error:
+            if schema.get("pattern") == REASON_PATTERN and isinstance(value, str):
+                raise _wrong(f"{name}: {unknown_reason(value)}") from error
             raise _wrong(f"{name}: must be {_description(schema)}") from error
     return kind(**converted)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from mimetypes import guess_type
@@ -18,14 +17,11 @@ from typing import Any, NamedTuple
 import aiohttp_jinja2
 import jinja2
 from aiohttp import web
-from markupsafe import Markup, escape
 
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import FileState, Reason
 
 HERE = Path(__file__).parent
-LANGUAGE_COOKIE = "notify_server_language"
-DEFAULT_LANGUAGE = "en"
 YEAR_SECONDS = 365 * 86_400
 
 _POLICY = (
@@ -35,70 +31,6 @@ _POLICY = (
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 # A bar never shows a share narrower than this, in percent: one missing file of ten thousand is what matters.
 _LEAST_SHARE = 1.5
-
-
-class Texts:
-    """What pages say in one language: `texts("count.files", n=3)`. Values are escaped; `n` chooses singular or plural.
-
-    Raises KeyError when there is no such text.
-    """
-
-    def __init__(self, language: str) -> None:
-        self.language = language
-        tables = tomllib.loads((HERE / "texts" / f"{language}.toml").read_text(encoding="utf-8"))
-        self.by_key = _flat(tables)
-
-    def __call__(self, key: str, /, **values: object) -> Markup:
-        if values.get("n") == 1:
-            key = f"{key}_one" if f"{key}_one" in self.by_key else key
-        text = escape(self.by_key[key])
-        return text.format(**values) if values else text
-
-    def age(self, seconds: float) -> str:
-        """A duration, as long as people count it in: `12 s`, `5 min`, `3 h`, `9 d`."""
-        if seconds < 60:
-            return f"{max(seconds, 0.0):.0f} s"
-        if seconds < 3600:
-            return self("unit.minutes", n=int(seconds // 60))
-        if seconds < 48 * 3600:
-            return self("unit.hours", n=int(seconds // 3600))
-        return self("unit.days", n=int(seconds // 86_400))
-
-    def reason(self, reason: str | None, part: str, state: FileState | None = None) -> str:
-        """What a reason means (`what`), or what to do about it (`next`)."""
-        if reason is None:
-            key = FileState.UPLOAD_FAILED.value if state is FileState.UPLOAD_FAILED else "none"
-        elif f"reason.{reason}.{part}" in self.by_key:
-            key = reason
-        else:
-            family = f"{reason[:6]}xx"
-            key = family if f"reason.{family}.{part}" in self.by_key else "http_other"
-        return self(f"reason.{key}.{part}")
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for key, value in tables.items():
-        texts |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-    return texts
-
-
-LANGUAGES: Mapping[str, Texts] = {language: Texts(language) for language in ("en", "zh")}
-
-
-def texts_for(request: web.Request) -> Texts:
-    """In the language that was chosen here, else in the one that the browser likes best (RFC 9110 12.5.4)."""
-    chosen = request.cookies.get(LANGUAGE_COOKIE, "")
-    if chosen in LANGUAGES:
-        return LANGUAGES[chosen]
-    best, language = 0.0, DEFAULT_LANGUAGE
-    for item in request.headers.get("Accept-Language", "")[:1000].split(","):
-        tag, _, weight = item.partition(";q=")
-        quality = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight.strip()) else 1.0
-        primary = tag.strip().lower().partition("-")[0]
-        if primary in LANGUAGES and quality > best:
-            best, language = quality, primary
-    return LANGUAGES[language]
 
 
 # --- Files that pages load ---

@@ -28,7 +28,7 @@ from notify_server.cli.common import UsageError
 from notify_server.cli.record import moment
 from notify_server.store.reading.types import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
 from notify_server.store.sql import load_migrations
-from notify_server.web.api.handlers import Host, Status
+from notify_server.web.api.types import Host, Status
 from tests.support.cli import running
 from tests.support.daemon import Daemon, Finished, clean_environment, run_command
 from tests.support.notification import batch_body, failed, finished

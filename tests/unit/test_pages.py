@@ -7,13 +7,13 @@ import json
 import pytest
 
 from notify_server.callbacks.refused_body import MAX_LINES, field_at_fault, readable
-from notify_server.web.dashboard.pages import _local
+from notify_server.web.dashboard.forms import local_target
 from notify_server.web.rendering import bar, is_link, milliseconds, size
 
 
 @pytest.mark.parametrize("target", ["/", "/ui/batches/7?state=all&cursor=ab", "/ui/search?q=%E5%9B%BE"])
 def test_an_address_of_ours_is_gone_to(target: str) -> None:
-    assert _local(target) == target
+    assert local_target(target) == target
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_an_address_of_ours_is_gone_to(target: str) -> None:
     ],
 )
 def test_an_address_of_others_is_not_gone_to(target: str | None) -> None:
-    assert _local(target) == "/"
+    assert local_target(target) == "/"
 
 
 @pytest.mark.parametrize("address", ["http://a.example/b", "HTTPS://a.example", "https://a.example/图"])

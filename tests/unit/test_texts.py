@@ -11,8 +11,8 @@ import pytest
 
 from notify_server.model import CircuitState, FileState, Reason, Verdict
 from notify_server.web import rendering
-from notify_server.web.api.handlers import ENDPOINTS
-from notify_server.web.rendering import LANGUAGES, Texts
+from notify_server.web.api.endpoints import ENDPOINTS
+from notify_server.web.language import LANGUAGES, Texts
 
 WEB = Path(rendering.__file__).parent
 TEMPLATES = sorted((WEB / "templates").glob("*.html"))
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Sequence[str]] = {
     "state_means": list(FileState),
     "verdict": list(Verdict),
     "circuit": list(CircuitState),
-    "docs_of": [endpoint.handler for endpoint in ENDPOINTS],
+    "docs_of": [endpoint.id for endpoint in ENDPOINTS],
     "nav": ["overview", "batches", "failures", "hosts", "rejections", "docs"],
     "recheck": ["nothing", "done", "more"],
     "error": ["not_found", "not_found_detail", "unavailable", "unavailable_detail", "refused", "forbidden",
@@ -63,7 +63,8 @@ def test_the_chinese_is_chinese() -> None:
 def said() -> set[str]:
     """The keys that templates and modules ask for."""
     sources = [
-        path.read_text(encoding="utf-8") for path in [*TEMPLATES, WEB / "dashboard/pages.py", WEB / "rendering.py"]
+        path.read_text(encoding="utf-8")
+        for path in [*TEMPLATES, *(WEB / "dashboard").glob("*.py"), WEB / "language.py"]
     ]
     keys = set(re.findall(r"""(?:\bt|self)\(["']([a-z0-9_.]+\.[a-z0-9_]+)["'][,)]""", "".join(sources)))
     return keys | {f"{family}.{word}" for family, words in FAMILIES.items() for word in words}

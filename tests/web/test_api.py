@@ -39,8 +39,11 @@ from notify_server.store.reading.types import (
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.writer import connect
 from notify_server.telemetry.history import Sample
-from notify_server.web.api import handlers as api
-from notify_server.web.api.handlers import ENDPOINTS, Api, Host, Status
+from notify_server.web import bodies
+from notify_server.web.api.cache import MAX_AGE_SECONDS, MIN_AGE_SECONDS, TimedCache, max_age
+from notify_server.web.api.endpoints import ENDPOINTS
+from notify_server.web.api.handlers import EXPORT_ROWS, Api
+from notify_server.web.api.types import Host, Status
 from notify_server.web.openapi import Endpoint
 from tests.support.app import JSON, AppServer, Clock, Start
 from tests.support.http import Reply
@@ -268,7 +271,7 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
     if not text.isascii() and not text.isprintable():
         text = "%FF"
     assert await filled.get("search", Found, q=text) == Found([], [])
-    assert (await filled.get("files", Page[FileItem], reason=text)).items == []
+    assert (await filled.get("files", Page[FileItem], host=text)).items == []
     assert (await filled.get("batches", Page[BatchItem], batch_id=text)).items == []
     assert (await filled.get("batches", Page[BatchItem], api_code=text)).items == []
     assert filled.daemon.count("file") == 9
@@ -300,7 +303,15 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
         ("batches?received_before=1700000000",
          "received_before: must be a time like 2026-11-23T08:00:00Z (+ is written %2B in an address)"),
         ("batches/1/files?state=gone", "state: must be one of available, blocked, pending, unavailable, upload_failed"),
-        ("files", "reason: is needed"),
+        ("files?reason=dns_erorr", "reason: dns_erorr is not a reason, did you mean dns_error?"),
+        ("files?reason=http_40", "reason: http_40 is not a reason: http_ is followed by the three "
+         "digits of a status, like http_404"),
+        ("batches/1/files?reason=%EF%BC%91", "reason: １ is not a reason: there are timeout, dns_error, connect_error, "
+         "tls_error, too_many_redirects, bad_redirect, protocol_error, private_address, port_not_allowed, "
+         "host_not_allowed, invalid_url, and http_404, http_500 and so on"),
+        ("export?reason=gone", "reason: gone is not a reason: there are timeout, dns_error, connect_error, "
+         "tls_error, too_many_redirects, bad_redirect, protocol_error, private_address, port_not_allowed, "
+         "host_not_allowed, invalid_url, and http_404, http_500 and so on"),
         ("search", "q: is needed"),
         ("series?step=hour", "step: must be one of minute, second"),
         ("export?batch=0", "batch: must be a whole number, 1 or more"),
@@ -361,7 +372,7 @@ async def test_a_cursor_of_another_listing_is_refused(filled: Filled) -> None:
 @pytest.mark.parametrize("id", ["0", "4711", str(2**63 - 1), "9" * 19, "0000000000000004711"])
 @pytest.mark.parametrize("path", ["batches/{}", "batches/{}/files", "files/{}", "rejections/{}"])
 async def test_what_is_not_there_is_not_found(filled: Filled, path: str, id: str) -> None:
-    assert await filled.refusal(path.format(id), 404) == "there is none with this id: it may have been deleted"
+    assert await filled.refusal(path.format(id), 404) == "no row has this id: it may have been deleted"
 
 
 @pytest.mark.parametrize("id", ["-1", "x", "1.5", "9" * 20, "1%00", "%EF%BC%91"])
@@ -380,16 +391,14 @@ async def test_another_method_is_refused_with_the_one_there_is(filled: Filled, e
     for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND"):
         if method != endpoint.method:
             answer = await filled.daemon.ask(method, path)
-            assert answer.refusal(405, "405") == f"only {endpoint.method} is answered here"
+            assert answer.refusal(405, "405") == f"only {endpoint.method} is allowed"
             assert answer.headers["Allow"] == endpoint.method
 
 
-@pytest.mark.parametrize("endpoint", [e for e in ENDPOINTS if e.method == "GET"], ids=lambda e: e.handler)
+@pytest.mark.parametrize("endpoint", [e for e in ENDPOINTS if e.method == "GET"], ids=lambda e: e.id)
 async def test_head_is_answered_as_get_without_the_body_and_ends(filled: Filled, endpoint: Endpoint) -> None:
     path = endpoint.path.replace("{id}", "1")
-    query = (
-        {"reason": "http_404"} if endpoint.handler == "files" else {"q": "x"} if endpoint.handler == "search" else {}
-    )
+    query = {"q": "x"} if endpoint.id == "search" else {}
     async with asyncio.timeout(5):
         answer = await filled.daemon.ask("HEAD", path, params=query)
     assert (answer.status, answer.body) == (200, b"")
@@ -407,19 +416,19 @@ async def test_a_body_that_a_form_could_send_is_refused(filled: Filled, headers:
 
 
 async def test_a_body_that_is_too_large_is_refused(filled: Filled) -> None:
-    body = b'{"reason": "' + b"x" * api.BODY_LIMIT + b'"}'
+    body = b'{"reason": "' + b"x" * bodies.MAX_BODY_BYTES + b'"}'
     assert (await filled.daemon.post(body, path="/api/v1/recheck")).refusal(413, "413").startswith("body: larger than")
 
 
 async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "STALLED_SECONDS", 0.05)
+    monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.05)
     connection = await filled.daemon.connect()
     await connection.send(
         b"POST /api/v1/prune HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 9\r\n\r\n{"
     )
     answer = await connection.answer()
-    assert answer.refusal(408, "408") == "body: did not come in time"
+    assert answer.refusal(408, "408") == "body: did not arrive in time"
     assert answer.headers["Connection"] == "close"
 
 
@@ -601,8 +610,16 @@ async def test_what_is_old_is_deleted_by_retention_or_by_a_time(start: Start) ->
     assert left() == (0, 0)
 
 
-async def test_what_was_being_counted_when_something_changed_is_counted_again() -> None:
-    remembered, gate, asked = api.TimedCache(), asyncio.Event(), asyncio.Event()
+@pytest.mark.parametrize(
+    ("cost", "age"),
+    [(0.0, MIN_AGE_SECONDS), (0.001, MIN_AGE_SECONDS), (0.02, 4.0), (1.0, MAX_AGE_SECONDS), (60.0, MAX_AGE_SECONDS)],
+)
+def test_a_cached_answer_is_used_for_a_bounded_time_that_grows_with_its_cost(cost: float, age: float) -> None:
+    assert max_age(cost) == pytest.approx(cost + age)
+
+
+async def test_a_query_that_began_before_a_change_is_not_cached() -> None:
+    remembered, gate, asked = TimedCache(), asyncio.Event(), asyncio.Event()
 
     async def before() -> str:
         asked.set()
@@ -616,7 +633,7 @@ async def test_what_was_being_counted_when_something_changed_is_counted_again() 
     await asked.wait()
     # Another count does not wait for it.
     assert await remembered.get("failures", after) == "after"
-    remembered.forget()
+    remembered.clear()
     gate.set()
     assert await counting == "before"
     assert await remembered.get("totals", after) == "after"
@@ -725,7 +742,7 @@ async def test_an_export_ends_with_its_client(start: Start, tmp_path: Path) -> N
     daemon = await start()
     served = served_api(daemon)
     served.records = records = Counted(served.records)
-    pages = 30_000 // api.EXPORT_ROWS
+    pages = 30_000 // EXPORT_ROWS
     connection = await daemon.connect()
     await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await connection._reader.readuntil(b"\r\n\r\n")
@@ -740,7 +757,7 @@ async def test_an_export_ends_with_its_client(start: Start, tmp_path: Path) -> N
 async def test_an_export_that_nobody_reads_waits_and_is_given_up(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.3)
     make_record(tmp_path / "notify.db", 30_000)
     daemon = await start()
     served = served_api(daemon)
@@ -749,8 +766,8 @@ async def test_an_export_that_nobody_reads_waits_and_is_given_up(
     await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await connection._reader.readuntil(b"\r\n\r\n")
     # The reader stops taking at its limit; then the sockets fill up.
-    await daemon.events.seen("client takes nothing, cut off", path="/api/v1/export")
-    assert records.pages < 30_000 // api.EXPORT_ROWS
+    await daemon.events.seen("client stalled, disconnected", path="/api/v1/export")
+    assert records.pages < 30_000 // EXPORT_ROWS
     rest = await connection.rest()
     assert not rest.endswith(b"0\r\n\r\n")
 
@@ -772,7 +789,7 @@ async def test_an_export_that_cannot_be_finished_is_broken_off(start: Start, tmp
     assert everything.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"HTTP/1.1 503" not in everything
     assert not everything.endswith(b"0\r\n\r\n")
-    assert daemon.events.find("export broken off") is not None
+    assert daemon.events.find("export aborted") is not None
     await impatient.close()
 
 

@@ -17,8 +17,8 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from notify_server.app import CALLBACK
 from notify_server.callbacks.connection import MAX_HEAD, CallbackConnection
+from notify_server.web.routes import CALLBACK
 from tests.support.app import AppServer, Clock, Events, start_app
 from tests.support.notification import notification
 from tests.support.waiting import SECONDS

@@ -16,8 +16,7 @@ import pytest
 
 from notify_server.app import STREAM
 from notify_server.telemetry.history import Sample
-from notify_server.web import stream
-from notify_server.web.api import handlers as api
+from notify_server.web import bodies, stream
 from notify_server.web.stream import Stream
 from tests.support.app import AppServer, Start
 from tests.support.daemon import Daemon
@@ -99,7 +98,7 @@ async def test_no_more_listen_than_may_and_a_place_is_free_again(start: Start, m
 async def test_a_listener_that_reads_nothing_is_cut_off_and_no_other_waits(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.3)
     daemon = await start()
     slow = await daemon.connect()
     await slow.send(REQUEST)
@@ -111,7 +110,7 @@ async def test_a_listener_that_reads_nothing_is_cut_off_and_no_other_waits(
             stream_of(daemon).publish("large", "x" * 200_000)
         names = [name async for name, _ in _first(events(response.content), 100)]
         assert names.count("large") >= 98
-        await daemon.events.seen("client takes nothing, cut off", path="/api/v1/stream")
+        await daemon.events.seen("client stalled, disconnected", path="/api/v1/stream")
         await eventually(lambda: listeners(daemon) == 1)
 
 
