@@ -40,6 +40,10 @@ class StoreRefusedError(NotifyServerError):
     """The store cannot be opened safely (in use, corrupt, newer): the text says what to do. Fatal at start."""
 
 
+class StoreNotReachedError(StoreRefusedError):
+    """The database does not accept connections now. A daemon that starts waits for it; a command ends."""
+
+
 class StoreUnavailableError(NotifyServerError):
     """The store cannot commit now (full, locked, I/O error, gone). Nothing was written; the same call may succeed
     later.

@@ -16,9 +16,11 @@ from tests.cli.test_doctor import BEFORE_ALL, configure, examine, run_doctor, sn
 from tests.support import postgres
 from tests.support.daemon import Daemon
 from tests.support.origin import SILENCE, Origin
+from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PostgresServer, fetch, new_schema
+from tests.support.waiting import free_port
 
-OF_POSTGRES = {"database", "encoding", "durability", "schema", "servers", "connections"}
+OF_POSTGRES = {"database", "pooler", "encoding", "durability", "schema", "servers", "connections"}
 
 
 @pytest.fixture
@@ -36,6 +38,13 @@ def poor() -> Iterator[PostgresServer]:
             yield server
 
 
+@pytest.fixture(scope="module")
+def local() -> Iterator[PostgresServer]:
+    """A server that listens on TCP."""
+    with PostgresServer({**postgres.SETTINGS, "listen_addresses": "127.0.0.1", "port": str(free_port())}) as server:
+        yield server
+
+
 async def test_a_sound_database_has_no_problem_and_nothing_is_changed(tmp_path: Path, url: str) -> None:
     configure(tmp_path, store={"url": url})
     (tmp_path / "config.toml").chmod(0o600)
@@ -49,7 +58,7 @@ async def test_a_sound_database_has_no_problem_and_nothing_is_changed(tmp_path: 
     assert not files_only & seen.findings.keys()
     assert all(seen.worst(check).level is Level.OK for check in OF_POSTGRES)
     assert "PostgreSQL 1" in seen.worst("database").text and "connected in" in seen.worst("database").text
-    assert seen.worst("schema").text == "there is none yet, the daemon makes it"
+    assert seen.worst("schema").text == "there is none yet, the daemon creates it"
     assert snapshot(tmp_path) == before
     assert await fetch(url, "SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace") == [
         (0,)
@@ -68,7 +77,7 @@ async def test_beside_a_server_it_names_it_and_what_waits(tmp_path: Path, url: s
         await daemon.deliver("b", [origin.url(f"/{number}") for number in range(7)])
         await origin.reached(7)
         seen = await examine(tmp_path)
-        assert f":{daemon.pid} (for " in seen.worst("servers").text
+        assert f":{daemon.pid} (lease ends in " in seen.worst("servers").text
         assert seen.worst("backlog").text.startswith("7 files wait")
         assert seen.worst("connections").level is Level.OK
 
@@ -102,6 +111,31 @@ async def test_what_is_wrong_with_a_server_is_told_with_what_to_do(tmp_path: Pat
     assert (await examine(tmp_path)).worst("database").text.endswith("has no schema to be used")
 
 
+async def test_a_default_of_asynchronous_commits_is_reported_and_overridden(tmp_path: Path, url: str) -> None:
+    """Row 130."""
+    server_default = f"{url}&options=-csynchronous_commit%3Doff"
+    configure(tmp_path, store={"url": server_default})
+    finding = (await examine(tmp_path)).worst("durability")
+    assert finding.level is Level.OK
+    assert "synchronous_commit is off by default" in finding.text
+
+
+@pytest.mark.parametrize(("mode", "level"), [("transaction", Level.PROBLEM), ("session", Level.OK)])
+async def test_a_pooler_is_named_and_transaction_mode_is_a_problem(
+    tmp_path: Path, local: PostgresServer, mode: str, level: Level
+) -> None:
+    """Row 129."""
+    with PgBouncer(local, mode) as pooler:
+        configure(tmp_path, store={"url": pooler.url})
+        seen = await examine(tmp_path)
+    if mode == "transaction":
+        assert "transaction mode" in seen.worst("database").text
+        assert "pool_mode = session" in (seen.worst("database").mend or "")
+    else:
+        assert seen.worst("pooler").text == "a connection pooler, in session mode"
+    assert seen.worst("database").level is level
+
+
 async def test_a_limit_for_fewer_servers_than_there_are_is_warned_of(tmp_path: Path, url: str) -> None:
     await migrate_at(url)
     await fetch(
@@ -128,7 +162,7 @@ async def test_another_schema_is_told(tmp_path: Path, url: str) -> None:
     [
         ("postgresql://u:geheim@127.0.0.1:1/d", "cannot be reached"),
         ("postgresql://u:geheim@127.0.0.1:{silent}/d", "cannot be reached"),
-        ("{none}", 'is not there (database "none" does not exist)'),
+        ("{none}", 'does not exist (database "none" does not exist)'),
     ],
 )
 async def test_a_database_that_cannot_be_had_is_a_problem_and_its_password_is_not_told(

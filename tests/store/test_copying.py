@@ -14,6 +14,7 @@ from notify_server.store.copying import copy as copying
 from notify_server.store.copying.copy import TABLES, Checked, Digest, Row, Side, copy
 from notify_server.store.copying.postgres import PostgresSide
 from notify_server.store.copying.sqlite import SqliteSide
+from notify_server.store.postgres import session as postgres_session
 from notify_server.store.postgres.schema import migrate_at
 from notify_server.store.postgres.store import PostgresStore
 from notify_server.store.sqlite.store import SqliteStore
@@ -162,8 +163,7 @@ async def test_notifications_that_a_file_would_not_expand_any_more_are_not_copie
 async def test_while_it_is_copied_no_server_gets_either_side(
     path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("postgres.session", "copying.postgres"):
-        monkeypatch.setattr(f"notify_server.store.{module}.SETTINGS", {"lock_timeout": "100ms"})
+    monkeypatch.setitem(postgres_session.SETTINGS, "lock_timeout", "100ms")
     await migrate_at(url)
     for side_of in (PostgresSide.source, PostgresSide.target):
         side = await side_of(url)

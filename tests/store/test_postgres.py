@@ -41,7 +41,7 @@ from tests.store.builders import (
     settle,
     take_in,
 )
-from tests.support.postgres import PostgresServer, fetch, new_schema
+from tests.support.postgres import SETTINGS, PostgresServer, fetch, new_schema
 from tests.support.postgres_faults import cut, eventually, expire, locked, opened, until_behind, until_waiting
 
 
@@ -697,8 +697,8 @@ async def test_what_cannot_be_opened_is_refused_in_one_line_that_never_shows_the
     cases = {
         "postgresql://u:hunter2@127.0.0.1:1/d": "postgresql://127.0.0.1:1/d: cannot be reached",
         "postgresql://u:hunter2@nowhere.invalid/d": "postgresql://nowhere.invalid/d: cannot be reached",
-        f"postgresql:///hunter3?password=hunter2&{options}": "is not there",
-        f"postgresql://nobody_here:hunter2@/postgres?{options}&user=nobody_here": "lets this user not in",
+        f"postgresql:///hunter3?password=hunter2&{options}": "does not exist",
+        f"postgresql://nobody_here:hunter2@/postgres?{options}&user=nobody_here": "refuses this user",
         f"{url}&default_transaction_read_only=on": "is read-only",
         f"{url}&sslmode=hunter2": "cannot be",
         "postgresql://u:hunter2@h:port/d": "cannot be",
@@ -782,6 +782,21 @@ async def test_commits_wait_for_the_disk_whatever_the_settings_of_user_and_datab
                 assert await connection.fetchval("SHOW synchronous_commit") == "on"
         async with store._connection() as pooled:
             assert await pooled.fetchval("SHOW synchronous_commit") == "on"
+
+
+async def test_no_ack_is_lost_in_a_crash_of_a_server_whose_role_commits_asynchronously() -> None:
+    """Row 130."""
+    # Without the setting of the session nothing of this would reach the disk before the crash.
+    with PostgresServer({**SETTINGS, "wal_writer_delay": "10s"}) as server:
+        await fetch(server.url, "ALTER ROLE notify SET synchronous_commit = off")
+        assert await fetch(server.url, "SHOW synchronous_commit") == [("off",)]
+        async with opened(server.url) as store:
+            ids = [await store.accept(delivery(f"b{n}")) for n in range(20)]
+            await store.reject(rejection())
+            server.stop(signal.SIGQUIT)
+        server.start()
+        assert await fetch(server.url, "SELECT id FROM notification ORDER BY id") == [(id,) for id in ids]
+        assert await fetch(server.url, "SELECT count(*) FROM rejection") == [(1,)]
 
 
 async def test_records_cannot_write_and_are_cut_off_in_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def reads(name: str) -> bool:
 @asynccontextmanager
 async def connected(url: str, name: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
     """One such as the store's own, for this query; nothing that is done on it stays."""
-    connection = await connect(url, **(CLAIMING if name == "claim" else SEEKING))
+    connection = await connect(url, (CLAIMING if name == "claim" else SEEKING))
     try:
         transaction = connection.transaction()
         await transaction.start()

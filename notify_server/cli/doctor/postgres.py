@@ -1,10 +1,11 @@
-"""What `doctor` looks at when the record is on PostgreSQL. It changes nothing there."""
+"""Examines a record on PostgreSQL for `doctor`, without changing anything there."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from notify_server.cli.doctor.checks import (
     ASK_SECONDS,
@@ -20,6 +21,7 @@ from notify_server.config import without_secrets
 from notify_server.errors import StoreRefusedError
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import store as postgres
+from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import OLDEST_SERVER, copied_from, schema_version
 from notify_server.store.postgres.session import (
     Connection,
@@ -30,7 +32,7 @@ from notify_server.store.postgres.session import (
 )
 from notify_server.store.sql import load_migrations, load_queries, unfinished
 
-# What one server has open at most.
+# The most that one server opens.
 CONNECTIONS = postgres.CONNECTIONS + postgres_records.CONNECTIONS
 
 _ABOUT = """
@@ -40,9 +42,11 @@ SELECT
     current_setting('server_encoding'),
     current_schema(),
     current_setting('fsync')::boolean,
-    current_setting('full_page_writes')::boolean
+    current_setting('full_page_writes')::boolean,
+    current_setting('synchronous_commit'),
+    (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit')
 """
-# Superusers have some to themselves; a database and a role may have a limit of their own, -1 is none.
+# The server reserves some for superusers; a database and a role may have a limit of their own, where -1 is none.
 _CONNECTIONS = """
 SELECT least(
     current_setting('max_connections')::int
@@ -54,14 +58,27 @@ SELECT least(
 """
 
 
+class _About(NamedTuple):
+    """The columns of _ABOUT; `commit` holds in our sessions, `commit_default` in those of the role or database."""
+
+    version: str
+    standby: bool
+    encoding: str
+    schema: str | None
+    fsync: bool
+    pages: bool
+    commit: str
+    commit_default: str
+
+
 def look(subject: Subject) -> Iterator[Finding]:
-    """What there is to find."""
+    """Yield the findings about the database."""
     url = subject.config.store.url
     try:
         yield from asyncio.run(refuse_on_error(url, _look(url, subject.config.verify.backlog_limit)))
     except StoreRefusedError as error:
-        text, _, mend = str(error).rpartition(": ")
-        yield problem("database", text, mend)
+        text, _, remedy = str(error).rpartition(": ")
+        yield problem("database", text, remedy)
 
 
 async def _look(url: str, backlog_limit: int) -> list[Finding]:
@@ -69,48 +86,58 @@ async def _look(url: str, backlog_limit: int) -> list[Finding]:
     began = time.monotonic()
     with translate_errors(place):
         async with asyncio.timeout(ASK_SECONDS):
+            pooled = await check_sessions(url, place)
             connection = await connect(url)
         try:
-            about = await connection.fetchrow(_ABOUT)
-            assert about is not None
+            row = await connection.fetchrow(_ABOUT)
+            assert row is not None
+            about = _About(*row)
             milliseconds = (time.monotonic() - began) * 1000
             return [
-                *_server(place, connection.get_server_version().major, milliseconds, *about),
+                _server(place, connection.get_server_version().major, milliseconds, about),
+                ok("pooler", "a connection pooler, in session mode" if pooled else "none, connections are direct"),
+                _encoding(about),
+                *_durability(about),
                 *await _record(connection, place, backlog_limit),
             ]
         finally:
             await close(connection)
 
 
-def _server(
-    place: str,
-    major: int,
-    milliseconds: float,
-    version: str,
-    standby: bool,
-    encoding: str,
-    schema: str | None,
-    fsync: bool,
-    pages: bool,
-) -> Iterator[Finding]:
+def _server(place: str, major: int, milliseconds: float, about: _About) -> Finding:
     if major < OLDEST_SERVER:
-        yield problem("database", f"{place}: is PostgreSQL {version}", f"{OLDEST_SERVER} or newer is needed")
-    elif standby:
-        yield problem("database", f"{place}: is a standby", "name the primary in [store] url")
-    elif schema is None:
-        yield problem("database", f"{place}: has no schema to be used", "create the one that search_path names")
-    else:
-        yield ok("database", f"{place}: PostgreSQL {version}, connected in {milliseconds:.0f} ms, schema {schema}")
-    if encoding == "UTF8":
-        yield ok("encoding", encoding)
-    else:
-        yield problem("encoding", f"{encoding}: not every text can be kept", "create the database with ENCODING 'UTF8'")
-    off = [name for name, on in (("fsync", fsync), ("full_page_writes", pages)) if not on]
+        return problem("database", f"{place}: is PostgreSQL {about.version}", f"{OLDEST_SERVER} or newer is needed")
+    if about.standby:
+        return problem("database", f"{place}: is a standby", "name the primary in [store] url")
+    if about.schema is None:
+        return problem("database", f"{place}: has no schema to be used", "create the one that search_path names")
+    return ok(
+        "database", f"{place}: PostgreSQL {about.version}, connected in {milliseconds:.0f} ms, schema {about.schema}"
+    )
+
+
+def _encoding(about: _About) -> Finding:
+    if about.encoding == "UTF8":
+        return ok("encoding", about.encoding)
+    return problem("encoding", f"{about.encoding}: cannot hold every text", "create the database with ENCODING 'UTF8'")
+
+
+def _durability(about: _About) -> Iterator[Finding]:
+    off = [name for name, on in (("fsync", about.fsync), ("full_page_writes", about.pages)) if not on]
     if off:
-        text = f"{' and '.join(off)} off: what is acked may be lost in a power cut"
+        text = f"{' and '.join(off)} off: a power cut may lose or damage acked notifications"
         yield problem("durability", text, "set fsync and full_page_writes to on")
-    else:
-        yield ok("durability", "fsync and full_page_writes are on")
+    if about.commit != "on":
+        text = f"synchronous_commit stays {about.commit}: a crash of PostgreSQL may lose acked notifications"
+        yield problem("durability", text, "allow this user to set synchronous_commit")
+    elif not off and about.commit_default != "on":
+        yield ok(
+            "durability",
+            f"fsync and full_page_writes are on; synchronous_commit is {about.commit_default} by default, "
+            "the server sets it to on for its own sessions",
+        )
+    elif not off:
+        yield ok("durability", "fsync, full_page_writes and synchronous_commit are on")
 
 
 async def _record(connection: Connection, place: str, backlog_limit: int) -> list[Finding]:
@@ -119,15 +146,15 @@ async def _record(connection: Connection, place: str, backlog_limit: int) -> lis
     found: list[Finding] = []
     servers: Sequence[tuple[str, int]] = []
     if not version:
-        found.append(ok("schema", "there is none yet, the daemon makes it"))
+        found.append(ok("schema", "there is none yet, the daemon creates it"))
     elif (source := await copied_from(connection)) is not None:
-        text, _, mend = str(unfinished(place, source)).rpartition(": ")
-        found.append(problem("schema", text, mend))
+        text, _, remedy = str(unfinished(place, source)).rpartition(": ")
+        found.append(problem("schema", text, remedy))
     else:
         found.append(schema_finding(version, known))
     if version:
         servers = [(name, seconds) for name, seconds in await connection.fetch(sql["nodes_named"])]
-    names = ", ".join(f"{name} (for {seconds} s, if it is heard of no more)" for name, seconds in servers)
+    names = ", ".join(f"{name} (lease ends in {seconds} s unless renewed)" for name, seconds in servers)
     found.append(ok("servers", names or "none is alive"))
     limit = int(await connection.fetchval(_CONNECTIONS))
     found.append(_connections(limit, len(servers)))
@@ -139,9 +166,9 @@ async def _record(connection: Connection, place: str, backlog_limit: int) -> lis
 
 def _connections(limit: int, servers: int) -> Finding:
     text = f"{limit:,} may be open, a server has up to {CONNECTIONS}: enough for {limit // CONNECTIONS:,} servers"
-    mend = "raise max_connections, or the limit of this database or role"
+    remedy = "raise max_connections, or the limit of this database or role"
     if limit < CONNECTIONS:
-        return problem("connections", text, mend)
+        return problem("connections", text, remedy)
     if limit < CONNECTIONS * servers:
-        return warning("connections", f"{text}, {servers:,} are alive", mend)
+        return warning("connections", f"{text}, {servers:,} are alive", remedy)
     return ok("connections", text)

@@ -13,10 +13,9 @@ from notify_server.errors import StoreRefusedError
 from notify_server.store.copying.copy import CHUNK_BYTES, CHUNK_ROWS, COUNTED, TABLES, Key, Row, key_of
 from notify_server.store.postgres.schema import check_server, check_whole, copied_from, migrate, schema_version
 from notify_server.store.postgres.session import (
-    CONNECT_SECONDS,
-    SETTINGS,
     Connection,
     close,
+    connect,
     refuse_on_error,
     strip_nul,
     translate_errors,
@@ -204,9 +203,8 @@ class PostgresSide:
 
 
 async def _connect(url: str) -> asyncpg.Connection[asyncpg.Record]:
-    """A connection that waits as long as it takes: a statement may be about all that there is."""
-    settings = SETTINGS | {"idle_in_transaction_session_timeout": "0", "statement_timeout": "0"}
-    return await asyncpg.connect(url, timeout=CONNECT_SECONDS, server_settings=settings)
+    """Connect without a limit to the time of a statement: one may be about every row."""
+    return await connect(url, {"idle_in_transaction_session_timeout": "0", "statement_timeout": "0"}, None)
 
 
 async def _shown(connection: Connection, place: str) -> str:

@@ -62,6 +62,7 @@ class Node:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Nothing that goes over it has to outlive a crash.
         self._session = Session(url, place, CLAIMING, self._listen)
+        self._pid = 0
         self._id: int | None = None
         self.last_id = 0
         self._to_call: set[str] = set()
@@ -150,12 +151,14 @@ class Node:
         self._on_lost()
 
     async def _listen(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        # Not get_server_pid: a connection pooler makes that up.
+        self._pid = await connection.fetchval("SELECT pg_backend_pid()")
         for channel in self._handlers:
             await connection.add_listener(channel, self._hear)
         connection.add_termination_listener(lambda _: self.check())
 
     def _hear(self, connection: Connection, pid: int, channel: str, payload: Any) -> None:
-        if pid != connection.get_server_pid():
+        if pid != self._pid:
             self._handlers[channel]()
 
     async def _call_out(self) -> None:

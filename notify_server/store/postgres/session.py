@@ -6,13 +6,15 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
 from notify_server.config import without_secrets
-from notify_server.errors import StoreRefusedError, StoreUnavailableError
+from notify_server.errors import StoreNotReachedError, StoreRefusedError, StoreUnavailableError
 
 T = TypeVar("T")
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -21,27 +23,28 @@ STORE_URL = "[store] url"
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
-# "ntfy": tells our advisory locks from those of other programs in the same database.
+# "ntfy": keeps our advisory locks apart from those of other programs in the same database.
 LOCK_SPACE = 0x6E746679
 EXPANDING = "expand"
 PRUNING = "prune"
-# One for each purpose and schema.
+# One lock for each purpose and schema.
 LOCK_KEY = "$1::int, hashtext(current_schema() || ':' || $2)"
 
+# Set with set_config after connecting, not as start-up parameters: PgBouncer refuses most of those.
 SETTINGS = {
     "application_name": "notify_server",
-    # A commit waits for the disk, whatever the role's or the database's own setting is.
+    # A commit waits for the disk, whatever the default of the role or the database is.
     "synchronous_commit": "on",
     # Plans are short-lived and small: compiling one costs more than it saves.
     "jit": "off",
     "lock_timeout": "5s",
     "idle_in_transaction_session_timeout": f"{PATIENCE_SECONDS:.0f}s",
-    # A peer that is gone without a word must not hold its locks for hours.
+    # Without keepalives a peer that lost its network would hold its locks for hours.
     "tcp_keepalives_idle": "15",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
-# What the store does is to seek rows by their keys; a plan of a time when the tables were small would not.
+# The store seeks rows by their keys; plans made while the tables were small would scan them later.
 SEEKING = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
@@ -49,44 +52,84 @@ SEEKING = {
     "plan_cache_mode": "force_custom_plan",
 }
 
-# A claim that a crash undoes is one that it voids: it need not wait for the disk. What it has found is joined with what
-# it got of that.
+# Claims need not wait for the disk: a crash of the server voids them anyway. The claim joins the files that it found
+# with the leases that it got.
 CLAIMING = SEEKING | {"synchronous_commit": "off", "enable_hashjoin": "on"}
+
+# Keys of a URL's query that are about the connection; every other key names a setting of the server.
+_CONNECTION_KEYS = {
+    "database", "dbname", "gsslib", "host", "krbsrvname", "options", "passfile", "password", "port", "service",
+    "ssl_max_protocol_version", "ssl_min_protocol_version", "sslcert", "sslcrl", "sslkey", "sslmode", "sslnegotiation",
+    "sslpassword", "sslrootcert", "target_session_attrs", "user",
+}  # fmt: skip
 
 _UNAVAILABLE = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 def milliseconds(seconds: float) -> str:
-    """A span of time as a setting of the server's."""
+    """Return a duration in the notation of the server's settings."""
     return f"{round(seconds * 1000)}ms"
 
 
 def patience(lease: float) -> dict[str, str]:
-    """Settings by which a node that is stopped half-way through a transaction holds its locks no longer than its lease,
-    in seconds, and a minute at most.
+    """Return settings that bound how long a node that hangs within a transaction holds its locks: its lease of `lease`
+    seconds, and a minute at most.
     """
     return {"idle_in_transaction_session_timeout": milliseconds(min(lease, PATIENCE_SECONDS))}
 
 
-async def connect(url: str, **settings: str) -> asyncpg.Connection[asyncpg.Record]:
-    """A connection whose commits are durable when they return."""
-    return await asyncpg.connect(
-        url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS, server_settings=SETTINGS | settings
-    )
+async def connect(
+    url: str, settings: Mapping[str, str] = MappingProxyType({}), command_timeout: float | None = STATEMENT_SECONDS
+) -> asyncpg.Connection[asyncpg.Record]:
+    """Connect, with commits that are durable when they return unless `settings` say otherwise."""
+    address, own = split_settings(url)
+    connection = await asyncpg.connect(address, timeout=CONNECT_SECONDS, command_timeout=command_timeout)
+    try:
+        await _configure(connection, own | SETTINGS | dict(settings))
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 def create_pool(url: str, size: int, **settings: str) -> asyncpg.Pool[asyncpg.Record]:
-    """A pool of connections that are made when they are needed. It has to be awaited once."""
+    """Return a pool that connects on demand. It has to be awaited once."""
+    address, own = split_settings(url)
     return asyncpg.create_pool(
-        url,
+        address,
         min_size=0,
         max_size=size,
-        # Transactions are closed by who opened them, and nothing else is left behind.
+        init=partial(_configure, settings=own | SETTINGS | settings),
+        # Callers close their transactions and leave no other state behind.
         reset=_keep,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
-        server_settings=SETTINGS | settings,
     )
+
+
+def split_settings(url: str) -> tuple[str, dict[str, str]]:
+    """Split the settings of the server, such as `search_path`, from the query of a URL."""
+    parts = urlsplit(url)
+    try:
+        pairs = parse_qsl(parts.query, strict_parsing=bool(parts.query))
+    except ValueError:
+        # The driver refuses it with a reason.
+        return url, {}
+    query = urlencode([(key, value) for key, value in pairs if key in _CONNECTION_KEYS])
+    return urlunsplit(parts._replace(query=query)), {k: v for k, v in pairs if k not in _CONNECTION_KEYS}
+
+
+async def _configure(connection: Connection, settings: Mapping[str, str]) -> None:
+    columns = (f"set_config(${2 * n + 1}, ${2 * n + 2}, false)" for n in range(len(settings)))
+    parameters = [text for pair in settings.items() for text in pair]
+    row = await connection.fetchrow(f"SELECT {', '.join(columns)}", *parameters, timeout=CONNECT_SECONDS)
+    assert row is not None
+    applied = dict(zip(settings, row, strict=True))
+    if applied["synchronous_commit"] != settings["synchronous_commit"]:
+        raise asyncpg.InterfaceError(
+            f"synchronous_commit stays {applied['synchronous_commit']} though it was set to "
+            f"{settings['synchronous_commit']}: commits would not be durable"
+        )
 
 
 async def _keep(connection: Connection) -> None:
@@ -95,7 +138,7 @@ async def _keep(connection: Connection) -> None:
 
 @contextmanager
 def translate_errors(place: str) -> Iterator[None]:
-    """Turn what a server that is gone, busy or in trouble makes of a statement into StoreUnavailableError."""
+    """Raise StoreUnavailableError for the errors of a server that is gone, busy or in trouble."""
     try:
         yield
     except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError):
@@ -107,15 +150,16 @@ def translate_errors(place: str) -> Iterator[None]:
 
 
 async def refuse_on_error(url: str, opens: Awaitable[T], named: str = STORE_URL) -> T:
-    """What `opens` gives; what goes wrong with it becomes StoreRefusedError, with what to do. `named` is where the
-    address was given."""
+    """Await `opens` and raise StoreRefusedError with what to do when that fails; StoreNotReachedError when it may work
+    later. `named` is the option that gives the URL.
+    """
     try:
         return await opens
     except StoreUnavailableError as error:
         refusal = _refusal(url, error.__cause__ or error, named)
     except (*_UNAVAILABLE, ValueError) as error:
         refusal = _refusal(url, error, named)
-    # Out here because an error's context is printed with it, and what the driver says may hold the password.
+    # Raised outside of `except`: the context of an error is printed with it, and the driver's may hold the password.
     raise refusal
 
 
@@ -125,21 +169,25 @@ def _refusal(url: str, error: BaseException, named: str = STORE_URL) -> StoreRef
         said = said.replace(secret, "***")
     match error:
         case asyncpg.InvalidAuthorizationSpecificationError():
-            what = f"lets this user not in ({said}): correct user and password in {named}"
+            what = f"refuses this user ({said}): correct user and password in {named}"
         case asyncpg.InvalidCatalogNameError():
-            what = f"is not there ({said}): create the database, or name another one in {named}"
+            what = f"does not exist ({said}): create the database, or name another one in {named}"
         case asyncpg.InsufficientPrivilegeError():
-            what = f"lets this user not do what is needed ({said}): make it the owner of the database or schema"
+            what = f"denies this user what the record needs ({said}): make it the owner of the database or schema"
         case asyncpg.ReadOnlySQLTransactionError():
             what = f"is read-only, maybe a standby: name the primary in {named}"
         case asyncpg.LockNotAvailableError():
             what = "is locked by another program: end what holds its tables or changes its schema, and start again"
         case asyncpg.TooManyConnectionsError():
-            what = f"has no connection left ({said}): raise max_connections, or close others"
+            return StoreNotReachedError(
+                f"{place}: has no connection left ({said}): raise max_connections, or close others"
+            )
+        case asyncpg.CannotConnectNowError() | asyncpg.PostgresConnectionError():
+            return StoreNotReachedError(f"{place}: accepts no connections ({said}): wait until PostgreSQL is up")
         case asyncpg.PostgresError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             what = f"cannot be used ({said})"
         case _:
-            what = f"cannot be reached ({said}): start PostgreSQL, or correct {named}"
+            return StoreNotReachedError(f"{place}: cannot be reached ({said}): start PostgreSQL, or correct {named}")
     return StoreRefusedError(f"{place}: {what}")
 
 
@@ -157,7 +205,7 @@ def _line(error: BaseException) -> str:
 
 
 async def transact(connection: Connection, job: Callable[[Connection], Awaitable[T]]) -> T:
-    """Run the job in a transaction, once more when nodes were in each other's way."""
+    """Run the job in a transaction, and once more after a conflict with another node."""
 
     async def run() -> T:
         async with connection.transaction():
@@ -167,7 +215,7 @@ async def transact(connection: Connection, job: Callable[[Connection], Awaitable
 
 
 async def retry_once(job: Callable[[], Awaitable[T]]) -> T:
-    """Run the job, and again when it has failed because nodes were in each other's way."""
+    """Run the job, and once more after a conflict with another node."""
     try:
         return await job()
     except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
@@ -178,7 +226,7 @@ async def retry_once(job: Callable[[], Awaitable[T]]) -> T:
 
 
 class Session:
-    """One connection, for one caller at a time, made anew when it has been lost."""
+    """Owns one connection, lends it to one caller at a time, and reconnects when it was lost."""
 
     def __init__(
         self,
@@ -199,8 +247,8 @@ class Session:
         return self._connection is not None and not self._connection.is_closed()
 
     async def open(self) -> None:
-        """Connect. What goes wrong is raised as it is."""
-        connection = await connect(self._url, **self._settings)
+        """Connect. Errors of the driver are not translated."""
+        connection = await connect(self._url, self._settings)
         try:
             if self._prepare is not None:
                 await self._prepare(connection)
@@ -211,8 +259,7 @@ class Session:
 
     @asynccontextmanager
     async def use(self, *, reconnect: bool = True) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        """The connection. Raises StoreUnavailableError for what goes wrong with it; without `reconnect` also when it
-        has been lost."""
+        """Lend the connection. Raises StoreUnavailableError when it fails, or is lost and `reconnect` is False."""
         async with self._lock:
             with translate_errors(self._place):
                 if not self.connected:
@@ -224,7 +271,7 @@ class Session:
                 try:
                     yield connection
                 except TimeoutError:
-                    # Nobody knows what it is doing.
+                    # The statement may still be running.
                     connection.terminate()
                     raise
 
@@ -236,7 +283,7 @@ class Session:
 
 
 async def close(connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Close it, whatever state it is in."""
+    """Close the connection, whatever its state."""
     try:
         await connection.close(timeout=1.0)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
@@ -247,10 +294,10 @@ async def close(connection: asyncpg.Connection[asyncpg.Record]) -> None:
 
 
 def arrays(rows: Sequence[tuple[Any, ...]], columns: int) -> list[list[Any]]:
-    """Rows as one array for each column, as the queries take them."""
+    """Turn rows into one array for each column, the form that the queries take."""
     return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(columns)]
 
 
 def strip_nul(text: str) -> str:
-    """Text as PostgreSQL can hold it: without NUL and lone surrogates."""
+    """Replace what PostgreSQL cannot hold in a text: NUL and lone surrogates."""
     return re.sub("[\0\ud800-\udfff]", "\ufffd", text)

@@ -28,6 +28,7 @@ from notify_server.store.postgres.backlog import Backlog
 from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
 from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node
+from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import migrate
 from notify_server.store.postgres.session import (
     SEEKING,
@@ -80,6 +81,7 @@ class PostgresStore:
         on_commit: Callable[[float], object],
         on_work: Callable[[], object],
     ) -> None:
+        self._url = url
         self._place = without_secrets(url)
         self._probes = PROBES in roles
         settings = SEEKING | patience(lease)
@@ -139,7 +141,10 @@ class PostgresStore:
         return self
 
     async def _open(self) -> None:
+        # Makes no connection yet, and only a pool that was awaited can be closed.
         await self._pool
+        if await check_sessions(self._url, self._place):
+            log.info("connected through a connection pooler in session mode", store=self._place)
         await self._acks.open()
         async with self._acks.use() as connection:
             await migrate(connection, self._place)
