@@ -134,4 +134,4 @@ async def check_server(connection: Connection, place: str) -> None:
     if schema is None:
         raise StoreRefusedError(f"{place}: has no schema to be used: create the one that search_path names")
     if not durable:
-        log.warning("WHAT IS ACKED MAY BE LOST IN A POWER CUT: set fsync and full_page_writes to on", store=place)
+        log.warning("ACKED NOTIFICATIONS MAY BE LOST IN A POWER CUT: set fsync and full_page_writes to on", store=place)
