@@ -168,8 +168,9 @@ class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class HostView(msgspec.Struct, frozen=True):
-    """What the verifier knows of a host: its circuit and for how many seconds that stays open, files under way and
-    claimed, and how many may be under way.
+    """A host as the verifier sees it: its circuit and for how many seconds that stays open, files under way and
+    claimed, how many may be under way, the requests a second that it is paced to (None: not paced), and the seconds of
+    rest that it asked for.
     """
 
     host: str
@@ -178,12 +179,15 @@ class HostView(msgspec.Struct, frozen=True):
     in_flight: int
     queued: int
     limit: int
+    rate: float | None = None
+    resting_for: float = 0.0
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
 
-    `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards.
+    `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards. A GET asks for the
+    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers.
     """
 
     id: int
@@ -193,6 +197,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     connect_timeout_ms: int
     fresh: bool = False
     keep: bool = True
+    ranged: bool = True
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -203,6 +208,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Phases are durations in milliseconds, None when the phase did not take place; `total_ms` is always there.
     `content_length` is the length of the whole object, also for an answer to a ranged GET.
     `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
+    `shortage` is true when this machine had no port or descriptor left, so that nothing was sent.
     """
 
     id: int
@@ -222,6 +228,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     retry_after: str | None = None
     location: str | None = None
     refused: bool = False
+    shortage: bool = False
 
 
 class AttemptRow(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -47,6 +47,8 @@ GIVE_UP_SECONDS = 5.0
 GIVE_UP_FAILURES = 20
 # Hosts whose failures are remembered.
 MAX_HOSTS = 10_000
+# A person waits: a host that refuses everything for this long is reported as it is.
+BUSY_PATIENCE = 30.0
 # Rows of the table on a terminal.
 MAX_ROWS = 1_000
 
@@ -340,7 +342,16 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
     guard = Guard(verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports)
     listing = InMemoryQueue(guard)
     links = [ProberLink(prober_config(config.verify)) for _ in range(verify.processes)]
-    pool = Pool(listing, guard, verify, links, now=unix_ms, chance=random.random, on_verdicts=lambda verdicts: None)
+    pool = Pool(
+        listing,
+        guard,
+        verify,
+        links,
+        now=unix_ms,
+        chance=random.random,
+        on_verdicts=lambda verdicts: None,
+        busy_seconds=BUSY_PATIENCE,
+    )
     listing.add_hosts = pool.add_hosts
     reading = Reading(urls, file, listing)
     report = Report(as_json=as_json)

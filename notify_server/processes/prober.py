@@ -64,6 +64,9 @@ _REASONS = {
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
 } | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
 
+# What connect() says when this machine has no port, descriptor or memory left.
+_SHORTAGES = frozenset({errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
 _KEPT = frozenset(
     {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
 )
@@ -166,7 +169,9 @@ class Handle:
         self._guard = guard
         self._lines: list[bytes] = []
         self._body_bytes = 0
+        self._body_limit = 1
         self._refused: Reason | None = None
+        self._shortage = False
         self._dialled = False
         self._behind = False
         self._interim = False
@@ -195,6 +200,7 @@ class Handle:
         self._lines = []
         self._body_bytes = 0
         self._refused = None
+        self._shortage = False
         self._dialled = False
         self._behind = False
         self._interim = False
@@ -202,7 +208,9 @@ class Handle:
         curl = self.curl
         curl.setopt(pycurl.URL, request.url)
         # Most requests are like the last one but for their address.
-        manner = (request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep)
+        manner = (
+            request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep, request.ranged
+        )  # fmt: skip
         if manner == self._manner:
             return
         self._manner = manner
@@ -211,7 +219,11 @@ class Handle:
             curl.unsetopt(pycurl.RANGE)
         else:
             curl.setopt(pycurl.HTTPGET, 1)
-            curl.setopt(pycurl.RANGE, "0-0")
+            if request.ranged:
+                curl.setopt(pycurl.RANGE, "0-0")
+            else:
+                curl.unsetopt(pycurl.RANGE)
+        self._body_limit = 1 if request.ranged else 0
         curl.setopt(pycurl.TIMEOUT_MS, max(1, request.timeout_ms))
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, request.connect_timeout_ms))
         curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
@@ -225,8 +237,14 @@ class Handle:
         if refused is not None:
             self._refused = refused
             return int(pycurl.SOCKET_BAD)
+        try:
+            opened = socket.socket(family, kind, protocol)
+        except OSError:
+            # No descriptor is left.
+            self._shortage = True
+            return int(pycurl.SOCKET_BAD)
         self._dialled = True
-        return socket.socket(family, kind, protocol)
+        return opened
 
     def _header(self, line: bytes) -> int | None:
         if self._complete:
@@ -247,7 +265,7 @@ class Handle:
     def _write(self, data: bytes) -> int | None:
         # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
         self._body_bytes += len(data)
-        return None if self._body_bytes <= 1 else 0
+        return None if self._body_bytes <= self._body_limit else 0
 
     def finish(self, error: int | None) -> Evidence:
         """The evidence of the request, which libcurl has ended with `error` or with an answer (None)."""
@@ -272,6 +290,7 @@ class Handle:
         if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME_T)):
             first_byte = max(0, first_byte_end - begin) / 1000
         answer = read_headers(self._lines) if answered else _NO_ANSWER
+        os_error = curl.getinfo(pycurl.OS_ERRNO) if error == pycurl.E_COULDNT_CONNECT else 0
         return Evidence(
             request.id,
             status if answered else None,
@@ -284,7 +303,8 @@ class Handle:
             first_byte,
             curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
             *answer,
-            error == pycurl.E_COULDNT_CONNECT and curl.getinfo(pycurl.OS_ERRNO) == errno.ECONNREFUSED,
+            os_error == errno.ECONNREFUSED,
+            self._shortage or os_error in _SHORTAGES,
         )
 
     def _failure(self, error: int | None, *, reached: bool) -> Reason:

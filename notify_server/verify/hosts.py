@@ -1,11 +1,14 @@
-"""A host, as an object: what waits for it, what is in flight to it, how fast it may be asked, and whether it answers
-at all.
+"""A host: its queue, what is in flight to it, how fast it may be asked, and whether it answers at all.
 
-The circuit of a host opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is
-sent, and nothing is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as
-its limit allows are tried, within what all hosts on trial may have together. One answer closes the circuit; otherwise
-it opens again. It stays open for ten times as long as its failures take, so that a host which keeps silent costs a
-tenth of what it did, and one which refuses at once is asked again soon; but never for longer than `circuit_rest`.
+**Circuit.** It opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is sent,
+and nothing is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as its
+limit allows are tried, within what all hosts on trial may have together. One answer closes the circuit; otherwise it
+opens again, for twice as long. It stays open for ten times as long as its failures take, so that a silent host costs a
+tenth of what it did; at least for a second, and at most for `circuit_rest`.
+
+**Pacing.** A 429, or a 503 with Retry-After, slows the host down: it rests for as long as it asked, and is paced
+afterwards to a little less than it has just served. The rate grows while nothing is refused, as TCP's does, until it
+does not matter any more.
 """
 
 from __future__ import annotations
@@ -17,7 +20,23 @@ from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile
 
 REST_FACTOR = 10.0
-REST_SHORTEST = 0.1
+MIN_REST = 1.0
+# A host that asks for fewer requests and names no time rests for this long, doubled each time it serves nothing in
+# between; and for no longer than an hour, whatever it asks for.
+BUSY_REST = 1.0
+MAX_BUSY_REST_UNNAMED = 60.0
+MAX_BUSY_REST = 3600.0
+# A host that has refused all requests for a day is charged for it like any other failure.
+BUSY_SECONDS = 86_400.0
+# Refusals within this time are one: the requests were under way together.
+SAME_REFUSAL = 1.0
+SLOW_DOWN = 0.85
+SPEED_UP_A_SECOND = 0.05
+MIN_RATE = 0.5
+# Above this rate, pacing makes no difference.
+MAX_RATE = 5000.0
+# Paced requests may be this much early, since timers have a resolution of a millisecond.
+BURST_SECONDS = 0.005
 
 
 def hostname_of(host: str) -> str:
@@ -31,12 +50,15 @@ class Host:
     """Times are monotonic seconds. The pool keeps one for every host it has files of, and drops it when it is idle."""
 
     __slots__ = (
-        "_failures", "_next_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until", "prober",
-        "queue", "reuse", "settings", "timer",
+        "_busy_seconds", "_busy_since", "_failures", "_grown_at", "_last_rate", "_next_start", "_opened", "_refusals",
+        "_served",
+        "_slowed_at", "_window_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until",
+        "prober", "proven", "queue", "rate", "rest_until", "reuse", "settings", "timer",
     )  # fmt: skip
 
-    def __init__(self, name: str, settings: HostSettings) -> None:
+    def __init__(self, name: str, settings: HostSettings, busy_seconds: float = BUSY_SECONDS) -> None:
         self.name = name
+        self._busy_seconds = busy_seconds
         self.settings = settings
         # How many files may be under way here; less than the settings say when other daemons ask the host too.
         self.limit = settings.per_host_concurrency
@@ -53,9 +75,23 @@ class Host:
         self.in_turn = False
         self.prober = 0
         self.timer: TimerHandle | None = None
+        # True once the host has answered anything.
+        self.proven = False
         self.open_until = 0.0
+        # Requests a second, None when the host is not paced; and the end of the rest that it asked for.
+        self.rate: float | None = None
+        self.rest_until = 0.0
         self._failures = 0
+        self._opened = 0
         self._next_start = 0.0
+        # Served in the current second, and the rate of the last whole one.
+        self._window_start = 0.0
+        self._served = 0
+        self._last_rate = 0.0
+        self._slowed_at = -SAME_REFUSAL
+        self._grown_at = 0.0
+        self._refusals = 0
+        self._busy_since: float | None = None
 
     @property
     def on_trial(self) -> bool:
@@ -63,8 +99,8 @@ class Host:
         return self._failures >= self.settings.circuit_failures
 
     def rests(self, now: float) -> bool:
-        """Whether the circuit is open."""
-        return self.on_trial and now < self.open_until
+        """Return whether nothing is sent now: the circuit is open, or the host has asked for a rest."""
+        return now < self.rest_until or (self.on_trial and now < self.open_until)
 
     def circuit(self, now: float) -> CircuitState:
         """The state of the circuit."""
@@ -73,34 +109,79 @@ class Host:
         return CircuitState.OPEN if now < self.open_until else CircuitState.HALF_OPEN
 
     def ready_at(self) -> float | None:
-        """When the next file may start, which may be in the past; None when the host is at its limit."""
+        """Return when the next file may start, which may be in the past; None when the host is at its limit."""
         if self.in_flight >= self.limit:
             return None
-        return max(self._next_start, self.open_until) if self.on_trial else self._next_start
+        moment = max(self._next_start, self.rest_until)
+        return max(moment, self.open_until) if self.on_trial else moment
 
     def start(self, now: float) -> None:
-        """An attempt begins."""
+        """Count an attempt that begins."""
         self.in_flight += 1
-        if self.settings.per_host_interval:
-            self._next_start = now + self.settings.per_host_interval
+        interval = self.settings.per_host_interval
+        if self.rate is not None:
+            self._next_start = max(self._next_start, now - BURST_SECONDS) + max(interval, 1 / self.rate)
+        elif interval:
+            self._next_start = now + interval
 
     def end(self) -> None:
         """An attempt is over, whatever came of it."""
         self.in_flight -= 1
 
     def answered(self) -> None:
-        """The host has answered something: it is there."""
+        """Close the circuit: the host has answered something."""
         self._failures = 0
+        self._opened = 0
+        self.proven = True
+
+    def served(self, now: float) -> None:
+        """Count a request that the host did not refuse for their number, and let its rate grow."""
+        self._busy_since = None
+        self._refusals = 0
+        if now - self._window_start >= 1:
+            self._last_rate = self._served / (now - self._window_start)
+            self._window_start, self._served = now, 0
+        self._served += 1
+        if self.rate is not None:
+            grown = self.rate * (1 + SPEED_UP_A_SECOND * min(1.0, max(0.0, now - self._grown_at)))
+            self._grown_at = max(now, self._grown_at)
+            self.rate = grown if grown < MAX_RATE else None
+
+    def too_busy(self, now: float, asked_seconds: float | None) -> bool:
+        """The host has asked for fewer requests, and perhaps for a rest of so many seconds. Return False when it has
+        refused everything for a day, so that the file is to be charged.
+        """
+        if self._busy_since is None:
+            self._busy_since = now
+        elif now - self._busy_since > self._busy_seconds:
+            return False
+        if now - self._slowed_at >= SAME_REFUSAL:
+            self._refusals += 1
+            elapsed = max(1.0, now - self._window_start)
+            seen = max(self._served / elapsed, self._last_rate if elapsed < 2 else 0.0, MIN_RATE)
+            before = self.rate if self.rate is not None else seen
+            self.rate = max(MIN_RATE, SLOW_DOWN * min(before, max(seen, before / 2)))
+        self._slowed_at = self._grown_at = now
+        if asked_seconds is None:
+            asked_seconds = min(BUSY_REST * 2.0 ** min(self._refusals - 1, 10), MAX_BUSY_REST_UNNAMED)
+        self.rest_until = max(self.rest_until, now + min(max(asked_seconds, 0.0), MAX_BUSY_REST, self._busy_seconds))
+        return True
 
     def failed(self, now: float, seconds: float) -> bool:
-        """The host could not be reached, after so many seconds. Returns whether the circuit is open now."""
+        """Count a connection-level failure that took so many seconds. Return whether the circuit is open now."""
         self._failures += 1
         if self.on_trial:
-            rest = min(max(REST_FACTOR * seconds, REST_SHORTEST), self.settings.circuit_rest)
-            self.open_until = max(self.open_until, now + rest)
+            # Requests that were under way together open it once.
+            self._opened += now >= self.open_until
+            rest = max(REST_FACTOR * seconds, MIN_REST) * 2.0 ** min(self._opened - 1, 16)
+            self.open_until = max(self.open_until, now + min(rest, self.settings.circuit_rest))
         return self.on_trial
 
     def idle(self, now: float) -> bool:
-        """Whether nothing is known of the host that would be missed."""
-        remembered = max(self._next_start, self.open_until + self.settings.circuit_rest if self._failures else 0.0)
+        """Return whether the entry can be evicted without losing state."""
+        remembered = max(
+            self._next_start,
+            self.open_until + self.settings.circuit_rest if self._failures else 0.0,
+            self.rest_until + MAX_BUSY_REST_UNNAMED if self.rate is not None else 0.0,
+        )
         return not (self.queue or self.in_flight or self.timer or now < remembered)

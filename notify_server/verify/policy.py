@@ -18,8 +18,10 @@ from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import printable_url
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the same file may well be there.
-HEAD_REFUSED = frozenset({400, 403, 405, 501})
+# Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the file may well be there.
+HEAD_REFUSED = frozenset({400, 401, 403, 405, 406, 422, 501})
+# Servers that cannot serve a range, or refuse to, answer a ranged GET with these.
+RANGE_REFUSED = frozenset({400, 403, 416, 501})
 # RFC 9110 15.5.11: gone, and likely to stay so.
 FINAL = frozenset({410})
 REFUSALS = frozenset(
@@ -31,26 +33,30 @@ CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNEC
 
 class NextRequest(msgspec.Struct, frozen=True, gc=False):
     """The next request of an attempt. `hops` counts the redirects that led here; `fresh` wants a connection of its
-    own.
+    own; `origin` is the address that redirects led away from (None: `target`); `ranged` limits a GET to one byte.
     """
 
     target: Target
     method: str
     hops: int = 0
     fresh: bool = False
+    origin: Target | None = None
+    ranged: bool = True
 
 
 class Conclusion(msgspec.Struct, frozen=True, gc=False):
     """What an attempt showed: `state` available or blocked, or pending when the schedule is to decide; `final` when
     not.
 
-    `led_to` is the address that a redirect led to and that was refused, in a form that is safe to show.
+    `led_to` is the address that a redirect led to and that was refused, in a form that is safe to show. `busy` says
+    that the host asked for fewer requests: that is about the host, and costs the file no attempt.
     """
 
     state: FileState
     reason: str | None = None
     final: bool = False
     led_to: str | None = None
+    busy: bool = False
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -69,26 +75,58 @@ def first(target: Target, settings: HostSettings) -> NextRequest:
 
 
 def judge(
-    ask: NextRequest, evidence: Evidence, settings: HostSettings, follow: Callable[[str, str], Target]
+    ask: NextRequest,
+    evidence: Evidence,
+    settings: HostSettings,
+    follow: Callable[[str, str], Target],
+    *,
+    last: bool = False,
 ) -> NextRequest | Conclusion:
-    """What one request's evidence comes to. `follow` is `Guard.follow`.
+    """Return what follows from one request's evidence. `follow` is `Guard.follow`; `last` marks the last attempt of the
+    schedule.
 
     A bad answer counts only when it came on a fresh connection: what a server sends late after a reply would otherwise
     be taken for the answer to the next request on that connection.
+
+    Servers treat HEAD differently from GET more often than files are missing, so the last attempt of the schedule ends
+    with a GET whatever HEAD came to, unless no request could have reached the server at all.
     """
     status = evidence.status
     if status is not None and (settings.accepts(status) or _empty_range(ask, evidence)):
         return AVAILABLE
     if evidence.reused and not ask.fresh:
         return msgspec.structs.replace(ask, fresh=True)
-    if status is None:
-        failure = evidence.failure or Reason.PROTOCOL_ERROR
-        return Conclusion(FileState.BLOCKED if failure in REFUSALS else FileState.PENDING, failure)
+    if status == 429 or (status == 503 and evidence.retry_after):
+        return Conclusion(FileState.PENDING, http_reason(status), busy=True)
     if status in REDIRECTS:
-        return _redirect(ask, evidence.location, settings, follow)
-    if status in HEAD_REFUSED and (fallback := _next_method(ask.method, settings.methods)):
-        return NextRequest(ask.target, fallback, ask.hops)
-    return Conclusion(FileState.PENDING, http_reason(status), final=status in FINAL)
+        found = _redirect(ask, evidence.location, settings, follow)
+    elif status is None:
+        failure = evidence.failure or Reason.PROTOCOL_ERROR
+        found = Conclusion(FileState.BLOCKED if failure in REFUSALS else FileState.PENDING, failure)
+    else:
+        found = Conclusion(FileState.PENDING, http_reason(status), final=status in FINAL)
+    if isinstance(found, Conclusion) and found.state is FileState.PENDING and not found.final:
+        return _fall_back(ask, evidence, settings, last=last) or found
+    return found
+
+
+def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, last: bool) -> NextRequest | None:
+    """Return the GET that takes the place of a request which the server may have refused because of its form."""
+    status = evidence.status
+    if ask.method == "GET":
+        if ask.ranged and status in RANGE_REFUSED:
+            return msgspec.structs.replace(ask, ranged=False, fresh=False)
+        return None
+    if "GET" not in settings.methods[settings.methods.index("HEAD") + 1 :]:
+        return None
+    # A redirect may have led HEAD, and HEAD alone, to an error page.
+    refused = status in HEAD_REFUSED or (status == 404 and ask.hops > 0)
+    closed = status is None and evidence.failure in (None, Reason.PROTOCOL_ERROR)
+    # A connection was there, or an answer came: the server has seen the request.
+    seen = status is not None or closed or (evidence.failure is Reason.TIMEOUT and evidence.connect_ms is not None)
+    if refused or closed or (last and seen):
+        return NextRequest(ask.origin or ask.target, "GET")
+    return None
 
 
 def was_anothers(doubted: Evidence, confirmed: Evidence) -> bool:
@@ -117,12 +155,9 @@ def _redirect(
     target = follow(ask.target.url, location)
     if target.refusal is not None:
         return Conclusion(FileState.BLOCKED, target.refusal, led_to=printable_url(location))
-    return NextRequest(target, ask.method, ask.hops + 1)
-
-
-def _next_method(method: str, methods: Sequence[str]) -> str | None:
-    later = methods[methods.index(method) + 1 :]
-    return later[0] if method == "HEAD" and later else None
+    return msgspec.structs.replace(
+        ask, target=target, hops=ask.hops + 1, fresh=False, origin=ask.origin or ask.target, ranged=True
+    )
 
 
 def conclude(

@@ -39,7 +39,7 @@ from notify_server.supervise import start_task
 from notify_server.verify import policy
 from notify_server.verify.connectivity import Connectivity, ask_name_server, is_name
 from notify_server.verify.guard import Guard
-from notify_server.verify.hosts import Host, hostname_of
+from notify_server.verify.hosts import BUSY_SECONDS, Host, hostname_of
 
 log = structlog.get_logger("notify_server.verify")
 
@@ -114,6 +114,7 @@ class Pool:
         on_verdicts: Callable[[Sequence[BatchVerdict]], None],
         on_recorded: Callable[[Sequence[FileResult]], None] = lambda results: None,
         limit_of: Callable[[str, HostSettings], int] = lambda host, settings: settings.per_host_concurrency,
+        busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         self._store = store
         self._guard = guard
@@ -124,6 +125,8 @@ class Pool:
         self._on_verdicts = on_verdicts
         self._on_recorded = on_recorded
         self._limit_of = limit_of
+        # How long a host may refuse everything for being asked too often, until its files are charged for it.
+        self._busy_seconds = busy_seconds
         # What one prober may have in flight: the living do not take over what the dead had.
         self._a_prober = -(-config.concurrency // max(1, len(links)))
         self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
@@ -219,6 +222,8 @@ class Pool:
                 host.in_flight,
                 len(host.queue),
                 host.limit,
+                None if host.rate is None else round(host.rate, 1),
+                round(max(0.0, host.rest_until - now), 3),
             )
             for host in self._hosts.values()
         ]
@@ -241,7 +246,7 @@ class Pool:
         if host is None:
             if len(self._hosts) >= MAX_HOSTS:
                 return  # A later look finds it.
-            host = self._hosts[name] = Host(name, self._config.for_host(hostname_of(name)))
+            host = self._hosts[name] = Host(name, self._config.for_host(hostname_of(name)), self._busy_seconds)
             host.limit = self._limit_of(name, host.settings)
         self._hungry[name] = host
 
@@ -366,8 +371,8 @@ class Pool:
         if host.queue:
             self._ready(host)
             self._pump()
-        elif host.on_trial:
-            # Its circuit was open; what was queued went back to the store.
+        else:
+            # The host was resting; what was queued went back to the store.
             self._hungry[host.name] = host
             self._work.set()
 
@@ -460,6 +465,7 @@ class Pool:
             # A host that is not trusted with it gets no connection that was used before, nor keeps this one.
             ask.fresh or not flight.host.reuse,
             flight.host.reuse,
+            ask.ranged,
         )
 
     # Finishing
@@ -475,13 +481,19 @@ class Pool:
             flight = self._flights.pop(item.id, None)
             if flight is None:
                 continue
-            outcome = policy.judge(flight.ask, item, flight.host.settings, self._guard.follow)
+            last = flight.file.attempts >= len(self._config.retry_schedule)
+            settings = flight.host.settings
+            outcome = policy.judge(flight.ask, item, settings, self._guard.follow, last=last)
             if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
-                # No time is left to ask again: this was the attempt, on whichever connection it came.
-                outcome = policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
+                if outcome.method != flight.ask.method:
+                    # HEAD has taken all of the time, and the GET that decides has a time of its own.
+                    flight.deadline = now + settings.timeout
+                else:
+                    # No time is left to ask again: this was the attempt, on whichever connection it came.
+                    outcome = policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
-                if not self._doubt(flight, outcome, item):
+                if not (self._slow_down(flight, outcome, item, at) or self._doubt(flight, outcome, item)):
                     self._end(flight, outcome, item, at)
                 continue
             flight.ask = outcome
@@ -568,6 +580,30 @@ class Pool:
             return
         if not was_open:
             log.warning("host does not answer, its files wait", host=host.name)
+        self._rest(host, host.open_until)
+
+    def _slow_down(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence, at: int) -> bool:
+        """Return whether the attempt does not count, because the host has asked for fewer requests."""
+        now = time.monotonic()
+        # What redirects led to is a host of its own, and so is what it can bear.
+        name = flight.ask.target.host
+        host = flight.host if name == flight.host.name else self._hosts.get(name, flight.host)
+        if not conclusion.busy:
+            if item.status is not None:
+                host.served(now)
+            return False
+        asked_ms = policy.retry_after_ms(item.retry_after, at)
+        was_paced = host.rate is not None
+        if not host.too_busy(now, None if asked_ms is None else asked_ms / 1000):
+            return False
+        if not was_paced:
+            log.warning("host asks for fewer requests, it is paced", host=host.name, rate=round(host.rate or 0.0, 1))
+        self._rest(host, host.rest_until)
+        self._give_back([flight])
+        return True
+
+    def _rest(self, host: Host, until: float) -> None:
+        """Ask the host for nothing until then."""
         # Others may have what is queued here: it is due, and nothing has been spent on it.
         if host.queue:
             self._store.release(list(host.queue))
@@ -576,7 +612,7 @@ class Pool:
         if host.timer is not None:
             host.timer.cancel()
         host.timer = asyncio.get_running_loop().call_later(
-            max(0.0, host.open_until - time.monotonic()) + TIMER_SLACK, self._on_time, host
+            max(0.0, until - time.monotonic()) + TIMER_SLACK, self._on_time, host
         )
 
     def _free(self, flight: Flight) -> None:

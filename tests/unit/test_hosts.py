@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile
 from notify_server.verify.guard import Guard
-from notify_server.verify.hosts import REST_FACTOR, REST_SHORTEST, Host, hostname_of
+from notify_server.verify.hosts import (
+    BUSY_SECONDS,
+    MAX_BUSY_REST,
+    MAX_RATE,
+    MIN_RATE,
+    MIN_REST,
+    REST_FACTOR,
+    Host,
+    hostname_of,
+)
 
 FAILURES_TO_OPEN = HostSettings().circuit_failures
 REST_LONGEST = HostSettings().circuit_rest
@@ -100,9 +109,9 @@ def test_an_answer_in_between_starts_the_count_again() -> None:
 @pytest.mark.parametrize(
     ("seconds", "rest"),
     [
-        (0.0, REST_SHORTEST),
-        (REST_SHORTEST / REST_FACTOR / 2, REST_SHORTEST),
-        (REST_SHORTEST / REST_FACTOR, REST_SHORTEST),
+        (0.0, MIN_REST),
+        (MIN_REST / REST_FACTOR / 2, MIN_REST),
+        (MIN_REST / REST_FACTOR, MIN_REST),
         (0.1, 1.0),
         (2.5, 25.0),
         (REST_LONGEST / REST_FACTOR, REST_LONGEST),
@@ -123,7 +132,7 @@ def test_the_rest_is_ten_times_what_the_failure_took_within_its_bounds(seconds: 
 def test_a_rest_is_never_shorter_or_longer_than_its_bounds(seconds: float) -> None:
     host = a_host()
     fail(host, FAILURES_TO_OPEN, now=0.0, seconds=seconds)
-    assert REST_SHORTEST <= host.open_until <= REST_LONGEST
+    assert MIN_REST <= host.open_until <= REST_LONGEST
 
 
 def test_its_thresholds_are_those_of_the_host() -> None:
@@ -168,8 +177,22 @@ def test_after_its_rest_a_host_is_on_trial_and_one_failure_opens_the_circuit_aga
     assert host.on_trial
     assert not host.rests(later)
     assert host.failed(later, 2.0) is True
-    assert host.rests(later + 19.9)
-    assert host.open_until == later + 20
+    assert host.rests(later + 39.9)
+    assert host.open_until == later + 40
+
+
+def test_each_rest_without_an_answer_in_between_is_twice_as_long_up_to_the_longest() -> None:
+    host = a_host()
+    now, rests = NOW, []
+    fail(host, FAILURES_TO_OPEN - 1, now=now, seconds=0.0)
+    for _ in range(8):
+        host.failed(now, 0.0)
+        rests.append(host.open_until - now)
+        now = host.open_until
+    assert rests == pytest.approx([1, 2, 4, 8, 16, 32, REST_LONGEST, REST_LONGEST])
+    host.answered()
+    fail(host, FAILURES_TO_OPEN, now=now, seconds=0.0)
+    assert host.open_until == pytest.approx(now + MIN_REST)
 
 
 def test_a_host_on_trial_may_start_as_many_as_its_limit_allows() -> None:
@@ -196,6 +219,105 @@ def test_the_later_of_rest_and_interval_counts() -> None:
     assert host.ready_at() == NOW + 100
     fail(host, 1, now=NOW + 99, seconds=6.0)
     assert host.ready_at() == NOW + 159
+
+
+# -- pacing ------------------------------------------------------------------------------------------------------------
+
+
+def test_host_that_refuses_is_paced_below_the_rate_it_served_and_rests_as_long_as_it_asked() -> None:
+    host = a_host()
+    for n in range(50):
+        host.served(NOW + n / 100)
+    assert host.rate is None
+    assert host.too_busy(NOW + 0.5, 2.0)
+    assert host.rate == pytest.approx(0.85 * 50)
+    assert host.rests(NOW + 2.4)
+    assert not host.rests(NOW + 2.5)
+    assert host.ready_at() == NOW + 2.5
+
+
+def test_refusals_of_requests_that_were_under_way_together_slow_it_down_once() -> None:
+    host = a_host()
+    for _ in range(50):
+        host.served(NOW)
+    for n in range(32):
+        assert host.too_busy(NOW + n / 1000, 1.0)
+    assert host.rate == pytest.approx(0.85 * 50)
+
+
+def test_rate_grows_while_nothing_is_refused_until_it_does_not_matter() -> None:
+    host = a_host()
+    for _ in range(50):
+        host.served(NOW)
+    host.too_busy(NOW, 1.0)
+    before, now, rates = host.rate, NOW, []
+    while host.rate is not None:
+        rates.append(host.rate)
+        assert host.rate < MAX_RATE
+        now += 0.5
+        host.served(now)
+    assert before == rates[0]
+    assert rates == sorted(rates)
+    assert rates[2] == pytest.approx(rates[0] * 1.05, rel=0.01)
+
+
+def test_paced_requests_start_at_the_rate() -> None:
+    host = a_host(per_host_concurrency=1000)
+    for _ in range(100):
+        host.served(NOW)
+    host.too_busy(NOW, 0.0)
+    now, started = NOW + 1, 0
+    while (ready := host.ready_at()) is not None and ready < NOW + 2:
+        now = max(now, ready)
+        if now >= NOW + 2:
+            break
+        host.start(now)
+        started += 1
+    assert started == pytest.approx(85, abs=2)
+
+
+@pytest.mark.parametrize(("asked", "rest"), [(0.0, 0.0), (30.0, 30.0), (1e9, MAX_BUSY_REST), (-5.0, 0.0)])
+def test_rest_that_it_asks_for_is_an_hour_at_most(asked: float, rest: float) -> None:
+    host = a_host()
+    host.too_busy(NOW, asked)
+    assert host.rest_until == NOW + rest
+
+
+def test_without_a_time_each_rest_is_twice_as_long_up_to_a_minute() -> None:
+    host = a_host()
+    now, rests = NOW, []
+    for _ in range(8):
+        host.too_busy(now, None)
+        rests.append(host.rest_until - now)
+        now = host.rest_until
+    assert rests == [1, 2, 4, 8, 16, 32, 60, 60]
+    host.served(now)
+    host.too_busy(now + 1, None)
+    assert host.rest_until == now + 2
+
+
+def test_host_that_refuses_everything_for_a_day_is_charged() -> None:
+    host = a_host()
+    assert host.too_busy(NOW, 3600.0)
+    assert host.too_busy(NOW + BUSY_SECONDS, 3600.0)
+    assert not host.too_busy(NOW + BUSY_SECONDS + 1, 3600.0)
+    host.served(NOW + BUSY_SECONDS + 2)
+    assert host.too_busy(NOW + BUSY_SECONDS + 3, 3600.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.booleans()), max_size=60))
+def test_rate_stays_within_its_bounds_whatever_comes(steps: list[tuple[float, bool]]) -> None:
+    host, now = a_host(), NOW
+    for seconds, refused in steps:
+        now += seconds
+        if refused:
+            before = host.rate
+            host.too_busy(now, None)
+            assert host.rate is not None
+            assert before is None or host.rate <= before
+        else:
+            host.served(now)
+        assert host.rate is None or MIN_RATE <= host.rate < MAX_RATE
 
 
 # -- when it may be forgotten ------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def evidence(
     reused: bool = False,
     location: str | None = None,
     content_length: int | None = None,
+    connected: bool = False,
+    retry_after: str | None = None,
 ) -> Evidence:
     return Evidence(
         id=1,
@@ -50,21 +52,22 @@ def evidence(
         reused=reused,
         remote_addr="192.0.2.1",
         dns_ms=None,
-        connect_ms=None,
+        connect_ms=1.0 if connected else None,
         tls_ms=None,
         first_byte_ms=None,
         total_ms=1.0,
         content_length=content_length,
         location=location,
+        retry_after=retry_after,
     )
 
 
-def head(*, hops: int = 0, fresh: bool = False, target: Target = TARGET) -> NextRequest:
-    return NextRequest(target, "HEAD", hops, fresh)
+def head(*, hops: int = 0, fresh: bool = False, target: Target = TARGET, origin: Target | None = None) -> NextRequest:
+    return NextRequest(target, "HEAD", hops, fresh, origin)
 
 
-def get(*, hops: int = 0, fresh: bool = False) -> NextRequest:
-    return NextRequest(TARGET, "GET", hops, fresh)
+def get(*, hops: int = 0, fresh: bool = False, ranged: bool = True) -> NextRequest:
+    return NextRequest(TARGET, "GET", hops, fresh, ranged=ranged)
 
 
 # -- every status, method and connection -------------------------------------------------------------------------------
@@ -109,9 +112,14 @@ def test_every_status_has_one_meaning(
         elif reused and not fresh:
             assert found == NextRequest(ask.target, ask.method, 1, fresh=True)
         elif status in (301, 302, 303, 307, 308):
-            assert found == NextRequest(GUARD.examine("https://files.example.com/elsewhere"), ask.method, 2)
-        elif status in (400, 403, 405, 501) and falls_back:
-            assert found == NextRequest(ask.target, "GET", 1)
+            moved = GUARD.examine("https://files.example.com/elsewhere")
+            assert found == NextRequest(moved, ask.method, 2, origin=ask.target)
+        elif status in (400, 401, 403, 404, 405, 406, 422, 501) and falls_back:
+            assert found == NextRequest(ask.target, "GET")
+        elif status in (400, 403, 416, 501) and ask.method == "GET":
+            assert found == NextRequest(ask.target, "GET", 1, ranged=False)
+        elif status == 429:
+            assert found == Conclusion(FileState.PENDING, "http_429", busy=True)
         else:
             assert found == Conclusion(FileState.PENDING, f"http_{status}", final=status == 410)
 
@@ -132,6 +140,8 @@ def test_every_failure_has_one_meaning(failure: Reason | None, reused: bool, fre
         assert found == head(fresh=True)
     elif failure in refusals:
         assert found == Conclusion(FileState.BLOCKED, failure)
+    elif failure in (None, Reason.PROTOCOL_ERROR):
+        assert found == get()
     else:
         assert found == Conclusion(FileState.PENDING, failure or Reason.PROTOCOL_ERROR)
 
@@ -144,9 +154,9 @@ def test_an_attempt_begins_with_the_first_method_on_any_connection() -> None:
 # -- what is retried and what is final ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [404, 403, 408, 429, 500, 502, 503, 504, 599, 401, 409, 416, 451, 304, 206])
+@pytest.mark.parametrize("status", [404, 403, 408, 500, 502, 503, 504, 599, 401, 409, 416, 451, 304, 206])
 def test_a_status_that_is_not_accepted_is_retried(status: int) -> None:
-    found = judge(get(), evidence(status), HostSettings(accept_status=(StatusRange(200, 200),)), follow)
+    found = judge(get(ranged=False), evidence(status), HostSettings(accept_status=(StatusRange(200, 200),)), follow)
     assert found == Conclusion(FileState.PENDING, http_reason(status))
     assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Outcome(FileState.PENDING, 5000)
 
@@ -164,7 +174,7 @@ def test_410_alone_among_the_statuses_is_final() -> None:
     "failure", [Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR, Reason.PROTOCOL_ERROR]
 )
 def test_a_failure_to_get_an_answer_is_retried(failure: Reason) -> None:
-    found = judge(head(), evidence(failure=failure), DEFAULTS, follow)
+    found = judge(get(), evidence(failure=failure), DEFAULTS, follow)
     assert isinstance(found, Conclusion)
     assert conclude(found, 1, SCHEDULE, 0.0, 0.5, None) == Outcome(FileState.PENDING, 5000)
 
@@ -184,28 +194,103 @@ def test_the_circuit_is_fed_by_failures_of_the_connection_alone() -> None:
 # -- HEAD that is refused ----------------------------------------------------------------------------------------------
 
 
-def test_a_refused_head_falls_back_to_get_for_these_statuses_alone() -> None:
+def test_refused_head_falls_back_to_get_at_once_for_these_statuses_alone() -> None:
     asked_again = [
         status
         for status in range(100, 600)
         if isinstance(found := judge(head(), evidence(status), DEFAULTS, follow), NextRequest) and found.method == "GET"
     ]
-    assert asked_again == [400, 403, 405, 501]
+    assert asked_again == [400, 401, 403, 405, 406, 422, 501]
 
 
 @pytest.mark.parametrize("status", [400, 403, 405, 501])
-@pytest.mark.parametrize(("methods", "ask"), METHODS[1:], ids=lambda value: getattr(value, "method", None))
-def test_without_a_later_method_there_is_no_fallback(status: int, methods: HostSettings, ask: NextRequest) -> None:
-    assert judge(ask, evidence(status), methods, follow) == Conclusion(FileState.PENDING, f"http_{status}")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("methods", "ask"), METHODS[2::3], ids=lambda value: getattr(value, "method", None))
+def test_head_without_get_after_it_does_not_fall_back(
+    status: int, methods: HostSettings, ask: NextRequest, last: bool
+) -> None:
+    found = judge(ask, evidence(status), methods, follow, last=last)
+    assert found == Conclusion(FileState.PENDING, f"http_{status}")
 
 
-def test_the_fallback_keeps_the_hops_and_may_use_any_connection() -> None:
-    assert judge(head(hops=3, fresh=True), evidence(405), DEFAULTS, follow) == get(hops=3)
+@pytest.mark.parametrize("failure", [None, Reason.PROTOCOL_ERROR])
+def test_connection_closed_after_head_falls_back_to_get_at_once(failure: Reason | None) -> None:
+    assert judge(head(), evidence(failure=failure), DEFAULTS, follow) == get()
+
+
+@pytest.mark.parametrize("status", [404, 405, 403])
+def test_head_that_was_redirected_to_an_error_page_falls_back_to_get_of_the_original_address(status: int) -> None:
+    elsewhere = GUARD.examine("https://cdn.example.net/error.html")
+    redirected = judge(head(), evidence(302, location="https://cdn.example.net/error.html"), DEFAULTS, follow)
+    assert redirected == head(hops=1, target=elsewhere, origin=TARGET)
+    assert judge(redirected, evidence(status), DEFAULTS, follow) == get()
+
+
+def test_last_attempt_ends_with_get_for_every_status_but_410_and_what_is_busy() -> None:
+    for status in {*range(100, 600)} - {*range(200, 300), 301, 302, 303, 307, 308, 410, 429}:
+        assert judge(head(), evidence(status), DEFAULTS, follow, last=True) == get(), status
+    assert judge(head(), evidence(410), DEFAULTS, follow, last=True) == Conclusion(
+        FileState.PENDING, "http_410", final=True
+    )
+
+
+def test_last_attempt_ends_with_get_after_a_time_out_if_the_request_had_reached_the_server() -> None:
+    timed_out = evidence(failure=Reason.TIMEOUT, connected=True)
+    assert judge(head(), timed_out, DEFAULTS, follow, last=True) == get()
+    assert judge(head(), timed_out, DEFAULTS, follow) == Conclusion(FileState.PENDING, Reason.TIMEOUT)
+    for failure in (Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR):
+        found = judge(head(), evidence(failure=failure), DEFAULTS, follow, last=True)
+        assert found == Conclusion(FileState.PENDING, failure)
+
+
+def test_last_attempt_ends_with_get_after_too_many_redirects() -> None:
+    at_limit = head(hops=DEFAULTS.max_redirects, target=GUARD.examine("https://cdn.example.net/loop"), origin=TARGET)
+    assert judge(at_limit, evidence(302, location="/loop"), DEFAULTS, follow, last=True) == get()
+
+
+@pytest.mark.parametrize("refusal", [Reason.PRIVATE_ADDRESS, Reason.PORT_NOT_ALLOWED, Reason.HOST_NOT_ALLOWED])
+def test_last_attempt_does_not_ask_again_for_what_the_guard_refused(refusal: Reason) -> None:
+    found = judge(head(), evidence(failure=refusal), DEFAULTS, follow, last=True)
+    assert found == Conclusion(FileState.BLOCKED, refusal)
+
+
+# -- ranges that are refused -------------------------------------------------------------------------------------------
+
+
+def test_refused_range_is_followed_by_one_plain_get_for_these_statuses_alone() -> None:
+    asked_again = [
+        status
+        for status in range(100, 600)
+        if judge(get(hops=2), evidence(status), DEFAULTS, follow) == get(hops=2, ranged=False)
+    ]
+    assert asked_again == [400, 403, 416, 501]
+    for status in asked_again:
+        found = judge(get(ranged=False), evidence(status), DEFAULTS, follow, last=True)
+        assert found == Conclusion(FileState.PENDING, f"http_{status}")
+
+
+# -- hosts that ask for fewer requests ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [head(), get(), get(ranged=False)])
+@pytest.mark.parametrize("last", [False, True])
+def test_429_and_503_with_retry_after_are_about_the_host(ask: NextRequest, last: bool) -> None:
+    for answer in (
+        evidence(429),
+        evidence(429, retry_after="1"),
+        evidence(503, retry_after="Fri, 31 Dec 1999 23:59:59 GMT"),
+    ):
+        found = judge(ask, answer, DEFAULTS, follow, last=last)
+        assert found == Conclusion(FileState.PENDING, f"http_{answer.status}", busy=True)
+
+
+def test_503_without_retry_after_is_about_the_file() -> None:
+    assert judge(head(), evidence(503), DEFAULTS, follow) == Conclusion(FileState.PENDING, "http_503")
 
 
 def test_a_fallback_follows_redirects_as_get() -> None:
     found = judge(get(), evidence(307, location="/moved"), DEFAULTS, follow)
-    assert found == NextRequest(GUARD.examine("https://files.example.com/moved"), "GET", 1)
+    assert found == NextRequest(GUARD.examine("https://files.example.com/moved"), "GET", 1, origin=TARGET)
 
 
 # -- an empty object ---------------------------------------------------------------------------------------------------
@@ -215,7 +300,7 @@ def test_416_to_get_shows_that_an_empty_object_is_there() -> None:
     assert judge(get(), evidence(416, content_length=0), DEFAULTS, follow) == AVAILABLE
 
 
-@pytest.mark.parametrize(("ask", "length"), [(get(), None), (get(), 1), (head(), 0)])
+@pytest.mark.parametrize(("ask", "length"), [(get(ranged=False), None), (get(ranged=False), 1), (head(), 0)])
 def test_416_is_a_bad_answer_when_the_object_is_not_known_to_be_empty_or_no_range_was_asked_for(
     ask: NextRequest, length: int | None
 ) -> None:
@@ -234,7 +319,7 @@ def test_an_empty_body_makes_no_other_status_good(status: int) -> None:
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_followed_with_the_same_method_and_counted(status: int) -> None:
     found = judge(head(hops=2, fresh=True), evidence(status, location="http://cdn.example.net/x"), DEFAULTS, follow)
-    assert found == head(hops=3, target=GUARD.examine("http://cdn.example.net/x"))
+    assert found == head(hops=3, target=GUARD.examine("http://cdn.example.net/x"), origin=TARGET)
 
 
 @pytest.mark.parametrize("status", [300, 304, 305, 306])
@@ -296,7 +381,7 @@ def test_a_redirect_without_location_is_retried_whatever_the_hops() -> None:
 
 def test_a_redirect_may_lead_from_https_to_http() -> None:
     found = judge(head(), evidence(302, location="http://files.example.com/plain"), DEFAULTS, follow)
-    assert found == head(hops=1, target=GUARD.examine("http://files.example.com/plain"))
+    assert found == head(hops=1, target=GUARD.examine("http://files.example.com/plain"), origin=TARGET)
 
 
 def test_a_redirect_is_resolved_against_the_address_that_sent_it() -> None:
@@ -348,8 +433,8 @@ def test_a_good_answer_counts_on_any_connection(reused: bool) -> None:
 
 
 def most_requests(some: HostSettings) -> int:
-    """Every hop once, every later method once, and each of these at most once more on a fresh connection."""
-    return 2 * (some.max_redirects + len(some.methods))
+    """Every hop once for HEAD, for a ranged GET and for a plain one, each at most once more on a fresh connection."""
+    return 2 * 3 * (some.max_redirects + 1)
 
 
 def requests_of(some: HostSettings, answers: Iterator[Evidence]) -> tuple[int, Conclusion]:
@@ -390,7 +475,7 @@ def test_any_answers_lead_to_a_conclusion_within_a_bound(
 @pytest.mark.parametrize("max_redirects", [0, 1, 5])
 def test_the_bound_is_reached_by_the_most_tiresome_origin(max_redirects: int) -> None:
     some = HostSettings(max_redirects=max_redirects)
-    statuses = [302] * max_redirects + [405, 404]
+    statuses = [302] * max_redirects + [405] + [416, 302] * max_redirects + [416, 404]
     answers = (evidence(status, reused=reused, location="/") for status in statuses for reused in (True, False))
     assert requests_of(some, answers) == (most_requests(some), RETRY)
 
