@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import structlog
 from aiohttp import web
@@ -21,10 +21,11 @@ from notify_server.callbacks.handler import Callback
 from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, HostSettings, version
 from notify_server.errors import StoreUnavailableError
+from notify_server.expansion.expander import Expander
 from notify_server.model import BatchVerdict, FileResult
 from notify_server.operations import Actions
 from notify_server.processes.prober_client import ProberLink, prober_config
-from notify_server.store.base import ExpansionListener, Store
+from notify_server.store.base import Engine, ExpansionListener, Store
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
@@ -151,10 +152,15 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
     )
     listener = ExpansionListener(_add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain)
     tasks = [
-        start_task(store.expand_inbox(app[GUARD], now, listener), "expand the inbox"),
         start_task(prune_record(config.retention, store, metrics, now), "prune the record"),
         start_task(survey_record(app[RECORDS], metrics), "survey the record"),
     ]
+    if isinstance(store, SqliteClient):
+        # In the keeper, beside the database.
+        store.expand_inbox(listener)
+    else:
+        expander = Expander(cast("Engine", store), app[GUARD], now, listener)
+        tasks.append(start_task(expander.run(), "expand the inbox"))
     if tracing is not None:
         tasks.append(start_task(tracing.run(partial(_latest_delivery, app[RECORDS])), "export traces"))
     yield
@@ -255,7 +261,10 @@ async def _open_store(
     config: Config, now: Callable[[], int], on_commit: Callable[[float], object], on_work: Callable[[], object]
 ) -> Store:
     if not config.store.is_postgres:
-        return await SqliteClient.open(config.store.path, now=now, on_commit=on_commit)
+        verify = config.verify
+        networks = [str(network) for network in verify.allowed_networks]
+        guard = verify.allowed_hosts, networks, sorted(verify.allowed_ports)
+        return await SqliteClient.open(config.store.path, now=now, guard=guard, on_commit=on_commit)
     # Its driver is loaded by those who use it.
     from notify_server.store.postgres.store import PostgresStore
 

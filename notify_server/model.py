@@ -19,6 +19,7 @@ and of a batch: `pending` until its last file has settled, then `complete` when 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
 
@@ -157,6 +158,13 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     refusal: Reason | None = None
 
 
+class UrlGuard(Protocol):
+    """Decides which addresses may be probed (verify/guard.py)."""
+
+    def examine(self, url: str) -> Target:
+        """Parse an address, and refuse it if it must not be contacted."""
+
+
 class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A claimed file: pending, due, and nobody else's until it is recorded or released."""
 
@@ -165,6 +173,20 @@ class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     host: str
     target_url: str
     attempts: int
+
+
+class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A host with pending files, and when the first of them is due (it may be claimed already)."""
+
+    host: str
+    next_attempt_at: int
+
+
+class Restart(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to a recheck: how many files were reset, and the hosts they are at."""
+
+    files: int
+    hosts: frozenset[str]
 
 
 class HostView(msgspec.Struct, frozen=True):

@@ -12,7 +12,8 @@ from notify_server.cli.common import EXIT_FAILED, read_config
 from notify_server.config import LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.store.sql import load_migrations
-from notify_server.store.sqlite.writer import FileLock, connect, refusal, schema_version
+from notify_server.store.sqlite.database import connect, refusal, schema_version
+from notify_server.store.sqlite.lock import FileLock
 from notify_server.telemetry.metrics import set_up_logging
 
 

@@ -34,10 +34,10 @@ from notify_server.store.reading.types import (
     Totals,
 )
 from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.lock import holder
 from notify_server.store.sqlite.read_connection import ReadConnection
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
-from notify_server.store.sqlite.writer import holder
 
 if TYPE_CHECKING:
     # Loaded when a daemon is asked: reading the file should not have to wait for it.

@@ -30,9 +30,8 @@ from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable,
 from notify_server.clock import unix_ms
 from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
-from notify_server.model import BatchVerdict, DueFile, FileResult, FileState
+from notify_server.model import BatchVerdict, DueFile, FileResult, FileState, HostDue
 from notify_server.processes.prober_client import ProberLink, prober_config
-from notify_server.store.base import HostDue
 from notify_server.telemetry.metrics import set_up_logging
 from notify_server.verify.guard import Guard
 from notify_server.verify.policy import CONNECTION_FAILURES

@@ -1,4 +1,4 @@
-"""From the inbox to batches and files: off the ack path, in bounded chunks, in the order of arrival."""
+"""Expands the inbox into batches and files: off the ack path, in bounded chunks, in the order of arrival."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from notify_server.contract.envelope import open_envelope
 from notify_server.contract.trace_context import trace_fields
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
-from notify_server.model import FileEntry, FileState, InboxItem, Notification, ReportedStatus
-from notify_server.store.base import Expansion, ExpansionListener, NewFile, Store
-from notify_server.verify.guard import Guard, printable_url
+from notify_server.model import FileEntry, FileState, InboxItem, Notification, ReportedStatus, UrlGuard
+from notify_server.store.base import Expansion, ExpansionListener, Inbox, NewFile
+from notify_server.verify.guard import printable_url
 
 log = structlog.get_logger("notify_server.store")
 
-# Files in one transaction, and where callbacks wait for it: for a ms or two.
+# Files per transaction; the second value applies while acks are pending (keeps the writer busy for 1-2 ms at most).
 CHUNK_FILES = 250
-CHUNK_FILES_BY_TURNS = 100
+SMALL_CHUNK_FILES = 100
 INBOX_ITEMS = 64
-# How long what has arrived waits for company, and how many are company enough: a transaction costs more than a file.
+# After fewer than ENOUGH_ITEMS items, wait for more: a transaction costs more than a file.
 LINGER_SECONDS = 0.02
 ENOUGH_ITEMS = 16
 RETRY_SECONDS = 1.0
@@ -30,29 +30,29 @@ RETRY_SECONDS = 1.0
 class Expander:
     """Runs until cancelled."""
 
-    def __init__(self, store: Store, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
-        self._store = store
+    def __init__(self, inbox: Inbox, guard: UrlGuard, now: Callable[[], int], listener: ExpansionListener) -> None:
+        self._inbox = inbox
         self._guard = guard
         self._now = now
-        self._told = told
+        self._listener = listener
 
     async def run(self) -> None:
-        """Expand what the inbox holds, and what it comes to hold."""
+        """Expand what is in the inbox and what arrives."""
         items: Sequence[InboxItem] = ()
         while True:
-            await self._store.wait_inbox()
+            await self._inbox.wait_inbox()
             if len(items) < ENOUGH_ITEMS:
                 await asyncio.sleep(LINGER_SECONDS)
             try:
-                items = await self._store.inbox(INBOX_ITEMS)
+                items = await self._inbox.inbox(INBOX_ITEMS)
                 await self._take(items)
             except StoreUnavailableError as error:
                 log.warning("cannot expand the inbox, trying again", error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _take(self, items: Sequence[InboxItem]) -> None:
-        """Expand items in their order: small ones share a transaction, a large one takes several."""
-        most = CHUNK_FILES_BY_TURNS if self._store.prefers_small_batches else CHUNK_FILES
+        """Expand items in order: small ones share a transaction, a large one takes several."""
+        most = SMALL_CHUNK_FILES if self._inbox.prefers_small_batches else CHUNK_FILES
         group: list[Expansion] = []
         size = 0
         for item in items:
@@ -67,7 +67,7 @@ class Expander:
                     **trace_fields(item.traceparent),
                     error=str(error),
                 )
-                self._told.on_verdicts(await self._store.discard(item, str(error), self._now()))
+                self._listener.on_verdicts(await self._inbox.discard(item, str(error), self._now()))
                 continue
             for expansion in self._expansions(item, notification, most):
                 if group and size + len(expansion.files) > most:
@@ -80,24 +80,24 @@ class Expander:
     async def _expand(self, group: Sequence[Expansion]) -> None:
         if not group:
             return
-        verdicts = await self._store.expand(group, self._now())
+        verdicts = await self._inbox.expand(group, self._now())
         hosts = {file.host for expansion in group for file in expansion.files if file.state is FileState.PENDING}
         if hosts:
-            self._told.on_files(hosts)
+            self._listener.on_files(hosts)
         if verdicts:
-            self._told.on_verdicts(verdicts)
+            self._listener.on_verdicts(verdicts)
 
     def _read(self, item: InboxItem) -> Notification:
         envelope = open_envelope(item.body)
         bare = item.body if envelope is None else envelope.notification
-        # It was within the limit when it was acked; a limit lowered since must not lose it.
+        # It was within the limit when it was acked: do not lose it to a limit that was lowered since.
         notification = parse_notification(bare, max_files=2**31)
         if unknown := unknown_fields(bare):
-            self._told.on_unknown_fields(unknown)
+            self._listener.on_unknown_fields(unknown)
         return notification
 
     def _expansions(self, item: InboxItem, notification: Notification, most: int) -> Iterator[Expansion]:
-        files = _last_words(notification.file_list)
+        files = _latest_entries(notification.file_list)
         for start in range(0, max(1, len(files)), most):
             yield Expansion(
                 item,
@@ -109,20 +109,18 @@ class Expander:
 
     def _admit(self, entry: FileEntry) -> NewFile:
         if entry.status is ReportedStatus.FAILED:
-            return NewFile(
-                entry.oss_object_name, entry.target_url, "", entry.status, FileState.UPLOAD_FAILED, None
-            )  # fmt: skip
+            return NewFile(entry.oss_object_name, entry.target_url, "", entry.status, FileState.UPLOAD_FAILED, None)
         assert entry.target_url is not None
         target = self._guard.examine(entry.target_url)
         if target.refusal is None:
             return NewFile(entry.oss_object_name, entry.target_url, target.host, entry.status, FileState.PENDING, None)
-        # What is refused may be hostile, and is kept to be shown.
+        # The address may be hostile, and is stored to be shown.
         shown = printable_url(entry.target_url)
         return NewFile(entry.oss_object_name, shown, target.host, entry.status, FileState.BLOCKED, target.refusal)
 
 
-def _last_words(entries: Sequence[FileEntry]) -> Sequence[FileEntry]:
-    """One entry for each key. Of a key that is listed twice the last counts, as if it had been delivered later."""
+def _latest_entries(entries: Sequence[FileEntry]) -> Sequence[FileEntry]:
+    """Return one entry per key. Of a key listed twice the last counts, as if it had been delivered later."""
     files: dict[str, FileEntry] = {}
     for entry in entries:
         known = files.get(entry.oss_object_name)

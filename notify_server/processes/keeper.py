@@ -1,8 +1,9 @@
-"""The process that keeps the record on SQLite: calls in on standard input, answers out on standard output.
+"""The keeper: the process that writes the record on SQLite. Calls arrive on standard input, answers leave on standard
+output.
 
-It is a process of its own because SQLite keeps whoever calls it waiting for the disk, and Python's lock keeps everybody
-else: callbacks are answered, and probes judged, beside it. It ends when its input does, once it has done what it was
-told, so it cannot outlive the daemon by more than that.
+It is a process of its own because SQLite blocks its caller for as long as the disk takes, and Python's lock blocks
+everybody else: callbacks are answered and probes judged beside it. It ends when its input ends, after it has done what
+it was sent, so it outlives a daemon that was killed by no more than that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import msgspec
 import structlog
 
 from notify_server.errors import NotifyServerError, StoreRefusedError
-from notify_server.model import BatchVerdict
+from notify_server.expansion.expander import Expander
+from notify_server.model import BatchVerdict, Delivery, DueFile
 from notify_server.processes.keeper_protocol import (
     VERBS,
     Call,
@@ -33,7 +35,6 @@ from notify_server.processes.keeper_protocol import (
 )
 from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.store.base import ExpansionListener
-from notify_server.store.sqlite import writer as sqlite_writer
 from notify_server.store.sqlite.store import SqliteStore
 from notify_server.supervise import freeze_gc, start_task
 from notify_server.verify.guard import Guard
@@ -42,7 +43,6 @@ log = structlog.get_logger("notify_server.store")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_call = msgspec.msgpack.Decoder(Call).decode
-_arguments = {name: msgspec.msgpack.Decoder(verb.arguments).decode for name, verb in VERBS.items()}
 _NOTHING = msgspec.Raw(_encode(None))
 
 
@@ -53,27 +53,27 @@ class Keeper:
         self._source = source
         self._output = Output(sink)
         self._input = Input(source, self._output)
+        self._decoders = {name: msgspec.msgpack.Decoder(verb.arguments).decode for name, verb in VERBS.items()}
         self._now = 0
-        # Lines for the log from before the daemon knows that the store is open.
+        # Log lines from before the daemon knows that the store is open.
         self._early: list[Logged] = []
         self._opened = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._expanding: asyncio.Task[None] | None = None
-        self._store: SqliteStore
 
     async def run(self) -> None:
         """Open the store and serve it."""
-        config = msgspec.msgpack.decode(self._input.first(), type=KeeperConfig)
+        self._config = msgspec.msgpack.decode(self._input.first(), type=KeeperConfig)
         # SQLite blocks this thread for as long as the disk takes.
         self._output.start_beating()
-        sqlite_writer.BUSY_TIMEOUT_MS = config.busy_timeout_ms
         structlog.configure(processors=[structlog.processors.format_exc_info, self._log])
         try:
-            self._store = await SqliteStore.open(Path(config.path), owner=config.owner)
+            self._store = await SqliteStore.open(Path(self._config.path), owner=self._config.owner)
         except StoreRefusedError as error:
             self._send(Opened(str(error), 0))
             return
+        self._verbs = self.verbs(self._store)
         self._send(Opened(None, self._store.backlog))
         self._opened = True
         for line in self._early:
@@ -83,11 +83,23 @@ class Keeper:
         if self._expanding is not None:
             self._expanding.cancel()
         await self._store.close()
-        for task in self._tasks:
-            # There will be no news of the inbox; all else has its answer, and is about to send it.
-            if task.get_name() == "wait_inbox":
-                task.cancel()
+        # All of them have their answers by now and are about to send them.
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def verbs(self, store: SqliteStore) -> Mapping[str, Callable[..., Awaitable[object]]]:
+        """Return the function that carries out each verb of the protocol."""
+        return {
+            "accept_all": self._accept_all,
+            "reject": store.reject,
+            "expand_inbox": self._expand_inbox,
+            "due_hosts": store.due_hosts,
+            "claim": store.claim,
+            "release": self._release,
+            "record": store.record,
+            "recheck": store.recheck,
+            "ping": store.ping,
+            "prune": store.prune,
+        }
 
     def _read(self) -> None:
         try:
@@ -105,7 +117,7 @@ class Keeper:
 
     async def _answer(self, call: Call) -> None:
         try:
-            answer = await self._do(call.verb, _arguments[call.verb](call.arguments))
+            answer = await self._verbs[call.verb](*self._decoders[call.verb](call.arguments))
         except Exception as error:
             if not isinstance(error, NotifyServerError):
                 log.error("the keeper made a mistake, please report this", verb=call.verb, exc_info=error)
@@ -113,34 +125,29 @@ class Keeper:
         else:
             self._send(Reply(call.id, self._store.backlog, msgspec.Raw(_encode(answer))))
 
-    async def _do(self, verb: str, arguments: Any) -> object:
-        match verb:
-            case "accept_all":
-                answers = await self._store.accept_all(*arguments)
-                return [answer if isinstance(answer, int) else Failure.of(answer) for answer in answers]
-            case "release":
-                self._store.release(*arguments)
-                return None
-            case "expand_inbox":
-                self._expanding = start_task(
-                    self._expand_inbox(Guard(*arguments)), "expand the inbox", on_failure=_exit
-                )
-                return None
-            case _:
-                return await getattr(self._store, verb)(*arguments)
+    async def _accept_all(self, deliveries: Sequence[Delivery]) -> list[int | Failure]:
+        answers = await self._store.accept_all(deliveries)
+        return [answer if isinstance(answer, int) else Failure.of(answer) for answer in answers]
 
-    async def _expand_inbox(self, guard: Guard) -> None:
-        def on_files(hosts: set[str]) -> None:
-            self._send(Expanded(self._store.backlog, hosts=hosts))
+    async def _release(self, files: Sequence[DueFile]) -> None:
+        self._store.release(files)
 
-        def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
-            self._send(Expanded(self._store.backlog, verdicts=list(verdicts)))
+    async def _expand_inbox(self) -> None:
+        if self._expanding is None:
+            config = self._config
+            guard = Guard(config.allowed_hosts, config.allowed_networks, config.allowed_ports)
+            listener = ExpansionListener(self._on_files, self._on_verdicts, self._on_unknown_fields)
+            expander = Expander(self._store, guard, lambda: self._now, listener)
+            self._expanding = start_task(expander.run(), "expand the inbox", on_failure=_exit)
 
-        def on_unknown_fields(count: int) -> None:
-            self._send(Expanded(self._store.backlog, unknown_fields=count))
+    def _on_files(self, hosts: set[str]) -> None:
+        self._send(Expanded(self._store.backlog, hosts=hosts))
 
-        told = ExpansionListener(on_files, on_verdicts, on_unknown_fields)
-        await self._store.expand_inbox(guard, lambda: self._now, told)
+    def _on_verdicts(self, verdicts: Sequence[BatchVerdict]) -> None:
+        self._send(Expanded(self._store.backlog, verdicts=list(verdicts)))
+
+    def _on_unknown_fields(self, count: int) -> None:
+        self._send(Expanded(self._store.backlog, unknown_fields=count))
 
     def _log(self, logger: object, level: str, event: MutableMapping[str, Any]) -> str:
         fields = {name: value if isinstance(value, int | float) else str(value) for name, value in event.items()}
@@ -160,13 +167,13 @@ def _exit() -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """The process: ends quietly when the daemon does."""
-    # It finishes its transaction and ends.
+def main(keeper: type[Keeper] = Keeper) -> None:
+    """Run the process. It ends quietly when the daemon does."""
+    # SIGCONT: one that stands still goes on, finishes its transaction and ends.
     follow_daemon(signal.SIGCONT)
     freeze_gc()
     with contextlib.suppress(BrokenPipeError, EOFError):
-        asyncio.run(Keeper(sys.stdin.fileno(), sys.stdout.fileno()).run())
+        asyncio.run(keeper(sys.stdin.fileno(), sys.stdout.fileno()).run())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the daemon and the process that keeps its record on SQLite say to each other.
+"""The messages between the daemon and its keeper, the process that writes the record on SQLite.
 
-The daemon's first frame is a `KeeperConfig`, every later one a `Call`. The keeper's first is an `Opened`, every later
-one a `Reply`, an `Expanded` or a `Logged`.
+The daemon's first frame is a `KeeperConfig`, every later one a `Call`. The keeper's first frame is an `Opened`, every
+later one a `Reply`, an `Expanded` or a `Logged`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from typing import Any, NamedTuple
 import msgspec
 
 from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreUnavailableError
-from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.store.base import Expansion, HostDue, Restart
+from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
 
-# Errors that callers tell apart, by the names under which they cross.
+# Errors that callers distinguish, by the name that is sent.
 ERRORS: dict[str, type[NotifyServerError]] = {
     kind.__name__: kind for kind in (NonceReusedError, RejectionGoneError, StoreUnavailableError)
 }
 
 
 class KeeperError(NotifyServerError):
-    """The keeper has made a mistake, which its log tells of."""
+    """A mistake of the keeper, which its log reports."""
 
 
 class KeeperConfig(msgspec.Struct, frozen=True):
-    """What the keeper is told once: the database, the process that it is kept for, and how long to wait for a lock."""
+    """The settings of a keeper: the database, the process id of the daemon, and the guard's settings as text."""
 
     path: str
     owner: int
-    busy_timeout_ms: int
+    allowed_hosts: list[str] = []
+    allowed_networks: list[str] = []
+    allowed_ports: list[int] = []
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True):
-    """Whether the database could be opened: `refused` is what to tell of it when not."""
+    """Whether the database could be opened: `refused` is the error when not."""
 
     refused: str | None
     backlog: int
@@ -49,18 +50,18 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """An error in the place of an answer; `kind` is a name in ERRORS, or that of a mistake of ours."""
+    """An error instead of an answer; `kind` is a name in ERRORS, or the class of a mistake of ours."""
 
     kind: str
     text: str
 
     def error(self) -> NotifyServerError:
-        """It as an exception."""
+        """Return the exception to raise."""
         return ERRORS[self.kind](self.text) if self.kind in ERRORS else KeeperError(f"{self.kind}: {self.text}")
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """An exception as what crosses."""
+        """Return the message for an exception."""
         return cls(type(error).__name__, str(error))
 
 
@@ -74,7 +75,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
 
 
 class Expanded(msgspec.Struct, frozen=True, array_like=True, tag="expanded"):
-    """What an expansion has told (base.Expanding), and the store's backlog after it."""
+    """The result of an expansion (base.ExpansionListener), and the store's backlog after it."""
 
     backlog: int
     hosts: set[str] = set()
@@ -100,10 +101,8 @@ class Verb(NamedTuple):
 VERBS = {
     "accept_all": Verb(tuple[list[Delivery]], list[int | Failure]),
     "reject": Verb(tuple[Rejection], None),
-    "wait_inbox": Verb(tuple[()], None),
-    "inbox": Verb(tuple[int], list[InboxItem]),
-    "expand": Verb(tuple[list[Expansion], int], list[BatchVerdict]),
-    "discard": Verb(tuple[InboxItem, str, int], list[BatchVerdict]),
+    # Begin to expand the inbox, until the keeper ends.
+    "expand_inbox": Verb(tuple[()], None),
     "due_hosts": Verb(tuple[str, int], list[HostDue]),
     "claim": Verb(tuple[list[tuple[str, int]], int], list[DueFile]),
     "release": Verb(tuple[list[DueFile]], None),
@@ -111,6 +110,4 @@ VERBS = {
     "recheck": Verb(tuple[list[int], int], Restart),
     "ping": Verb(tuple[int], None),
     "prune": Verb(tuple[int, int, int], int),
-    # The guard's hosts, networks and ports.
-    "expand_inbox": Verb(tuple[list[str], list[str], list[int]], None),
 }

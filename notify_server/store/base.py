@@ -1,7 +1,7 @@
-"""What every store does, whatever engine carries it. One conformance suite (tests/store) holds each of them to this.
+"""The verbs of a store, whatever engine carries it. One conformance suite (tests/store) holds each engine to them.
 
-Every verb is one transaction unless it says otherwise, and is durable when it returns. A verb that cannot commit
-raises StoreUnavailableError, has written nothing, and may be called again. `now` is always passed in, Unix ms.
+Every verb is one transaction unless it says otherwise, and is durable when it returns. A verb that cannot commit raises
+StoreUnavailableError and may be called again. `now` is always passed in, Unix ms.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from notify_server.model import (
     DueFile,
     FileResult,
     FileState,
+    HostDue,
     InboxItem,
     Reason,
     Rejection,
     ReportedStatus,
+    Restart,
 )
-from notify_server.verify.guard import Guard
 
-# The largest number that both engines hold, and so the largest id there can be.
+# The largest integer of both engines, and so the largest id.
 MAX_ID = 2**63 - 1
+# How long closing a store may take unless its caller says otherwise.
+CLOSE_SECONDS = 30.0
 
 
 def valid_ids(ids: Iterable[int]) -> list[int]:
-    """Those that can be the id of anything, each once and in their order."""
+    """Return the numbers that can be ids, each once, in ascending order."""
     return sorted({id for id in ids if 0 < id <= MAX_ID})
 
 
 def rejection_gone(id: int) -> RejectionGoneError:
-    """What to tell of a rejection that is to be replayed and is not there."""
+    """Return the error for a rejection that is to be replayed and does not exist."""
     return RejectionGoneError(f"rejection {id} is not there: it may have been replayed")
 
 
@@ -60,23 +63,9 @@ class Expansion(msgspec.Struct, frozen=True, array_like=True):
     last: bool
 
 
-class Restart(msgspec.Struct, frozen=True, array_like=True):
-    """What a recheck has set going: how many files, and which hosts they are at."""
-
-    files: int
-    hosts: frozenset[str]
-
-
-class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A host with pending files, and when the first of them is due (it may be claimed already)."""
-
-    host: str
-    next_attempt_at: int
-
-
 class Nodes(msgspec.Struct, frozen=True):
-    """The daemons that share the work: the id of this one, and those of all that were alive a moment ago, by what they
-    do. An id is never given twice.
+    """The daemons that share the work: the id of this one, and the ids of all that are alive, by role. Ids are never
+    reused.
     """
 
     me: int
@@ -84,36 +73,9 @@ class Nodes(msgspec.Struct, frozen=True):
     probing: Sequence[int]
 
 
-class FileQueue(Protocol):
-    """Where the verifier's work comes from, and goes to."""
-
-    @property
-    def prefers_small_batches(self) -> bool:
-        """Whether callbacks, of which some have come lately, wait for what is recorded, so that little at a time is
-        better.
-        """
-
-    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
-        """Hosts with pending files in the order of their names, from behind `after`. Costs a seek a host."""
-
-    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
-        """Claim due files: for each (host, n) at most n, longest due first. Nobody else gets them before they are
-        recorded or released. A crash releases every claim."""
-
-    def release(self, files: Sequence[DueFile]) -> None:
-        """Give claims back untouched: no attempt is spent."""
-
-    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
-        """Write outcomes with their attempts, end the claims, and return the verdicts that this brings about.
-
-        A result of a file that has started anew since it was claimed is dropped: it speaks of what was before. So is
-        one of a file that is not claimed, and all but the first of several of one file.
-        """
-
-
 class ExpansionListener(msgspec.Struct, frozen=True):
-    """What an expansion of the inbox tells as it goes on: the hosts that have new files, the verdicts of batches that
-    are settled at once, and how many fields the contract does not know.
+    """The callbacks of an expansion: hosts that have new files, verdicts of batches that settle at once, and the number
+    of fields that the contract does not know.
     """
 
     on_files: Callable[[set[str]], object]
@@ -121,73 +83,109 @@ class ExpansionListener(msgspec.Struct, frozen=True):
     on_unknown_fields: Callable[[int], object]
 
 
+class FileQueue(Protocol):
+    """The queue of due files that the verifier works on."""
+
+    @property
+    def prefers_small_batches(self) -> bool:
+        """True while callbacks share the writer with the verifier: write small batches so acks are not delayed."""
+
+    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
+        """Return hosts with pending files, ordered by name, from behind `after`. Costs one index seek per host."""
+
+    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
+        """Claim up to n due files of each (host, n), the longest due first. Nobody else gets them before they are
+        recorded or released. A crash releases every claim.
+        """
+
+    def release(self, files: Sequence[DueFile]) -> None:
+        """Give claims back. No attempt is spent."""
+
+    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
+        """Write outcomes with their attempts, end the claims, and return the verdicts that were reached.
+
+        Dropped are results of files that were reset since they were claimed (they speak of the state before), of files
+        that are not claimed, and all but the first of several results of one file.
+        """
+
+
 class Editable(Protocol):
-    """What people do about the record, beside the daemon or through it."""
+    """What people change in the record, through the daemon or beside it."""
 
     def accept(self, delivery: Delivery) -> Awaitable[int]:
         """Write a delivery to the inbox and return its id.
 
-        Calls that arrive together share a transaction. When the delivery has a nonce it is consumed in the same
-        transaction; a nonce consumed before raises NonceReusedError for that delivery alone. When it replays a
-        rejection, that is deleted in the same transaction; RejectionGoneError when it is not there.
+        Calls that arrive together share a transaction, which also consumes the nonce and the replayed rejection of a
+        delivery, if it has them. Raises NonceReusedError or RejectionGoneError for that delivery alone when they are
+        gone already.
         """
 
     async def recheck(self, files: Sequence[int], now: int) -> Restart:
-        """Ask for these files anew, at once: pending, nothing known, no attempt spent; their batches have no verdict.
+        """Reset files: pending, due at once, no attempt spent, no result; their batches have no verdict.
 
-        Left as they are: ids of no file, files reported FAILED, and addresses that cannot be read.
+        Skipped are unknown ids, files that were reported FAILED, and addresses that cannot be parsed.
         """
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
-        """Delete some of what is older: batches completed, deliveries and rejections received before. Returns the
-        number of rows deleted, at most about `limit`; 0 when nothing is left to delete."""
+        """Delete batches that were completed, and deliveries and rejections that were received, before these times.
+        Returns the number of rows deleted, at most about `limit`; 0 when nothing is left to delete.
+        """
 
 
 class Store(FileQueue, Editable, Protocol):
-    """The verbs. Those marked (single caller) are for one task of the daemon at a time."""
+    """The verbs that the daemon uses."""
 
     @property
     def backlog(self) -> int:
-        """Files accepted and not settled: in the inbox, or pending. Kept in memory; exact to within what is in
-        flight.
+        """The number of files accepted and not settled: in the inbox, or pending. Kept in memory; exact to within what
+        is in flight.
         """
 
     @property
     def nodes(self) -> Nodes:
         """This daemon among those that share the work; a store of one daemon has it alone, as 0."""
 
-    async def close(self, grace: float = 30.0) -> None:
+    async def close(self, grace: float = CLOSE_SECONDS) -> None:
         """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get
         StoreUnavailableError.
         """
 
     async def reject(self, rejection: Rejection) -> None:
-        """Keep a refused body. The number and total size kept are bounded; the oldest go first."""
+        """Keep a refused body, within MAX_REJECTIONS and MAX_REJECTION_BYTES; the oldest go first."""
+
+    async def ping(self, now: int) -> None:
+        """Commit a trivial write, to learn whether the store can."""
+
+
+class Inbox(Protocol):
+    """The inbox as the expander sees it. One task in one daemon uses it at a time."""
+
+    @property
+    def prefers_small_batches(self) -> bool:
+        """As in FileQueue."""
 
     async def wait_inbox(self) -> None:
         """Return when the inbox may hold something to expand (at once when it does)."""
 
-    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
-        """Expand what the inbox holds, and what it comes to hold, until cancelled (single caller)."""
-
     async def inbox(self, limit: int) -> list[InboxItem]:
-        """The oldest deliveries that have not been expanded, at most `limit` (single caller)."""
+        """Return the oldest deliveries that have not been expanded, at most `limit`."""
 
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
-        """Merge files into their batches and return the verdicts that this brings about (single caller).
+        """Merge files into their batches and return the verdicts that were reached.
 
-        New files are added. A file whose address has changed, or that was FAILED and is FINISHED now, starts anew.
+        New files are added. A file whose address has changed, or that was FAILED and is FINISHED now, is reset.
         FINISHED outweighs FAILED in whichever order they come, since deliveries may be repeated in any order and a
-        probe tells the truth of it. Anything else leaves the file as it is. Repeating an expansion changes nothing,
-        so an item that was cut off half-way is expanded from its beginning again. A delivery is counted, and its item
-        leaves the inbox, with its last expansion; a batch has no verdict before that.
+        probe decides. Anything else leaves the file as it is. Repeating an expansion changes nothing, so an item that
+        was cut off half-way is expanded from its beginning again. A delivery is counted, and its item leaves the inbox,
+        with its last expansion; a batch has no verdict before that.
         """
 
     async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
-        """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor in the way.
+        """Move an inbox item that cannot be expanded to the rejections, so that it is neither lost nor blocks the rest.
 
-        What of it was expanded before stays; returns the verdict that this brings about for its batch.
+        Files of it that were expanded before stay; returns the verdict that its batch reaches by this.
         """
 
-    async def ping(self, now: int) -> None:
-        """Commit a trivial write, to learn whether the store can."""
+
+class Engine(Store, Inbox, Protocol):
+    """A store in the process that has the database."""

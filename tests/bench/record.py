@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from notify_server.clock import unix_ms
-from notify_server.store.sqlite.writer import connect
+from notify_server.store.sqlite.database import connect
 
 FILES_A_BATCH = 100
 API_CODE = "rent.dcentralize.room.add"

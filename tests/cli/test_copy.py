@@ -18,8 +18,8 @@ from notify_server.config import without_secrets
 from notify_server.store.copying.copy import TABLES
 from notify_server.store.postgres.schema import migrate_at
 from notify_server.store.sql import load_migrations
+from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.store import SqliteStore
-from notify_server.store.sqlite.writer import connect
 from tests.store.builders import API_CODE, NOW, delivery
 from tests.store.copies import dump, fill, writing
 from tests.support.cli import on_terminal, running

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from notify_server.cli.doctor import checks
 from notify_server.cli.doctor import run as doctor
 from notify_server.cli.doctor.checks import Finding, Level
-from notify_server.store.sqlite.writer import connect
+from notify_server.store.sqlite.database import connect
 from tests.support.cli import on_terminal
 from tests.support.daemon import Daemon, clean_environment, run_command, to_toml
 from tests.support.origin import SILENCE, Answer, Origin

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from notify_server.store.sql import load_migrations
-from notify_server.store.sqlite.writer import connect
+from notify_server.store.sqlite.database import connect
 from tests.support.daemon import Daemon, run_command
 
 LATEST = len(load_migrations("sqlite"))

@@ -22,7 +22,7 @@ from tests.support.origin import Answer, Origin
 from tests.web.test_api import make_record
 
 MIB = 2**20
-# SQLite cuts a log that has grown beyond this when it begins anew: notify_server/store/sqlite/writer.py.
+# SQLite truncates a WAL that has grown beyond this at the next checkpoint: notify_server/store/sqlite/database.py.
 WAL_LIMIT = 64 * MIB
 # As large as a callback may be, nearly.
 LARGE = 7_500_000

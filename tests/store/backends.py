@@ -14,13 +14,17 @@ import sqlite3
 import sys
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import asyncpg
+import msgspec
 import pytest
 
-from notify_server.store.base import Store
+from notify_server.expansion.expander import Expander
+from notify_server.model import BatchVerdict, InboxItem
+from notify_server.store.base import Engine, Expansion, ExpansionListener
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import store as postgres
 from notify_server.store.postgres import writes as postgres_writes
@@ -29,6 +33,10 @@ from notify_server.store.reading.types import Records
 from notify_server.store.sqlite import client as kept
 from notify_server.store.sqlite import records as sqlite_records
 from notify_server.store.sqlite import store as sqlite
+from notify_server.store.sqlite import writes as sqlite_writes
+from notify_server.verify.guard import Guard
+from tests.store.builders import NOW
+from tests.store.keeper import INBOX_VERBS
 from tests.support.postgres import empty, fetch, new_schema
 
 Row = tuple[Any, ...]
@@ -39,10 +47,10 @@ class Backend(ABC):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._store: Store | None = None
+        self._store: Engine | None = None
         self._records: Records | None = None
 
-    async def open(self) -> Store:
+    async def open(self) -> Engine:
         assert self._store is None
         self._store = await self._open()
         return self._store
@@ -61,16 +69,21 @@ class Backend(ABC):
             store, self._store = self._store, None
             await store.close()
 
-    async def reopen(self) -> Store:
+    async def reopen(self) -> Engine:
         """Close the store and open it again, as a restart of the daemon does."""
         await self.close()
         return await self.open()
 
     @abstractmethod
-    async def _open(self) -> Store: ...
+    async def _open(self) -> Engine: ...
 
     @abstractmethod
     async def _open_records(self) -> Records: ...
+
+    async def expand_inbox(self, guard: Guard, listener: ExpansionListener) -> None:
+        """Expand the inbox of the open store until cancelled."""
+        assert self._store is not None
+        await Expander(self._store, guard, lambda: NOW, listener).run()
 
     @abstractmethod
     async def rows(self, query: str) -> list[Row]:
@@ -92,13 +105,13 @@ class Backend(ABC):
 class SqliteBackend(Backend):
     _reader: sqlite3.Connection | None = None
 
-    async def _open(self) -> Store:
+    async def _open(self) -> Engine:
         store = await self._open_store()
         self._reader = sqlite3.connect(self.directory / "notify.db", isolation_level=None)
         self._reader.execute("PRAGMA query_only = 1")
         return store
 
-    async def _open_store(self) -> Store:
+    async def _open_store(self) -> Engine:
         return await sqlite.SqliteStore.open(self.directory / "notify.db")
 
     async def _open_records(self) -> Records:
@@ -117,37 +130,51 @@ class SqliteBackend(Backend):
         return [name for _, name, *_ in await self.rows(f"PRAGMA table_info({table})")]
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        patch.setattr(sqlite, "MAX_REJECTIONS", rejections)
-        patch.setattr(sqlite, "MAX_REJECTION_BYTES", rejection_bytes)
+        patch.setattr(sqlite_writes, "MAX_REJECTIONS", rejections)
+        patch.setattr(sqlite_writes, "MAX_REJECTION_BYTES", rejection_bytes)
 
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
         patch.setattr(walk, "MAX_SCANNED_ROWS", rows)
 
 
-# The keeper, with bounds that can be set while it runs.
-KEEPER = """
-import json, pathlib, signal, sys
-from notify_server.processes import keeper
-from notify_server.store.sqlite import store as sqlite
-bounds = pathlib.Path(sys.argv[1])
-def bind(*_):
-    vars(sqlite).update(json.loads(bounds.read_text()))
-signal.signal(signal.SIGUSR1, bind)
-if bounds.exists():
-    bind()
-keeper.main()
-"""
+class KeeperClient(kept.SqliteClient):
+    """The client with the verbs of the inbox, which the daemon leaves to the keeper."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._decoders |= {name: msgspec.msgpack.Decoder(verb.answer).decode for name, verb in INBOX_VERBS.items()}
+
+    async def wait_inbox(self) -> None:
+        await self._call("wait_inbox")
+
+    async def inbox(self, limit: int) -> list[InboxItem]:
+        items: list[InboxItem] = await self._call("inbox", limit)
+        return items
+
+    async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
+        verdicts: list[BatchVerdict] = await self._call("expand", expansions, now)
+        return verdicts
+
+    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
+        verdicts: list[BatchVerdict] = await self._call("discard", item, detail, now)
+        return verdicts
 
 
 class KeptBackend(SqliteBackend):
     """SQLite in a process of its own, as the daemon has it."""
 
-    _kept: kept.SqliteClient
+    _kept: KeeperClient
 
-    async def _open_store(self) -> Store:
-        command = [sys.executable, "-c", KEEPER, str(self.directory / "bounds.json")]
-        self._kept = await kept.SqliteClient.open(self.directory / "notify.db", now=lambda: 0, command=command)
+    async def _open_store(self) -> Engine:
+        command = [sys.executable, "-m", "tests.store.keeper", str(self.directory / "bounds.json")]
+        self._kept = await KeeperClient.open(
+            self.directory / "notify.db", now=lambda: NOW, guard=((), (), (80, 443)), command=command
+        )
         return self._kept
+
+    async def expand_inbox(self, guard: Guard, listener: ExpansionListener) -> None:
+        self._kept.expand_inbox(listener)
+        await asyncio.get_running_loop().create_future()
 
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
         bounds = {"MAX_REJECTIONS": rejections, "MAX_REJECTION_BYTES": rejection_bytes}
@@ -182,7 +209,7 @@ class PostgresBackend(Backend):
             " SELECT 'attempt', id FROM attempt WHERE NOT EXISTS (SELECT FROM file WHERE file.id = attempt.file)",
         )
 
-    async def _open(self) -> Store:
+    async def _open(self) -> Engine:
         url = await self.url()
         store, self._reader = await asyncio.gather(postgres.PostgresStore.open(url), asyncpg.connect(url))
         return store

@@ -19,7 +19,7 @@ from notify_server.model import (
     Rejection,
     ReportedStatus,
 )
-from notify_server.store.base import Expansion, NewFile, Store
+from notify_server.store.base import Engine, Expansion, NewFile
 
 NOW = 1_760_000_000_123
 HOST = "files.example.com"
@@ -123,7 +123,7 @@ def again(file: DueFile, at: int, **changes: Any) -> FileResult:
     return msgspec.structs.replace(answer, verified_at=None, **changes)
 
 
-async def deliver(store: Store, files: int = 1, *, batch_id: str = "batch", **changes: Any) -> InboxItem:
+async def deliver(store: Engine, files: int = 1, *, batch_id: str = "batch", **changes: Any) -> InboxItem:
     """Accept a delivery of so many files, and return it as the inbox has it."""
     id = await store.accept(delivery(batch_id, files=files, **changes))
     (item,) = [item for item in await store.inbox(1000) if item.id == id]
@@ -131,22 +131,22 @@ async def deliver(store: Store, files: int = 1, *, batch_id: str = "batch", **ch
 
 
 async def take_in(
-    store: Store, *files: NewFile, batch_id: str = "batch", now: int = NOW, **changes: Any
+    store: Engine, *files: NewFile, batch_id: str = "batch", now: int = NOW, **changes: Any
 ) -> list[BatchVerdict]:
     """Accept a delivery of these files and expand it at once."""
     item = await deliver(store, len(files), batch_id=batch_id, **changes)
     return await store.expand([chunk(item, *files, batch_id=batch_id)], now)
 
 
-async def claim(store: Store, host: str = HOST, *, now: int = NOW, n: int = 1000) -> list[DueFile]:
+async def claim(store: Engine, host: str = HOST, *, now: int = NOW, n: int = 1000) -> list[DueFile]:
     return await store.claim([(host, n)], now)
 
 
-async def claim_one(store: Store, host: str = HOST, *, now: int = NOW) -> DueFile:
+async def claim_one(store: Engine, host: str = HOST, *, now: int = NOW) -> DueFile:
     (file,) = await claim(store, host, now=now)
     return file
 
 
-async def settle(store: Store, *, now: int = NOW) -> list[BatchVerdict]:
+async def settle(store: Engine, *, now: int = NOW) -> list[BatchVerdict]:
     """Find every file that is due."""
     return await store.record([found(file) for file in await claim(store, now=now)], now)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.store.base import Store
+from notify_server.store.base import Engine
 from notify_server.store.reading.types import Records
-from notify_server.store.sqlite import reader
-from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite import database, reader
 from tests.store.backends import BACKENDS, Backend
 
 
@@ -29,12 +28,12 @@ async def backend(new_backend: Callable[[], Backend]) -> AsyncIterator[Backend]:
 
 
 @pytest.fixture
-async def store(backend: Backend) -> Store:
+async def store(backend: Backend) -> Engine:
     return await backend.open()
 
 
 @pytest.fixture
-async def records(backend: Backend, store: Store) -> Records:
+async def records(backend: Backend, store: Engine) -> Records:
     """What is beside `store` for people to read."""
     return await backend.records()
 
@@ -50,5 +49,5 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for locks for next to no time. Must come before the store."""
-    for module in (sqlite_writer, reader):
+    for module in (database, reader):
         monkeypatch.setattr(module, "BUSY_TIMEOUT_MS", 20)

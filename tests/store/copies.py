@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from notify_server.store.sqlite.writer import connect
+from notify_server.store.sqlite.database import connect
 from tests.store.builders import API_CODE, NOW
 
 STATES = ("pending", "available", "unavailable", "blocked", "upload_failed")

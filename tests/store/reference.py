@@ -8,8 +8,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Self
 
-from notify_server.model import AttemptRow, DueFile, FileResult, FileState, ReportedStatus, Verdict
-from notify_server.store.base import NewFile, Restart
+from notify_server.model import AttemptRow, DueFile, FileResult, FileState, ReportedStatus, Restart, Verdict
+from notify_server.store.base import NewFile
 
 MAX_ATTEMPT_ROWS = 50
 Row = tuple[object, ...]

@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from notify_server.model import InboxItem, Verdict
-from notify_server.store.base import Expansion, NewFile, Store
+from notify_server.store.base import Engine, Expansion, NewFile
 from tests.store.backends import FILES, NO_EVIDENCE, Backend, Row, states, summary
 from tests.store.builders import (
     HOST,
@@ -30,7 +30,9 @@ from tests.store.builders import (
 # What is new
 
 
-async def test_new_files_are_added_as_the_notification_and_the_guard_leave_them(store: Store, backend: Backend) -> None:
+async def test_new_files_are_added_as_the_notification_and_the_guard_leave_them(
+    store: Engine, backend: Backend
+) -> None:
     await take_in(
         store, finished("a"), blocked("b"), failed("c"), failed("d", url="https://h/d"), now=NOW + 5, received_at=NOW
     )
@@ -44,7 +46,7 @@ async def test_new_files_are_added_as_the_notification_and_the_guard_leave_them(
     assert await summary(backend) == [("batch", "pending", 4, 1, 0, 0, 1, 2)]
 
 
-async def test_a_batch_remembers_its_first_and_last_delivery_and_counts_them(store: Store, backend: Backend) -> None:
+async def test_a_batch_remembers_its_first_and_last_delivery_and_counts_them(store: Engine, backend: Backend) -> None:
     for at in (NOW + 20, NOW + 10, NOW + 40, NOW + 30):
         await take_in(store, finished(), received_at=at)
     assert await backend.rows("SELECT first_received_at, last_received_at, deliveries FROM batch") == [
@@ -52,7 +54,7 @@ async def test_a_batch_remembers_its_first_and_last_delivery_and_counts_them(sto
     ]
 
 
-async def test_a_file_of_ten_thousand_names_itself_among_all_the_others(store: Store, backend: Backend) -> None:
+async def test_a_file_of_ten_thousand_names_itself_among_all_the_others(store: Engine, backend: Backend) -> None:
     files = [finished(f"目录/{n}'\"\\\u2028;--") for n in range(10_000)]
     item = await deliver(store, 10_000)
     for start in range(0, 10_000, 2500):
@@ -65,7 +67,7 @@ async def test_a_file_of_ten_thousand_names_itself_among_all_the_others(store: S
 
 
 async def test_names_and_addresses_that_differ_in_case_or_trailing_space_are_different(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished("key"), finished("KEY"), finished("key "), batch_id="b")
     await take_in(store, finished("key"), batch_id="B")
@@ -76,7 +78,7 @@ async def test_names_and_addresses_that_differ_in_case_or_trailing_space_are_dif
 # The same again
 
 
-async def test_the_identical_delivery_is_a_no_op_with_no_second_verdict(store: Store, backend: Backend) -> None:
+async def test_the_identical_delivery_is_a_no_op_with_no_second_verdict(store: Engine, backend: Backend) -> None:
     files = [finished("a"), blocked("b"), failed("c")]
     await take_in(store, *files)
     (first,) = await settle(store)
@@ -88,7 +90,7 @@ async def test_the_identical_delivery_is_a_no_op_with_no_second_verdict(store: S
 
 
 async def test_the_identical_delivery_leaves_a_file_that_waits_for_its_next_attempt_waiting(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished())
     await store.record([again(await claim_one(store), NOW + 5000)], NOW)
@@ -98,7 +100,7 @@ async def test_the_identical_delivery_leaves_a_file_that_waits_for_its_next_atte
     assert await claim(store, now=NOW + 4999) == []
 
 
-async def test_repeating_every_expansion_of_a_delivery_changes_nothing(store: Store, backend: Backend) -> None:
+async def test_repeating_every_expansion_of_a_delivery_changes_nothing(store: Engine, backend: Backend) -> None:
     item = await deliver(store, 3)
     chunks = [chunk(item, finished("a"), failed("b"), last=False), chunk(item, finished("c"))]
     tables = [FILES, "SELECT * FROM batch", "SELECT * FROM notification"]
@@ -112,7 +114,7 @@ async def test_repeating_every_expansion_of_a_delivery_changes_nothing(store: St
 
 
 async def test_an_item_cut_off_half_way_and_resumed_after_reopening_gives_the_same_rows_as_at_once(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     files = [finished("a"), failed("b"), blocked("c"), finished("d"), failed("e")]
 
@@ -151,7 +153,7 @@ async def test_an_item_cut_off_half_way_and_resumed_after_reopening_gives_the_sa
 
 
 async def test_new_files_of_a_later_delivery_are_added_and_the_others_left_as_they_are(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished("a"))
     await settle(store)
@@ -162,7 +164,7 @@ async def test_new_files_of_a_later_delivery_are_added_and_the_others_left_as_th
     assert rows[1][:8] == ("b", f"https://{HOST}/b", HOST, "FINISHED", "pending", None, 0, NOW + 1000)
 
 
-async def test_files_that_a_later_delivery_does_not_list_stay(store: Store, backend: Backend) -> None:
+async def test_files_that_a_later_delivery_does_not_list_stay(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"))
     await take_in(store, finished("b"))
     assert [name for name, *_ in await states(backend)] == ["a", "b"]
@@ -170,7 +172,7 @@ async def test_files_that_a_later_delivery_does_not_list_stay(store: Store, back
 
 @pytest.mark.parametrize("outcome", [found, missing])
 async def test_a_file_whose_address_has_changed_starts_anew_with_no_evidence_left(
-    store: Store, backend: Backend, outcome: type
+    store: Engine, backend: Backend, outcome: type
 ) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
@@ -184,7 +186,7 @@ async def test_a_file_whose_address_has_changed_starts_anew_with_no_evidence_lef
     assert (again_due.target_url, again_due.attempts) == ("https://new.example/key", 0)
 
 
-async def test_a_waiting_file_whose_address_has_changed_is_due_at_once(store: Store) -> None:
+async def test_a_waiting_file_whose_address_has_changed_is_due_at_once(store: Engine) -> None:
     await take_in(store, finished())
     await store.record([again(await claim_one(store), NOW + 3_600_000, attempts=5)], NOW)
     await take_in(store, finished(url="https://files.example.com/other"), now=NOW + 1000)
@@ -192,7 +194,7 @@ async def test_a_waiting_file_whose_address_has_changed_is_due_at_once(store: St
     assert (file.target_url, file.attempts) == ("https://files.example.com/other", 0)
 
 
-async def test_a_file_whose_new_address_the_guard_refuses_is_blocked(store: Store, backend: Backend) -> None:
+async def test_a_file_whose_new_address_the_guard_refuses_is_blocked(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     await settle(store)
     (verdict,) = await take_in(store, blocked(), now=NOW + 1000)
@@ -204,7 +206,7 @@ async def test_a_file_whose_new_address_the_guard_refuses_is_blocked(store: Stor
     assert await claim(store, now=NOW + 2000) == []
 
 
-async def test_a_file_that_was_failed_and_is_finished_now_starts_anew(store: Store, backend: Backend) -> None:
+async def test_a_file_that_was_failed_and_is_finished_now_starts_anew(store: Engine, backend: Backend) -> None:
     await take_in(store, failed(url=f"https://{HOST}/key"))
     await take_in(store, finished(), now=NOW + 1000)
     assert await backend.rows(FILES) == [
@@ -216,7 +218,7 @@ async def test_a_file_that_was_failed_and_is_finished_now_starts_anew(store: Sto
 @pytest.mark.parametrize("same_transaction", [True, False])
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 async def test_finished_outweighs_failed_in_whichever_order_they_come(
-    store: Store, backend: Backend, order: Sequence[int], same_transaction: bool
+    store: Engine, backend: Backend, order: Sequence[int], same_transaction: bool
 ) -> None:
     reports = [finished(), failed(), failed(url="https://elsewhere.example/key")]
     items = [await deliver(store) for _ in order]
@@ -227,7 +229,7 @@ async def test_finished_outweighs_failed_in_whichever_order_they_come(
     assert await summary(backend) == [("batch", "pending", 1, 1, 0, 0, 0, 0)]
 
 
-async def test_failed_takes_nothing_from_a_file_that_was_found(store: Store, backend: Backend) -> None:
+async def test_failed_takes_nothing_from_a_file_that_was_found(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     await settle(store)
     before = await backend.rows(FILES)
@@ -236,7 +238,7 @@ async def test_failed_takes_nothing_from_a_file_that_was_found(store: Store, bac
 
 
 async def test_several_deliveries_of_one_batch_in_one_transaction_merge_one_after_another(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     items = [await deliver(store, files, received_at=NOW + n) for n, files in enumerate((2, 2, 3, 1))]
     await store.expand(
@@ -276,7 +278,7 @@ LISTED_TWICE: list[tuple[list[NewFile], tuple[str | None, str]]] = [
 @pytest.mark.parametrize(("files", "expected"), LISTED_TWICE)
 @pytest.mark.parametrize("together", [True, False])
 async def test_of_a_key_that_is_listed_twice_the_last_counts_as_if_it_came_later(
-    store: Store, backend: Backend, files: list[NewFile], expected: tuple[str | None, str], together: bool
+    store: Engine, backend: Backend, files: list[NewFile], expected: tuple[str | None, str], together: bool
 ) -> None:
     item = await deliver(store, 2)
     if together:
@@ -287,7 +289,9 @@ async def test_of_a_key_that_is_listed_twice_the_last_counts_as_if_it_came_later
     assert (await summary(backend))[0][2] == 1
 
 
-async def test_a_delivery_that_lists_a_key_twice_is_a_no_op_when_it_comes_again(store: Store, backend: Backend) -> None:
+async def test_a_delivery_that_lists_a_key_twice_is_a_no_op_when_it_comes_again(
+    store: Engine, backend: Backend
+) -> None:
     files = [finished(url="https://h/1"), finished(url="https://h/2")]
     await take_in(store, *files)
     await settle(store)

@@ -8,14 +8,14 @@ import pytest
 
 from notify_server.errors import NonceReusedError, StoreUnavailableError
 from notify_server.model import Verdict
-from notify_server.store.base import Store
+from notify_server.store.base import Engine
 from tests.store.backends import Backend
 from tests.store.builders import API_CODE, NOW, chunk, deliver, delivery, failed, finished, rejection, take_in
 
 BODY = '{"batch_id":"批次-1",\r\n\t"api_code" : "a", "file_list":[]} \U0001f3e0 e\u0301 \u00e9 \\u0041 \ufeff'.encode()
 
 
-async def nothing_in_inbox(store: Store) -> bool:
+async def nothing_in_inbox(store: Engine) -> bool:
     return await store.inbox(10) == []
 
 
@@ -23,7 +23,7 @@ async def nothing_in_inbox(store: Store) -> bool:
 
 
 async def test_an_accepted_delivery_is_in_the_notification_table_as_it_was_given(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     id = await store.accept(
         delivery("b-1", api_code="code", body=BODY, files=3, received_at=NOW + 5, remote_addr="2001:db8::1",
@@ -35,7 +35,9 @@ async def test_an_accepted_delivery_is_in_the_notification_table_as_it_was_given
     ) == [(id, "b-1", "code", BODY.decode(), NOW + 5, "2001:db8::1", "9f86d081", "r-1", 3, None)]
 
 
-async def test_an_accepted_delivery_is_in_the_inbox_with_its_body_byte_for_byte(store: Store, backend: Backend) -> None:
+async def test_an_accepted_delivery_is_in_the_inbox_with_its_body_byte_for_byte(
+    store: Engine, backend: Backend
+) -> None:
     id = await store.accept(delivery(body=BODY, files=3, remote_addr="192.0.2.7", request_id="r-1"))
     for _ in range(2):
         (item,) = await store.inbox(10)
@@ -46,7 +48,7 @@ async def test_an_accepted_delivery_is_in_the_inbox_with_its_body_byte_for_byte(
         store = await backend.reopen()
 
 
-async def test_a_body_of_several_megabytes_survives_reopening_byte_for_byte(store: Store, backend: Backend) -> None:
+async def test_a_body_of_several_megabytes_survives_reopening_byte_for_byte(store: Engine, backend: Backend) -> None:
     bodies = [(f"{n}é" * 1_000_000).encode() for n in range(4)]
     for body in bodies:
         await store.accept(delivery(body=body))
@@ -54,7 +56,7 @@ async def test_a_body_of_several_megabytes_survives_reopening_byte_for_byte(stor
     assert [item.body for item in await (await backend.reopen()).inbox(10)] == bodies
 
 
-async def test_concurrent_deliveries_get_distinct_ids_each_with_its_own_body(store: Store) -> None:
+async def test_concurrent_deliveries_get_distinct_ids_each_with_its_own_body(store: Engine) -> None:
     deliveries = [delivery(body=f"body {n}".encode()) for n in range(600)]
     ids = await asyncio.gather(*map(store.accept, deliveries))
     assert len(set(ids)) == 600
@@ -62,7 +64,7 @@ async def test_concurrent_deliveries_get_distinct_ids_each_with_its_own_body(sto
     assert [bodies[id] for id in ids] == [delivery.body for delivery in deliveries]
 
 
-async def test_ids_are_never_given_twice_even_when_everything_older_is_pruned(store: Store, backend: Backend) -> None:
+async def test_ids_are_never_given_twice_even_when_everything_older_is_pruned(store: Engine, backend: Backend) -> None:
     await take_in(store, failed())
     first = max(id for (id,) in await backend.rows("SELECT id FROM notification"))
     while await store.prune(NOW + 1, NOW + 1, 100):
@@ -70,7 +72,7 @@ async def test_ids_are_never_given_twice_even_when_everything_older_is_pruned(st
     assert await store.accept(delivery()) > first
 
 
-async def test_what_is_accepted_after_everything_older_was_pruned_is_expanded(store: Store) -> None:
+async def test_what_is_accepted_after_everything_older_was_pruned_is_expanded(store: Engine) -> None:
     for name in ("a", "b"):
         await take_in(store, failed(name))
     while await store.prune(NOW + 1, NOW + 1, 100):
@@ -80,7 +82,7 @@ async def test_what_is_accepted_after_everything_older_was_pruned_is_expanded(st
 
 
 async def test_deliveries_accepted_just_before_closing_are_there_after_reopening_and_others_are_told(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     deliveries = [delivery(request_id=f"r-{n}") for n in range(400)]
     early = [asyncio.ensure_future(store.accept(delivery)) for delivery in deliveries[:200]]
@@ -97,7 +99,7 @@ async def test_deliveries_accepted_just_before_closing_are_there_after_reopening
     assert {item.request_id for item in await reopened.inbox(1000)} == acked
 
 
-async def test_every_verb_of_a_closed_store_raises_store_unavailable(store: Store, backend: Backend) -> None:
+async def test_every_verb_of_a_closed_store_raises_store_unavailable(store: Engine, backend: Backend) -> None:
     item = await deliver(store)
     await backend.close()
     for call in (
@@ -117,7 +119,7 @@ async def test_every_verb_of_a_closed_store_raises_store_unavailable(store: Stor
     store.release([])
 
 
-async def test_a_delivery_whose_caller_has_gone_is_still_expanded_and_counted_in_the_backlog(store: Store) -> None:
+async def test_a_delivery_whose_caller_has_gone_is_still_expanded_and_counted_in_the_backlog(store: Engine) -> None:
     assert await nothing_in_inbox(store)
     call = asyncio.ensure_future(store.accept(delivery(files=7)))
     await asyncio.sleep(0)
@@ -132,7 +134,7 @@ async def test_a_delivery_whose_caller_has_gone_is_still_expanded_and_counted_in
 # Nonces
 
 
-async def consumed(store: Store, nonce: str = "nonce", *, at: int = NOW) -> bool:
+async def consumed(store: Engine, nonce: str = "nonce", *, at: int = NOW) -> bool:
     """Try to use the nonce, and tell whether it had been consumed before."""
     try:
         await store.accept(delivery(nonce=(nonce, at + 60_000), received_at=at))
@@ -141,7 +143,7 @@ async def consumed(store: Store, nonce: str = "nonce", *, at: int = NOW) -> bool
     return False
 
 
-async def test_of_fifty_concurrent_deliveries_with_one_nonce_exactly_one_is_stored(store: Store) -> None:
+async def test_of_fifty_concurrent_deliveries_with_one_nonce_exactly_one_is_stored(store: Engine) -> None:
     deliveries = [delivery(nonce=("nonce", NOW + 60_000)) for _ in range(50)]
     answers = await asyncio.gather(*map(store.accept, deliveries), return_exceptions=True)
     (id,) = [answer for answer in answers if isinstance(answer, int)]
@@ -150,33 +152,33 @@ async def test_of_fifty_concurrent_deliveries_with_one_nonce_exactly_one_is_stor
     assert store.backlog == 1
 
 
-async def test_one_delivery_handed_in_many_times_at_once_is_stored_once(store: Store) -> None:
+async def test_one_delivery_handed_in_many_times_at_once_is_stored_once(store: Engine) -> None:
     same = delivery(nonce=("nonce", NOW + 60_000))
     answers = await asyncio.gather(*(store.accept(same) for _ in range(50)), return_exceptions=True)
     assert sum(isinstance(answer, int) for answer in answers) == 1
     assert sum(isinstance(answer, NonceReusedError) for answer in answers) == 49
 
 
-async def test_a_consumed_nonce_is_still_consumed_after_reopening(store: Store, backend: Backend) -> None:
+async def test_a_consumed_nonce_is_still_consumed_after_reopening(store: Engine, backend: Backend) -> None:
     assert not await consumed(store)
     assert await consumed(await backend.reopen())
 
 
-async def test_a_nonce_is_consumed_until_it_expires_and_free_afterwards(store: Store) -> None:
+async def test_a_nonce_is_consumed_until_it_expires_and_free_afterwards(store: Engine) -> None:
     assert not await consumed(store, at=NOW)
     assert await consumed(store, at=NOW + 59_999)
     assert not await consumed(store, at=NOW + 60_001)
     assert await consumed(store, at=NOW + 60_002)
 
 
-async def test_the_passing_of_one_nonce_frees_no_other(store: Store) -> None:
+async def test_the_passing_of_one_nonce_frees_no_other(store: Engine) -> None:
     assert not await consumed(store, "early", at=NOW)
     assert not await consumed(store, "late", at=NOW + 30_000)
     assert not await consumed(store, "third", at=NOW + 60_001)
     assert await consumed(store, "late", at=NOW + 60_001)
 
 
-async def test_a_reused_nonce_affects_its_own_delivery_alone(store: Store) -> None:
+async def test_a_reused_nonce_affects_its_own_delivery_alone(store: Engine) -> None:
     assert not await consumed(store, "used")
     deliveries = [
         delivery(body=b"0"),
@@ -190,7 +192,7 @@ async def test_a_reused_nonce_affects_its_own_delivery_alone(store: Store) -> No
     assert [bodies[id] for id in answers if isinstance(id, int)] == [b"0", b"2", b"3"]
 
 
-async def test_a_delivery_refused_for_its_nonce_leaves_no_row_and_no_backlog(store: Store, backend: Backend) -> None:
+async def test_a_delivery_refused_for_its_nonce_leaves_no_row_and_no_backlog(store: Engine, backend: Backend) -> None:
     assert not await consumed(store)
     assert await consumed(store)
     assert await backend.rows("SELECT count(*) FROM notification") == [(1,)]
@@ -201,7 +203,7 @@ async def test_a_delivery_refused_for_its_nonce_leaves_no_row_and_no_backlog(sto
 
 
 async def test_a_rejection_is_kept_as_it_was_given_even_when_its_body_is_no_text(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await store.reject(rejection(received_at=NOW + 1, remote_addr="::1", code="401001", detail="签名", body=b"\xff\0{"))
     assert await backend.rows("SELECT received_at, remote_addr, code, detail, body FROM rejection") == [
@@ -214,7 +216,7 @@ async def kept(backend: Backend) -> list[str]:
 
 
 async def test_rejections_beyond_the_number_kept_push_out_the_oldest(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    store: Engine, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.bound(monkeypatch, rejections=5, rejection_bytes=1_000_000)
     for n in range(8):
@@ -226,7 +228,7 @@ async def test_rejections_beyond_the_number_kept_push_out_the_oldest(
 
 
 async def test_rejections_beyond_the_bytes_kept_push_out_the_oldest(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    store: Engine, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.bound(monkeypatch, rejections=1000, rejection_bytes=100)
     for n, size in enumerate((40, 40, 20)):
@@ -240,7 +242,7 @@ async def test_rejections_beyond_the_bytes_kept_push_out_the_oldest(
 
 
 async def test_a_rejection_larger_than_all_that_is_kept_does_not_stop_the_store(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    store: Engine, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.bound(monkeypatch, rejections=1000, rejection_bytes=100)
     async with asyncio.timeout(5):
@@ -252,14 +254,14 @@ async def test_a_rejection_larger_than_all_that_is_kept_does_not_stop_the_store(
 # The inbox
 
 
-async def test_the_inbox_gives_the_oldest_first_and_at_most_as_many_as_asked_for(store: Store) -> None:
+async def test_the_inbox_gives_the_oldest_first_and_at_most_as_many_as_asked_for(store: Engine) -> None:
     ids = [await store.accept(delivery(received_at=NOW - n)) for n in range(5)]
     assert [item.id for item in await store.inbox(3)] == ids[:3]
     assert [item.id for item in await store.inbox(5)] == ids
     assert [item.id for item in await store.inbox(9)] == ids
 
 
-async def test_an_item_stays_in_the_inbox_until_its_last_files_are_expanded(store: Store, backend: Backend) -> None:
+async def test_an_item_stays_in_the_inbox_until_its_last_files_are_expanded(store: Engine, backend: Backend) -> None:
     first = await deliver(store, 2, batch_id="1")
     second = await deliver(store, 1, batch_id="2")
     await store.expand([chunk(first, finished("a"), batch_id="1", last=False)], NOW)
@@ -272,7 +274,7 @@ async def test_an_item_stays_in_the_inbox_until_its_last_files_are_expanded(stor
     assert await backend.rows("SELECT expanded_at FROM notification ORDER BY id") == [(NOW + 7,), (None,)]
 
 
-async def test_waiting_for_the_inbox_ends_with_the_next_delivery(store: Store) -> None:
+async def test_waiting_for_the_inbox_ends_with_the_next_delivery(store: Engine) -> None:
     assert await nothing_in_inbox(store)
     waiting = asyncio.create_task(store.wait_inbox())
     await store.ping(NOW)
@@ -282,7 +284,7 @@ async def test_waiting_for_the_inbox_ends_with_the_next_delivery(store: Store) -
         await waiting
 
 
-async def test_waiting_ends_at_once_while_the_inbox_holds_what_has_been_read_but_not_expanded(store: Store) -> None:
+async def test_waiting_ends_at_once_while_the_inbox_holds_what_has_been_read_but_not_expanded(store: Engine) -> None:
     await deliver(store)
     async with asyncio.timeout(5):
         await store.wait_inbox()
@@ -290,14 +292,16 @@ async def test_waiting_ends_at_once_while_the_inbox_holds_what_has_been_read_but
         await store.wait_inbox()
 
 
-async def test_waiting_ends_at_once_after_reopening_with_something_in_the_inbox(store: Store, backend: Backend) -> None:
+async def test_waiting_ends_at_once_after_reopening_with_something_in_the_inbox(
+    store: Engine, backend: Backend
+) -> None:
     await store.accept(delivery())
     store = await backend.reopen()
     async with asyncio.timeout(5):
         await store.wait_inbox()
 
 
-async def test_waiting_ends_at_once_while_more_is_left_than_was_asked_for(store: Store) -> None:
+async def test_waiting_ends_at_once_while_more_is_left_than_was_asked_for(store: Engine) -> None:
     ids = [await store.accept(delivery()) for _ in range(3)]
     async with asyncio.timeout(5):
         for id in ids:
@@ -311,7 +315,7 @@ async def test_waiting_ends_at_once_while_more_is_left_than_was_asked_for(store:
 
 
 async def test_a_discarded_item_is_out_of_the_inbox_and_kept_among_the_rejections(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, 4, body=BODY, received_at=NOW + 3, remote_addr="192.0.2.7")
     following = await deliver(store)
@@ -330,7 +334,7 @@ async def test_a_discarded_item_is_out_of_the_inbox_and_kept_among_the_rejection
 
 
 async def test_a_half_expanded_item_that_is_discarded_does_not_keep_its_batch_from_a_verdict(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, 2)
     await store.expand([chunk(item, failed("a"), last=False)], NOW)
@@ -343,7 +347,7 @@ async def test_a_half_expanded_item_that_is_discarded_does_not_keep_its_batch_fr
 # ping
 
 
-async def test_ping_commits_and_leaves_no_trace_in_what_is_kept(store: Store, backend: Backend) -> None:
+async def test_ping_commits_and_leaves_no_trace_in_what_is_kept(store: Engine, backend: Backend) -> None:
     await store.ping(NOW)
     await store.ping(NOW - 1)
     tables = ("notification", "batch", "file", "attempt", "rejection")
@@ -354,7 +358,7 @@ async def test_ping_commits_and_leaves_no_trace_in_what_is_kept(store: Store, ba
 
 
 async def test_the_backlog_counts_files_in_the_inbox_and_pending_ones_and_no_others(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     assert store.backlog == 0
     await take_in(store, finished("a"), finished("b"), failed("c"))
@@ -365,7 +369,7 @@ async def test_the_backlog_counts_files_in_the_inbox_and_pending_ones_and_no_oth
 
 
 async def test_the_backlog_is_not_worn_down_by_expansions_that_are_cut_off_and_begun_again(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, 4)
     for _ in range(5):
@@ -375,14 +379,14 @@ async def test_the_backlog_is_not_worn_down_by_expansions_that_are_cut_off_and_b
     assert (await backend.reopen()).backlog == 4
 
 
-async def test_the_backlog_counts_a_key_that_is_listed_twice_once_it_is_expanded_as_one_file(store: Store) -> None:
+async def test_the_backlog_counts_a_key_that_is_listed_twice_once_it_is_expanded_as_one_file(store: Engine) -> None:
     item = await deliver(store, 2)
     assert store.backlog == 2
     await store.expand([chunk(item, finished("a"), finished("a", url="https://other.example/a"))], NOW)
     assert store.backlog == 1
 
 
-async def test_the_api_code_is_part_of_what_names_a_batch(store: Store, backend: Backend) -> None:
+async def test_the_api_code_is_part_of_what_names_a_batch(store: Engine, backend: Backend) -> None:
     for api_code in (API_CODE, "another.code"):
         item = await deliver(store, api_code=api_code)
         await store.expand([type(chunk(item))(item, "batch", api_code, [finished()], True)], NOW)

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from notify_server.errors import RejectionGoneError
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState
-from notify_server.store.base import NewFile, Store
+from notify_server.store.base import Engine, NewFile
 from notify_server.store.reading.types import FileFilter
-from notify_server.store.sqlite import store as sqlite
+from notify_server.store.sqlite import claims
 from tests.store.backends import Backend, KeptBackend, SqliteBackend
 from tests.store.builders import NOW, again, blocked, chunk, delivery, failed, finished, found, missing, rejection
 from tests.store.builders import request as made
@@ -48,7 +48,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.backend = type(self).new_backend()
-        self.store: Store = self.run(self.backend.open())
+        self.store: Engine = self.run(self.backend.open())
         self.model = Reference()
         self.now = NOW
         self.serial = 0
@@ -281,7 +281,7 @@ def test_after_any_sequence_of_verbs_the_tables_hold_what_the_reference_model_kn
 def test_so_they_do_when_what_is_ahead_of_claims_is_read_little_by_little(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setattr(sqlite, "READ_AHEAD", 1)
+    monkeypatch.setattr(claims, "READ_AHEAD", 1)
     run(lambda: SqliteBackend(tmp_path_factory.mktemp("store")))
 
 

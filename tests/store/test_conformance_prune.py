@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from notify_server.store.base import Store
+from notify_server.store.base import Engine
 from tests.store.backends import Backend, Row
 from tests.store.builders import (
     NOW,
@@ -31,7 +31,7 @@ async def batches(backend: Backend) -> list[str]:
     return [batch_id for (batch_id,) in await backend.rows("SELECT batch_id FROM batch ORDER BY batch_id")]
 
 
-async def prune_all(store: Store, *, before: int, rejected_before: int = 0, limit: int = 100) -> list[int]:
+async def prune_all(store: Engine, *, before: int, rejected_before: int = 0, limit: int = 100) -> list[int]:
     deleted = []
     while rows := await store.prune(before, rejected_before, limit):
         deleted.append(rows)
@@ -39,19 +39,19 @@ async def prune_all(store: Store, *, before: int, rejected_before: int = 0, limi
     return deleted
 
 
-async def complete(store: Store, batch_id: str, files: int, *, at: int, requests: int = 1) -> None:
+async def complete(store: Engine, batch_id: str, files: int, *, at: int, requests: int = 1) -> None:
     """A batch that was delivered and completed at this time."""
     await take_in(store, *(finished(str(n)) for n in range(files)), batch_id=batch_id, now=at, received_at=at)
     results = [found(file, requests=(request(),) * requests) for file in await claim(store, now=at)]
     await store.record(results, at)
 
 
-async def test_there_is_nothing_to_prune_in_an_empty_store(store: Store) -> None:
+async def test_there_is_nothing_to_prune_in_an_empty_store(store: Engine) -> None:
     assert await store.prune(LATER, LATER, 10) == 0
 
 
 async def test_a_batch_completed_before_is_deleted_with_its_files_attempts_and_deliveries(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await complete(store, "old", 3, at=NOW, requests=2)
     await complete(store, "new", 2, at=NOW + 1)
@@ -61,7 +61,7 @@ async def test_a_batch_completed_before_is_deleted_with_its_files_attempts_and_d
     assert await backend.rows("SELECT DISTINCT batch_id FROM file_result") == [("new",)]
 
 
-async def test_a_batch_without_files_is_deleted_too(store: Store, backend: Backend) -> None:
+async def test_a_batch_without_files_is_deleted_too(store: Engine, backend: Backend) -> None:
     await take_in(store, now=NOW)
     await prune_all(store, before=NOW)
     assert await batches(backend) == ["batch"]
@@ -69,7 +69,7 @@ async def test_a_batch_without_files_is_deleted_too(store: Store, backend: Backe
     assert await batches(backend) == []
 
 
-async def test_a_batch_without_a_verdict_is_never_deleted_however_old(store: Store, backend: Backend) -> None:
+async def test_a_batch_without_a_verdict_is_never_deleted_however_old(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), failed("b"), batch_id="waiting")
     await take_in(store, finished("a", host="b"), batch_id="trying")
     await store.record([again(file, NOW + 9) for file in await claim(store, "b")], NOW)
@@ -79,7 +79,7 @@ async def test_a_batch_without_a_verdict_is_never_deleted_however_old(store: Sto
 
 
 async def test_a_delivery_that_has_not_been_expanded_is_never_deleted_however_old(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, received_at=NOW)
     await prune_all(store, before=LATER)
@@ -91,7 +91,7 @@ async def test_a_delivery_that_has_not_been_expanded_is_never_deleted_however_ol
 
 
 async def test_a_batch_is_not_deleted_while_one_of_its_deliveries_is_half_expanded(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, failed("a"), failed("b"))
     item = await deliver(store, 2, received_at=LATER)
@@ -101,14 +101,14 @@ async def test_a_batch_is_not_deleted_while_one_of_its_deliveries_is_half_expand
     assert await backend.rows("SELECT files, upload_failed FROM batch_summary") == [(2, 2)]
 
 
-async def test_deliveries_received_before_are_deleted_and_later_ones_kept(store: Store, backend: Backend) -> None:
+async def test_deliveries_received_before_are_deleted_and_later_ones_kept(store: Engine, backend: Backend) -> None:
     for n in range(6):
         await take_in(store, finished(), received_at=NOW + n)
     await prune_all(store, before=NOW + 4, limit=2)
     assert await backend.rows("SELECT received_at FROM notification ORDER BY id") == [(NOW + 4,), (NOW + 5,)]
 
 
-async def test_rejections_received_before_are_deleted_by_a_time_of_their_own(store: Store, backend: Backend) -> None:
+async def test_rejections_received_before_are_deleted_by_a_time_of_their_own(store: Engine, backend: Backend) -> None:
     for n in range(6):
         await store.reject(rejection(received_at=NOW + n))
     await take_in(store, failed(), now=NOW, received_at=NOW)
@@ -117,7 +117,7 @@ async def test_rejections_received_before_are_deleted_by_a_time_of_their_own(sto
     assert await batches(backend) == ["batch"]
 
 
-async def test_the_oldest_batches_go_first(store: Store, backend: Backend) -> None:
+async def test_the_oldest_batches_go_first(store: Engine, backend: Backend) -> None:
     for at in (3, 1, 2):
         await complete(store, f"completed {at}", 1, at=NOW + at)
     seen = [await batches(backend)]
@@ -133,7 +133,7 @@ async def test_the_oldest_batches_go_first(store: Store, backend: Backend) -> No
 
 
 async def test_each_call_deletes_about_as_many_rows_as_asked_for_and_repeated_calls_finish(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     for n in range(10):
         await complete(store, f"small {n}", 5, at=NOW)
@@ -160,7 +160,7 @@ async def grouped(backend: Backend) -> list[Row]:
     )
 
 
-async def test_counters_stay_true_while_a_batch_is_deleted_in_parts(store: Store, backend: Backend) -> None:
+async def test_counters_stay_true_while_a_batch_is_deleted_in_parts(store: Engine, backend: Backend) -> None:
     await take_in(store, *(failed(f"f{n}") for n in range(10)), *(finished(f"k{n}") for n in range(20)))
     files = await claim(store)
     await store.record([found(file) if n % 3 else missing(file) for n, file in enumerate(files)], NOW)
@@ -176,7 +176,7 @@ async def test_counters_stay_true_while_a_batch_is_deleted_in_parts(store: Store
 
 
 async def test_a_batch_that_is_delivered_again_while_it_is_deleted_in_parts_gets_back_what_is_gone(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     files = [failed(str(n)) for n in range(30)]
     await take_in(store, *files)
@@ -187,7 +187,7 @@ async def test_a_batch_that_is_delivered_again_while_it_is_deleted_in_parts_gets
     assert await backend.rows("SELECT files, upload_failed FROM batch_summary") == [(30, 30)]
 
 
-async def test_pruning_changes_neither_the_backlog_nor_what_can_be_claimed(store: Store, backend: Backend) -> None:
+async def test_pruning_changes_neither_the_backlog_nor_what_can_be_claimed(store: Engine, backend: Backend) -> None:
     await complete(store, "old", 5, at=NOW)
     await take_in(store, finished("a"), finished("b"), batch_id="new")
     (held,) = await claim(store, n=1)
@@ -198,7 +198,7 @@ async def test_pruning_changes_neither_the_backlog_nor_what_can_be_claimed(store
     assert (await backend.reopen()).backlog == 2
 
 
-async def test_rejections_are_still_bounded_after_pruning(store: Store, backend: Backend) -> None:
+async def test_rejections_are_still_bounded_after_pruning(store: Engine, backend: Backend) -> None:
     for n in range(5):
         await store.reject(rejection(received_at=NOW + n))
     await prune_all(store, before=0, rejected_before=NOW + 3)

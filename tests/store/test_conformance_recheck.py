@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from msgspec import structs
 
-from notify_server.model import FileState, Reason, Verdict
-from notify_server.store.base import HostDue, Restart, Store
+from notify_server.model import FileState, HostDue, Reason, Restart, Verdict
+from notify_server.store.base import Engine
 from tests.store.backends import FILES, NO_EVIDENCE, Backend, Row, states, summary
 from tests.store.builders import (
     HOST,
@@ -50,7 +50,7 @@ async def tables(backend: Backend) -> list[list[Row]]:
     ids=["available", "unavailable", "blocked", "waiting"],
 )
 async def test_a_file_in_any_state_is_pending_at_once_with_nothing_known_and_no_attempt_spent(
-    store: Store, backend: Backend, outcome: object
+    store: Engine, backend: Backend, outcome: object
 ) -> None:
     assert callable(outcome)
     await take_in(store, finished())
@@ -65,14 +65,14 @@ async def test_a_file_in_any_state_is_pending_at_once_with_nothing_known_and_no_
     assert await claim_one(store, now=LATER) == file
 
 
-async def test_a_file_that_the_guard_had_refused_is_asked_for_at_its_own_host(store: Store, backend: Backend) -> None:
+async def test_a_file_that_the_guard_had_refused_is_asked_for_at_its_own_host(store: Engine, backend: Backend) -> None:
     await take_in(store, blocked())
     restart = await store.recheck([(await ids(backend))["key"]], LATER)
     assert restart == Restart(1, frozenset({"127.0.0.1"}))
     assert [file.target_url for file in await claim(store, "127.0.0.1", now=LATER)] == ["https://127.0.0.1/key"]
 
 
-async def test_what_cannot_be_asked_for_is_left_as_it_is(store: Store, backend: Backend) -> None:
+async def test_what_cannot_be_asked_for_is_left_as_it_is(store: Engine, backend: Backend) -> None:
     refused = structs.replace(blocked("c", url="https://["), host="", reason=Reason.INVALID_URL)
     await take_in(store, failed("a"), failed("b", url="https://files.example.com/b"), refused)
     before = await tables(backend)
@@ -84,7 +84,7 @@ async def test_what_cannot_be_asked_for_is_left_as_it_is(store: Store, backend: 
 
 
 async def test_counters_the_verdict_and_the_backlog_follow_and_a_verdict_comes_again(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, *map(finished, "abc"), blocked("d"), failed("e"), now=NOW)
     first, second, third = await claim(store)
@@ -106,7 +106,7 @@ async def test_counters_the_verdict_and_the_backlog_follow_and_a_verdict_comes_a
     assert store.backlog == 0
 
 
-async def test_each_batch_gets_back_its_own_files_however_many_there_are(store: Store, backend: Backend) -> None:
+async def test_each_batch_gets_back_its_own_files_however_many_there_are(store: Engine, backend: Backend) -> None:
     for n in range(300):
         await take_in(store, *(finished(f"{m}") for m in range(1 + n % 3)), batch_id=f"{n:03}")
     await settle(store)
@@ -119,7 +119,7 @@ async def test_each_batch_gets_back_its_own_files_however_many_there_are(store: 
 
 
 async def test_the_result_of_a_file_in_flight_is_dropped_and_it_is_asked_for_again(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished("a"), finished("b"))
     first, second = await claim(store)
@@ -136,7 +136,7 @@ async def test_the_result_of_a_file_in_flight_is_dropped_and_it_is_asked_for_aga
     assert store.backlog == 0
 
 
-async def test_a_file_in_flight_that_is_rechecked_can_be_released(store: Store) -> None:
+async def test_a_file_in_flight_that_is_rechecked_can_be_released(store: Engine) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     await store.recheck([file.id], LATER)
@@ -147,7 +147,7 @@ async def test_a_file_in_flight_that_is_rechecked_can_be_released(store: Store) 
 
 
 async def test_rechecking_and_recording_a_file_at_once_leaves_counters_that_are_true(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     for n in range(20):
         await take_in(store, finished(), batch_id=str(n))
@@ -162,7 +162,7 @@ async def test_rechecking_and_recording_a_file_at_once_leaves_counters_that_are_
         assert len(await store.record([found(file)], NOW)) == 1
 
 
-async def test_rechecking_twice_counts_twice_and_changes_once(store: Store, backend: Backend) -> None:
+async def test_rechecking_twice_counts_twice_and_changes_once(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     await settle(store)
     for _ in range(2):
@@ -173,7 +173,7 @@ async def test_rechecking_twice_counts_twice_and_changes_once(store: Store, back
 
 
 async def test_a_batch_that_is_being_expanded_has_no_verdict_before_both_are_done(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, 2)
     await store.expand([chunk(item, finished("a"), last=False)], NOW)
@@ -188,7 +188,7 @@ async def test_a_batch_that_is_being_expanded_has_no_verdict_before_both_are_don
     assert store.backlog == 0
 
 
-async def test_a_batch_that_is_asked_for_anew_is_not_pruned(store: Store, backend: Backend) -> None:
+async def test_a_batch_that_is_asked_for_anew_is_not_pruned(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     await settle(store)
     await store.recheck([1], LATER)

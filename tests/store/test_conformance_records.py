@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import FileState, Verdict
-from notify_server.store.base import Expansion, NewFile, Store
+from notify_server.store.base import Engine, Expansion, NewFile
 from notify_server.store.reading.types import (
     AttemptItem,
     BatchDetail,
@@ -119,7 +119,7 @@ async def all_files(backend: Backend) -> list[FileItem]:
     return items(FileItem, await backend.rows(f"{FILES} ORDER BY file.id"))
 
 
-async def take_in_much(store: Store) -> None:
+async def take_in_much(store: Engine) -> None:
     """Batches of every verdict, files in every state and for many reasons, some of them at the same time."""
     chance = random.Random(5)
     for n in range(30):
@@ -152,7 +152,7 @@ async def take_in_much(store: Store) -> None:
 
 
 @pytest.fixture
-async def much(store: Store, backend: Backend) -> Records:
+async def much(store: Engine, backend: Backend) -> Records:
     await take_in_much(store)
     return await backend.records()
 
@@ -250,7 +250,7 @@ async def test_rejections_are_the_latest_first_each_once_however_few_at_a_time(m
 
 
 async def test_what_was_there_at_the_start_is_on_the_pages_once_while_more_is_added(
-    store: Store, much: Records, backend: Backend
+    store: Engine, much: Records, backend: Backend
 ) -> None:
     at = NOW + 100
 
@@ -384,7 +384,7 @@ async def test_an_empty_record_has_nothing_to_tell(records: Records) -> None:
 # One by one
 
 
-async def test_one_batch_has_its_latest_delivery(store: Store, records: Records, backend: Backend) -> None:
+async def test_one_batch_has_its_latest_delivery(store: Engine, records: Records, backend: Backend) -> None:
     traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     await take_in(store, finished("a"), received_at=NOW + 1, now=NOW + 1)
     item = await deliver(
@@ -401,7 +401,7 @@ async def test_one_batch_has_its_latest_delivery(store: Store, records: Records,
 
 
 async def test_a_batch_whose_deliveries_are_pruned_is_still_told_of(
-    store: Store, records: Records, backend: Backend
+    store: Engine, records: Records, backend: Backend
 ) -> None:
     await take_in(store, finished("a"))
     while await store.prune(NOW + 1, NOW + 1, 100):
@@ -418,7 +418,7 @@ async def test_one_file_has_the_requests_made_for_it_the_latest_last(much: Recor
         assert await much.file(file.id) == FileDetail(**msgspec.structs.asdict(file), requests=requests)
 
 
-async def test_every_column_of_a_file_is_told(store: Store, records: Records) -> None:
+async def test_every_column_of_a_file_is_told(store: Engine, records: Records) -> None:
     await take_in(store, finished("批次"), now=NOW)
     outcome = found(
         await claim_one(store), reason="http_302", content_length=2**53 + 1, etag='W/"é\\\u2028"',
@@ -439,7 +439,7 @@ async def test_every_column_of_a_file_is_told(store: Store, records: Records) ->
     "body", [b"", b"{}", "签名 \U0001f3e0".encode(), b"\xff\0{", b"caf\xe9 \xf0\x9f", bytes(range(256)) * 100]
 )
 async def test_a_rejection_has_its_body_byte_for_byte_and_as_text_that_shows_every_byte(
-    store: Store, records: Records, body: bytes
+    store: Engine, records: Records, body: bytes
 ) -> None:
     await store.reject(rejection(received_at=NOW + 5, body=body, request_id="r-9", code="401001", detail="d\n'"))
     detail = await records.rejection(1)
@@ -469,7 +469,7 @@ async def test_a_time_beyond_all_times_bounds_nothing_or_everything(much: Record
         assert (len(after.items), len(before.items)) == ((0, every) if time > 0 else (every, 0))
 
 
-async def test_times_are_utc_and_exact_to_the_millisecond(store: Store, records: Records) -> None:
+async def test_times_are_utc_and_exact_to_the_millisecond(store: Engine, records: Records) -> None:
     chance = random.Random(1)
     times = [0, 1, 999, 1000, 59_999, NOW - NOW % 1000, NOW - NOW % 1000 + 999, 4_102_444_799_999]
     times += [chance.randrange(4_102_444_800_000) for _ in range(200)]
@@ -486,7 +486,7 @@ async def test_times_are_utc_and_exact_to_the_millisecond(store: Store, records:
 
 
 async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_whole_key(
-    store: Store, records: Records, backend: Backend
+    store: Engine, records: Records, backend: Backend
 ) -> None:
     for n, batch_id in enumerate((*NAMES, *(f"{name}!" for name in NAMES), "plainer", "PLAIN", "批次/1.jpgx", "10")):
         at = NOW + n
@@ -553,7 +553,7 @@ def test_a_search_finds_any_batch_by_any_beginning_of_its_name(new_backend: Call
 # Beside the writer
 
 
-async def test_what_has_been_committed_is_told_at_once(store: Store, records: Records) -> None:
+async def test_what_has_been_committed_is_told_at_once(store: Engine, records: Records) -> None:
     for n in range(20):
         await take_in(store, finished(), batch_id=str(n))
         assert (await records.totals()).pending == 1
@@ -562,7 +562,7 @@ async def test_what_has_been_committed_is_told_at_once(store: Store, records: Re
         assert (totals.batches_complete, totals.available, totals.pending) == (n + 1, n + 1, 0)
 
 
-async def test_reading_and_writing_at_once_each_see_whole_batches(store: Store, records: Records) -> None:
+async def test_reading_and_writing_at_once_each_see_whole_batches(store: Engine, records: Records) -> None:
     async def write() -> None:
         for n in range(40):
             await take_in(store, finished("a"), finished("b"), blocked("c"), batch_id=str(n))

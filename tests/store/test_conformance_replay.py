@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from notify_server.errors import NonceReusedError, RejectionGoneError
-from notify_server.store.base import Store
+from notify_server.store.base import Engine
 from tests.store.backends import Backend
 from tests.store.builders import NOW, chunk, deliver, delivery, failed, rejection
 
@@ -16,14 +16,14 @@ async def kept(backend: Backend) -> list[tuple[int, str]]:
     return [(id, detail) for id, detail in await backend.rows("SELECT id, detail FROM rejection ORDER BY id")]
 
 
-async def refuse(store: Store, backend: Backend, *details: str) -> list[int]:
+async def refuse(store: Engine, backend: Backend, *details: str) -> list[int]:
     """Have these rejections in an empty store; their ids."""
     for detail in details:
         await store.reject(rejection(detail=detail, body=detail.encode()))
     return [id for id, _ in await kept(backend)]
 
 
-async def test_a_replay_is_in_the_inbox_and_its_rejection_is_gone(store: Store, backend: Backend) -> None:
+async def test_a_replay_is_in_the_inbox_and_its_rejection_is_gone(store: Engine, backend: Backend) -> None:
     first, second, third = await refuse(store, backend, "first", "second", "third")
     id = await store.accept(delivery(body=b"second", files=3, traceparent="00-ab-cd-01", replays=second))
     assert await kept(backend) == [(first, "first"), (third, "third")]
@@ -37,7 +37,7 @@ async def test_a_replay_is_in_the_inbox_and_its_rejection_is_gone(store: Store, 
 
 @pytest.mark.parametrize("id", [0, -1, 2, 2**63 - 1, 2**63, 2**64, 10**30])
 async def test_a_rejection_that_is_not_there_is_gone_and_nothing_is_written(
-    store: Store, backend: Backend, id: int
+    store: Engine, backend: Backend, id: int
 ) -> None:
     (first,) = await refuse(store, backend, "first")
     with pytest.raises(RejectionGoneError, match=f"^rejection {id} is not there"):
@@ -47,7 +47,7 @@ async def test_a_rejection_that_is_not_there_is_gone_and_nothing_is_written(
     assert store.backlog == 0
 
 
-async def test_of_many_replays_of_one_rejection_at_once_exactly_one_is_stored(store: Store, backend: Backend) -> None:
+async def test_of_many_replays_of_one_rejection_at_once_exactly_one_is_stored(store: Engine, backend: Backend) -> None:
     (first,) = await refuse(store, backend, "first")
     calls = (store.accept(delivery(replays=first)) for _ in range(20))
     answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -59,7 +59,7 @@ async def test_of_many_replays_of_one_rejection_at_once_exactly_one_is_stored(st
 
 
 async def test_replays_share_a_transaction_with_deliveries_in_the_order_in_which_they_came(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     first, second = await refuse(store, backend, "first", "second")
     deliveries = [
@@ -85,7 +85,7 @@ async def test_replays_share_a_transaction_with_deliveries_in_the_order_in_which
     assert await kept(backend) == []
 
 
-async def test_a_replay_that_is_refused_for_its_nonce_leaves_its_rejection(store: Store, backend: Backend) -> None:
+async def test_a_replay_that_is_refused_for_its_nonce_leaves_its_rejection(store: Engine, backend: Backend) -> None:
     (first,) = await refuse(store, backend, "first")
     await store.accept(delivery(nonce=("nonce", NOW + 60_000)))
     with pytest.raises(NonceReusedError):
@@ -94,7 +94,7 @@ async def test_a_replay_that_is_refused_for_its_nonce_leaves_its_rejection(store
 
 
 async def test_the_id_of_a_rejection_that_was_replayed_is_never_given_to_another(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     (first,) = await refuse(store, backend, "first")
     await store.accept(delivery(replays=first))
@@ -108,7 +108,7 @@ async def test_the_id_of_a_rejection_that_was_replayed_is_never_given_to_another
 
 @pytest.mark.parametrize("places", [(-1, 1), (1, 1)], ids=["the newest too", "not the newest"])
 async def test_rejections_are_still_bounded_after_replays(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch, places: tuple[int, int]
+    store: Engine, backend: Backend, monkeypatch: pytest.MonkeyPatch, places: tuple[int, int]
 ) -> None:
     backend.bound(monkeypatch, rejections=5, rejection_bytes=100)
     sizes: dict[str, int] = {}
@@ -131,7 +131,7 @@ async def test_rejections_are_still_bounded_after_replays(
 
 
 async def test_an_item_that_is_discarded_again_after_its_replay_is_kept_as_a_new_rejection(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     (first,) = await refuse(store, backend, "first")
     item = await deliver(store, 1, body=b"first", request_id="r-2", replays=first)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from notify_server.store.base import Store
+from notify_server.store.base import Engine
 from tests.store.backends import Backend
 from tests.store.builders import API_CODE, HOST, NOW, blocked, claim, failed, finished, found, missing, take_in
 
@@ -50,7 +50,7 @@ async def test_a_table_or_view_has_the_columns_promised_and_those_known_to_be_ad
         assert columns == promised
 
 
-async def test_the_views_show_what_is_known_of_batches_and_files(store: Store, backend: Backend) -> None:
+async def test_the_views_show_what_is_known_of_batches_and_files(store: Engine, backend: Backend) -> None:
     files = [finished("a"), finished("b"), finished("c"), blocked("d"), failed("e")]
     await take_in(store, *files, received_at=NOW, now=NOW + 1)
     first, second, _ = await claim(store, now=NOW + 1)
@@ -70,7 +70,7 @@ async def test_the_views_show_what_is_known_of_batches_and_files(store: Store, b
     ]
 
 
-async def test_times_in_the_views_are_exact_to_the_millisecond_and_end_in_z(store: Store, backend: Backend) -> None:
+async def test_times_in_the_views_are_exact_to_the_millisecond_and_end_in_z(store: Engine, backend: Backend) -> None:
     chance = random.Random(1)
     times = [0, 1, 999, 1000, 59_999, NOW - NOW % 1000, NOW - NOW % 1000 + 999, 4_102_444_799_999]
     times += [chance.randrange(4_102_444_800_000) for _ in range(100)]
@@ -89,7 +89,7 @@ async def test_times_in_the_views_are_exact_to_the_millisecond_and_end_in_z(stor
     assert [shown[str(n)] for n in range(len(times))] == expected
 
 
-async def test_counters_of_a_batch_are_those_of_its_files(store: Store, backend: Backend) -> None:
+async def test_counters_of_a_batch_are_those_of_its_files(store: Engine, backend: Backend) -> None:
     chance = random.Random(2)
     kinds = (finished, failed, blocked)
     for _ in range(40):

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from notify_server.model import BatchVerdict, FileState, Verdict
-from notify_server.store.base import NewFile, Store
+from notify_server.store.base import Engine, NewFile
 from tests.store.backends import EVIDENCE, FILES, NO_EVIDENCE, Backend, summary
 from tests.store.builders import (
     API_CODE,
@@ -29,7 +29,7 @@ from tests.store.builders import (
 # Verdicts
 
 
-async def test_a_delivery_without_files_is_complete_at_once(store: Store, backend: Backend) -> None:
+async def test_a_delivery_without_files_is_complete_at_once(store: Engine, backend: Backend) -> None:
     item = await deliver(store, 0, received_at=NOW, request_id="r")
     (verdict,) = await store.expand([chunk(item)], NOW + 5)
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
@@ -39,7 +39,7 @@ async def test_a_delivery_without_files_is_complete_at_once(store: Store, backen
 
 
 async def test_a_delivery_whose_files_all_failed_or_are_blocked_is_incomplete_at_once(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     (verdict,) = await take_in(store, failed("a"), blocked("b"), received_at=NOW, now=NOW + 5, request_id="r")
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
@@ -47,7 +47,7 @@ async def test_a_delivery_whose_files_all_failed_or_are_blocked_is_incomplete_at
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("incomplete", NOW + 5)]
 
 
-async def test_a_verdict_names_the_latest_delivery_of_its_batch(store: Store) -> None:
+async def test_a_verdict_names_the_latest_delivery_of_its_batch(store: Engine) -> None:
     traceparent = f"00-{'4b' * 16}-{'0f' * 8}-01"
     await take_in(store, finished("a"), request_id="first")
     (verdict,) = await settle(store)
@@ -57,7 +57,7 @@ async def test_a_verdict_names_the_latest_delivery_of_its_batch(store: Store) ->
     assert (verdict.request_id, verdict.traceparent) == ("second", traceparent)
 
 
-async def test_a_verdict_names_no_delivery_that_is_not_kept_any_more(store: Store, backend: Backend) -> None:
+async def test_a_verdict_names_no_delivery_that_is_not_kept_any_more(store: Engine, backend: Backend) -> None:
     await take_in(store, finished(), request_id="gone")
     await store.prune(NOW + 1, NOW + 1, 100)
     assert await backend.rows("SELECT count(*) FROM notification") == [(0,)]
@@ -65,12 +65,12 @@ async def test_a_verdict_names_no_delivery_that_is_not_kept_any_more(store: Stor
     assert (verdict.request_id, verdict.traceparent) == (None, None)
 
 
-async def test_a_batch_has_no_verdict_while_one_of_its_files_is_pending(store: Store) -> None:
+async def test_a_batch_has_no_verdict_while_one_of_its_files_is_pending(store: Engine) -> None:
     assert await take_in(store, failed("a"), finished("b")) == []
 
 
 async def test_a_batch_has_no_verdict_before_the_last_files_of_its_delivery_are_in(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     item = await deliver(store, 3)
     assert await store.expand([chunk(item, failed("a"), last=False)], NOW) == []
@@ -82,7 +82,7 @@ async def test_a_batch_has_no_verdict_before_the_last_files_of_its_delivery_are_
 
 
 async def test_a_redelivery_that_is_half_expanded_takes_no_verdict_away_unless_it_brings_something_new(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, failed("a"))
     item = await deliver(store, 2)
@@ -94,7 +94,7 @@ async def test_a_redelivery_that_is_half_expanded_takes_no_verdict_away_unless_i
 
 @pytest.mark.parametrize("newcomer", [finished("b"), finished("a", url="https://h/other", host=HOST)])
 async def test_a_batch_that_had_its_verdict_is_pending_again_when_it_has_a_file_to_wait_for(
-    store: Store, backend: Backend, newcomer: NewFile
+    store: Engine, backend: Backend, newcomer: NewFile
 ) -> None:
     await take_in(store, finished("a"))
     (first,) = await settle(store)
@@ -105,14 +105,14 @@ async def test_a_batch_that_had_its_verdict_is_pending_again_when_it_has_a_file_
     assert (second.verdict, second.completed_at) == (Verdict.INCOMPLETE, NOW + 20)
 
 
-async def test_a_complete_batch_is_incomplete_once_a_file_that_failed_is_added(store: Store) -> None:
+async def test_a_complete_batch_is_incomplete_once_a_file_that_failed_is_added(store: Engine) -> None:
     await take_in(store, finished("a"))
     await settle(store)
     (verdict,) = await take_in(store, failed("b"), received_at=NOW + 2, now=NOW + 10)
     assert (verdict.verdict, verdict.files, verdict.available) == (Verdict.INCOMPLETE, 2, 1)
 
 
-async def test_a_verdict_that_is_returned_is_the_one_that_is_committed(store: Store, backend: Backend) -> None:
+async def test_a_verdict_that_is_returned_is_the_one_that_is_committed(store: Engine, backend: Backend) -> None:
     items = [await deliver(store, batch_id=name) for name in ("x", "y", "x", "y")]
     verdicts = await store.expand(
         [
@@ -130,7 +130,7 @@ async def test_a_verdict_that_is_returned_is_the_one_that_is_committed(store: St
     ]
 
 
-async def test_each_batch_of_a_transaction_gets_its_own_verdict(store: Store) -> None:
+async def test_each_batch_of_a_transaction_gets_its_own_verdict(store: Engine) -> None:
     names = [f"batch {n}" for n in range(40)]
     items = [await deliver(store, batch_id=name) for name in names]
     verdicts = await store.expand(
@@ -151,7 +151,7 @@ async def test_each_batch_of_a_transaction_gets_its_own_verdict(store: Store) ->
 @pytest.mark.parametrize("host", [HOST, "new.example"])
 @pytest.mark.parametrize("state", [FileState.AVAILABLE, FileState.UNAVAILABLE])
 async def test_the_result_of_a_file_that_has_started_anew_since_it_was_claimed_is_dropped(
-    store: Store, backend: Backend, host: str, state: FileState
+    store: Engine, backend: Backend, host: str, state: FileState
 ) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
@@ -167,7 +167,7 @@ async def test_the_result_of_a_file_that_has_started_anew_since_it_was_claimed_i
 
 
 async def test_a_file_that_has_started_anew_on_another_host_is_nobody_elses_before_its_old_attempt_has_ended(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
@@ -179,7 +179,7 @@ async def test_a_file_that_has_started_anew_on_another_host_is_nobody_elses_befo
     assert await backend.rows("SELECT state, http_status, attempts FROM file") == [("available", 201, 1)]
 
 
-async def test_old_and_new_attempts_at_a_file_never_speak_for_one_another(store: Store, backend: Backend) -> None:
+async def test_old_and_new_attempts_at_a_file_never_speak_for_one_another(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
     await take_in(store, finished(url="https://new.example/key", host="new.example"), now=NOW + 10)
@@ -193,7 +193,7 @@ async def test_old_and_new_attempts_at_a_file_never_speak_for_one_another(store:
     assert store.backlog == 0
 
 
-async def test_a_file_that_was_blocked_while_it_was_claimed_stays_blocked(store: Store, backend: Backend) -> None:
+async def test_a_file_that_was_blocked_while_it_was_claimed_stays_blocked(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
     (verdict,) = await take_in(store, blocked(), now=NOW + 10)
@@ -203,7 +203,7 @@ async def test_a_file_that_was_blocked_while_it_was_claimed_stays_blocked(store:
     assert store.backlog == 0
 
 
-async def test_the_claim_of_a_file_that_has_started_anew_can_be_released(store: Store) -> None:
+async def test_the_claim_of_a_file_that_has_started_anew_can_be_released(store: Engine) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
     await take_in(store, finished(url="https://new.example/key", host="new.example"), now=NOW + 10)
@@ -213,7 +213,7 @@ async def test_the_claim_of_a_file_that_has_started_anew_can_be_released(store: 
     assert verdict.available == 1
 
 
-async def test_the_identical_delivery_does_not_void_a_claim(store: Store) -> None:
+async def test_the_identical_delivery_does_not_void_a_claim(store: Engine) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     await take_in(store, finished(), failed())
@@ -223,7 +223,7 @@ async def test_the_identical_delivery_does_not_void_a_claim(store: Store) -> Non
 
 @pytest.mark.parametrize("first", ["expand", "record"])
 async def test_expanding_and_recording_one_file_at_once_leaves_it_anew_with_counters_that_are_true(
-    store: Store, backend: Backend, first: str
+    store: Engine, backend: Backend, first: str
 ) -> None:
     for n in range(20):
         name = f"batch {n}"

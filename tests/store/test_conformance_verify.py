@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from notify_server.model import BatchVerdict, DueFile, FileState, Verdict
-from notify_server.store.base import HostDue, Store
+from notify_server.model import BatchVerdict, DueFile, FileState, HostDue, Verdict
+from notify_server.store.base import Engine
 from tests.store.backends import Backend
 from tests.store.builders import (
     API_CODE,
@@ -27,7 +27,7 @@ from tests.store.builders import (
 )
 
 
-async def wait_at(store: Store, due: dict[str, int], *, host: str = HOST) -> None:
+async def wait_at(store: Engine, due: dict[str, int], *, host: str = HOST) -> None:
     """Take in files which are due at these times."""
     start = min(due.values())
     await take_in(store, *(finished(name, host=host) for name in due), batch_id=host, now=start)
@@ -36,7 +36,7 @@ async def wait_at(store: Store, due: dict[str, int], *, host: str = HOST) -> Non
     await store.record([again(file, names[file.target_url], requests=()) for file in files], start)
 
 
-async def claim_by_one(store: Store, host: str = HOST, *, now: int) -> list[DueFile]:
+async def claim_by_one(store: Engine, host: str = HOST, *, now: int) -> list[DueFile]:
     """All that is due, each with a claim of its own."""
     claimed: list[DueFile] = []
     while files := await claim(store, host, now=now, n=1):
@@ -51,12 +51,12 @@ def names_of(files: list[DueFile]) -> list[str]:
 # due_hosts
 
 
-async def test_no_host_is_due_in_an_empty_store(store: Store) -> None:
+async def test_no_host_is_due_in_an_empty_store(store: Engine) -> None:
     assert await store.due_hosts("", 10) == []
 
 
 async def test_hosts_with_pending_files_come_in_the_order_of_their_names_each_with_its_first_due_time(
-    store: Store,
+    store: Engine,
 ) -> None:
     await wait_at(store, {"1": NOW + 30, "2": NOW + 20, "3": NOW + 40}, host="b.example")
     await wait_at(store, {"1": NOW + 10}, host="a.example:8443")
@@ -70,7 +70,7 @@ async def test_hosts_with_pending_files_come_in_the_order_of_their_names_each_wi
     ]
 
 
-async def test_hosts_are_paged_from_behind_the_one_given_whether_it_exists_or_not(store: Store) -> None:
+async def test_hosts_are_paged_from_behind_the_one_given_whether_it_exists_or_not(store: Engine) -> None:
     hosts = [f"h{n}.example" for n in range(7)]
     await take_in(store, *(finished(f"{n} {host}", host=host) for host in hosts for n in range(3)))
     assert [due.host for due in await store.due_hosts("", 3)] == hosts[:3]
@@ -81,7 +81,7 @@ async def test_hosts_are_paged_from_behind_the_one_given_whether_it_exists_or_no
     assert [due.host for due in await store.due_hosts("", 7)] == hosts
 
 
-async def test_hosts_whose_files_have_settled_are_not_due_and_those_with_claimed_ones_are(store: Store) -> None:
+async def test_hosts_whose_files_have_settled_are_not_due_and_those_with_claimed_ones_are(store: Engine) -> None:
     await take_in(store, finished("a", host="a"), finished("b", host="b"), blocked("c"), failed("d"))
     await claim(store, "b")
     await store.record([found(await claim_one(store, "a"))], NOW)
@@ -91,28 +91,28 @@ async def test_hosts_whose_files_have_settled_are_not_due_and_those_with_claimed
 # claim
 
 
-async def test_a_claimed_file_says_what_its_prober_needs_to_know(store: Store, backend: Backend) -> None:
+async def test_a_claimed_file_says_what_its_prober_needs_to_know(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a/b?c=\"d'é\\", host="h.example:8443"))
     ((id, batch),) = await backend.rows("SELECT id, batch FROM file")
     address = "https://h.example:8443/a/b?c=\"d'é\\"
     assert await claim(store, "h.example:8443") == [DueFile(id, batch, "h.example:8443", address, 0)]
 
 
-async def test_only_what_is_due_is_claimed(store: Store) -> None:
+async def test_only_what_is_due_is_claimed(store: Engine) -> None:
     await wait_at(store, {"1": NOW + 1, "2": NOW + 2, "3": NOW + 3})
     assert names_of(await claim(store, now=NOW)) == []
     assert names_of(await claim(store, now=NOW + 1)) == ["1"]
     assert names_of(await claim(store, now=NOW + 9)) == ["2", "3"]
 
 
-async def test_what_has_been_due_longest_is_claimed_first_and_at_most_as_many_as_wanted(store: Store) -> None:
+async def test_what_has_been_due_longest_is_claimed_first_and_at_most_as_many_as_wanted(store: Engine) -> None:
     await wait_at(store, {"a": NOW + 3, "b": NOW + 1, "c": NOW + 5, "d": NOW + 2, "e": NOW + 4})
     assert names_of(await claim(store, now=NOW + 9, n=2)) == ["b", "d"]
     assert names_of(await claim(store, now=NOW + 9, n=2)) == ["a", "e"]
     assert names_of(await claim(store, now=NOW + 9, n=2)) == ["c"]
 
 
-async def test_a_long_queue_is_claimed_in_order_little_by_little(store: Store) -> None:
+async def test_a_long_queue_is_claimed_in_order_little_by_little(store: Engine) -> None:
     due = {str(n): NOW + n // 3 for n in range(900)}
     await wait_at(store, due)
     claimed: list[DueFile] = []
@@ -121,7 +121,7 @@ async def test_a_long_queue_is_claimed_in_order_little_by_little(store: Store) -
     assert [due[name] for name in names_of(claimed)] == sorted(due.values())
 
 
-async def test_what_has_become_due_since_others_were_claimed_is_claimed_with_what_was_left(store: Store) -> None:
+async def test_what_has_become_due_since_others_were_claimed_is_claimed_with_what_was_left(store: Engine) -> None:
     await take_in(store, *(finished(name) for name in "abc"), batch_id="first")
     claimed = await claim(store, n=1)
     await take_in(store, *(finished(name) for name in "def"), batch_id="second", now=NOW + 1)
@@ -129,7 +129,7 @@ async def test_what_has_become_due_since_others_were_claimed_is_claimed_with_wha
     assert sorted(names_of(claimed)) == list("abcdef")
 
 
-async def test_each_host_gives_at_most_its_own_number_and_no_other_host_gives_any(store: Store) -> None:
+async def test_each_host_gives_at_most_its_own_number_and_no_other_host_gives_any(store: Engine) -> None:
     await take_in(store, *(finished(f"{host}{n}", host=host) for host in "abc" for n in range(5)))
     files = await store.claim([("c", 2), ("a", 9), ("nowhere", 3), ("b", 0)], NOW)
     assert [file.host for file in files].count("a") == 5
@@ -139,27 +139,27 @@ async def test_each_host_gives_at_most_its_own_number_and_no_other_host_gives_an
     assert len({file.id for file in files}) == 9
 
 
-async def test_blocked_failed_and_settled_files_are_never_claimed(store: Store) -> None:
+async def test_blocked_failed_and_settled_files_are_never_claimed(store: Engine) -> None:
     await take_in(store, finished("a"), finished("b"), blocked("c"), failed("d"))
     first, second = await claim(store)
     await store.record([found(first), missing(second)], NOW)
     assert await store.claim([(HOST, 9), ("127.0.0.1", 9), ("", 9)], NOW + 1_000_000) == []
 
 
-async def test_no_file_is_claimed_twice_while_it_is_held_however_many_ask_at_once(store: Store) -> None:
+async def test_no_file_is_claimed_twice_while_it_is_held_however_many_ask_at_once(store: Engine) -> None:
     await take_in(store, *(finished(str(n)) for n in range(100)))
     answers = await asyncio.gather(*(claim(store, n=7) for _ in range(20)))
     assert [len(answer) for answer in answers] == [7] * 14 + [2] + [0] * 5
     assert len({file.id for answer in answers for file in answer}) == 100
 
 
-async def test_a_held_file_does_not_keep_those_behind_it_from_being_claimed(store: Store) -> None:
+async def test_a_held_file_does_not_keep_those_behind_it_from_being_claimed(store: Engine) -> None:
     await wait_at(store, {str(n): NOW + n for n in range(9)})
     for n in range(9):
         assert names_of(await claim(store, now=NOW + 9, n=1)) == [str(n)]
 
 
-async def test_what_has_changed_since_others_were_claimed_is_claimed_as_it_is_now(store: Store) -> None:
+async def test_what_has_changed_since_others_were_claimed_is_claimed_as_it_is_now(store: Engine) -> None:
     await take_in(store, *(finished(name) for name in "abcde"))
     (first,) = await claim(store, n=1)
     others = sorted(set("abcde") - set(names_of([first])))
@@ -171,7 +171,7 @@ async def test_what_has_changed_since_others_were_claimed_is_claimed_as_it_is_no
     assert names_of(await claim(store, "b.example", now=NOW + 9)) == [moved]
 
 
-async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: Store) -> None:
+async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: Engine) -> None:
     await take_in(store, finished("a"), finished("b"), finished("c"))
     (first,) = await claim(store, n=1)
     everything = [1, 2, 3]
@@ -180,7 +180,7 @@ async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: S
     assert sorted([first.id, *(file.id for file in files)]) == everything
 
 
-async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(store: Store) -> None:
+async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(store: Engine) -> None:
     await wait_at(store, {str(n): NOW + n for n in range(5)})
     files = await claim(store, now=NOW + 9, n=2)
     assert names_of(await claim(store, now=NOW + 9, n=1)) == ["2"]
@@ -188,7 +188,7 @@ async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(s
     assert names_of(await claim_by_one(store, now=NOW + 9)) == ["0", "1", "3", "4"]
 
 
-async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(store: Store, backend: Backend) -> None:
+async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"))
     before = await backend.rows("SELECT * FROM file_result")
     files = await claim(store)
@@ -199,7 +199,7 @@ async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(st
     assert await backend.rows("SELECT * FROM file_result") == before
 
 
-async def test_releasing_what_is_not_held_does_no_harm(store: Store) -> None:
+async def test_releasing_what_is_not_held_does_no_harm(store: Engine) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     store.release([file])
@@ -208,7 +208,7 @@ async def test_releasing_what_is_not_held_does_no_harm(store: Store) -> None:
     assert await claim(store) == []
 
 
-async def test_every_claim_is_free_after_reopening(store: Store, backend: Backend) -> None:
+async def test_every_claim_is_free_after_reopening(store: Engine, backend: Backend) -> None:
     await take_in(store, *(finished(str(n)) for n in range(5)))
     files = await claim(store)
     assert sorted(file.id for file in await claim(await backend.reopen())) == sorted(file.id for file in files)
@@ -217,7 +217,7 @@ async def test_every_claim_is_free_after_reopening(store: Store, backend: Backen
 # record
 
 
-async def test_every_column_of_an_outcome_is_recorded(store: Store, backend: Backend) -> None:
+async def test_every_column_of_an_outcome_is_recorded(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     values: dict[str, Any] = {
@@ -242,7 +242,7 @@ async def test_every_column_of_an_outcome_is_recorded(store: Store, backend: Bac
     ]
 
 
-async def test_every_column_of_an_attempt_is_recorded(store: Store, backend: Backend) -> None:
+async def test_every_column_of_an_attempt_is_recorded(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     values: dict[str, Any] = {
         "started_at": NOW + 1,
@@ -267,7 +267,9 @@ async def test_every_column_of_an_attempt_is_recorded(store: Store, backend: Bac
     assert await backend.rows("SELECT DISTINCT file FROM attempt") == [(file.id,)]
 
 
-async def test_each_outcome_is_recorded_for_its_own_file_however_many_there_are(store: Store, backend: Backend) -> None:
+async def test_each_outcome_is_recorded_for_its_own_file_however_many_there_are(
+    store: Engine, backend: Backend
+) -> None:
     await take_in(store, *(finished(str(n)) for n in range(700)), batch_id="large")
     for n in range(5):
         await take_in(store, finished("0"), batch_id=f"small {n}")
@@ -279,7 +281,7 @@ async def test_each_outcome_is_recorded_for_its_own_file_however_many_there_are(
     assert await backend.rows("SELECT count(*) FROM attempt WHERE total_ms = file") == [(1410,)]
 
 
-async def test_a_file_to_be_tried_again_is_pending_and_due_at_its_next_attempt(store: Store, backend: Backend) -> None:
+async def test_a_file_to_be_tried_again_is_pending_and_due_at_its_next_attempt(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     assert await store.record([again(file, NOW + 5000, reason="timeout")], NOW) == []
@@ -292,7 +294,7 @@ async def test_a_file_to_be_tried_again_is_pending_and_due_at_its_next_attempt(s
     assert store.backlog == 1
 
 
-async def test_the_verdict_comes_exactly_with_the_last_file(store: Store, backend: Backend) -> None:
+async def test_the_verdict_comes_exactly_with_the_last_file(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"), finished("c"), received_at=NOW, request_id="r")
     files = await claim(store)
     assert await store.record([found(files[0])], NOW + 1) == []
@@ -306,7 +308,7 @@ async def test_the_verdict_comes_exactly_with_the_last_file(store: Store, backen
 
 @pytest.mark.parametrize("state", [FileState.UNAVAILABLE, FileState.BLOCKED])
 async def test_a_batch_of_which_one_file_is_not_available_is_incomplete(
-    store: Store, backend: Backend, state: FileState
+    store: Engine, backend: Backend, state: FileState
 ) -> None:
     await take_in(store, finished("a"), finished("b"), finished("c"))
     first, *others = await claim(store)
@@ -317,7 +319,7 @@ async def test_a_batch_of_which_one_file_is_not_available_is_incomplete(
     ]
 
 
-async def test_recording_ends_the_claim(store: Store) -> None:
+async def test_recording_ends_the_claim(store: Engine) -> None:
     await take_in(store, finished("a"), finished("b"))
     first, second = await claim(store)
     await store.record([again(first, NOW + 1), again(second, NOW + 1)], NOW)
@@ -325,7 +327,7 @@ async def test_recording_ends_the_claim(store: Store) -> None:
 
 
 async def test_of_several_results_of_a_file_the_first_counts_and_none_once_the_claim_has_ended(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished("a"), finished("b"))
     a, b = await claim(store, n=2)
@@ -338,7 +340,7 @@ async def test_of_several_results_of_a_file_the_first_counts_and_none_once_the_c
     assert verdict.verdict is Verdict.COMPLETE
 
 
-async def test_recording_nothing_brings_about_nothing(store: Store) -> None:
+async def test_recording_nothing_brings_about_nothing(store: Engine) -> None:
     await take_in(store, finished())
     assert await store.record([], NOW) == []
     assert store.backlog == 1
@@ -350,7 +352,7 @@ async def attempts_kept(backend: Backend) -> list[float]:
 
 @pytest.mark.parametrize("pattern", [[1], [12], [49, 1], [60], [12, 12, 12, 12, 1, 1, 1, 1]])
 async def test_of_the_requests_made_for_a_file_the_latest_fifty_are_kept(
-    store: Store, backend: Backend, pattern: list[int]
+    store: Engine, backend: Backend, pattern: list[int]
 ) -> None:
     await take_in(store, finished("bystander"), batch_id="other", now=NOW)
     await store.record([found(await claim_one(store), requests=(request(total_ms=-1),))], NOW)
@@ -366,7 +368,7 @@ async def test_of_the_requests_made_for_a_file_the_latest_fifty_are_kept(
 
 
 async def test_the_latest_fifty_requests_are_kept_of_a_file_that_keeps_starting_anew(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     for n in range(60):
         await take_in(store, finished(url=f"https://{HOST}/{n}"))
@@ -374,7 +376,7 @@ async def test_the_latest_fifty_requests_are_kept_of_a_file_that_keeps_starting_
     assert await attempts_kept(backend) == [float(n) for n in range(10, 60)]
 
 
-async def test_the_backlog_goes_down_with_every_file_that_settles(store: Store, backend: Backend) -> None:
+async def test_the_backlog_goes_down_with_every_file_that_settles(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"), finished("c"), failed("d"))
     files = await claim(store)
     expected = [3, 2, 1, 0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from notify_server.expansion.expander import CHUNK_FILES
 from notify_server.model import BatchVerdict
-from notify_server.store.base import ExpansionListener, Store
+from notify_server.store.base import Engine, ExpansionListener
 from notify_server.verify.guard import Guard
 from tests.store.backends import Backend
 from tests.store.builders import API_CODE, NOW, delivery, found
@@ -23,7 +23,7 @@ def entry(name: str, status: str = "FAILED", **fields: str) -> dict[str, str]:
     return {"oss_object_name": name, "status": status} | fields
 
 
-async def expand_all(store: Store, backend: Backend) -> list[BatchVerdict]:
+async def expand_all(store: Engine, backend: Backend) -> list[BatchVerdict]:
     """Run the expander until the inbox is empty."""
     verdicts: list[BatchVerdict] = []
 
@@ -31,7 +31,7 @@ async def expand_all(store: Store, backend: Backend) -> list[BatchVerdict]:
         verdicts.extend(reached)
 
     told = ExpansionListener(lambda hosts: None, on_verdicts, lambda count: None)
-    task = asyncio.create_task(store.expand_inbox(Guard([], [], [80, 443]), lambda: NOW, told))
+    task = asyncio.create_task(backend.expand_inbox(Guard([], [], [80, 443]), told))
     async with asyncio.timeout(20):
         while await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") != [(0,)]:
             await store.ping(NOW)
@@ -43,7 +43,7 @@ async def expand_all(store: Store, backend: Backend) -> list[BatchVerdict]:
 
 
 async def test_an_unreadable_delivery_is_set_aside_and_those_before_and_after_it_are_expanded(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     for n in range(6):
         unreadable = n in (1, 2, 5)
@@ -58,7 +58,7 @@ async def test_an_unreadable_delivery_is_set_aside_and_those_before_and_after_it
 
 
 async def test_a_key_listed_twice_far_apart_is_a_no_op_when_its_delivery_comes_again(
-    store: Store, backend: Backend
+    store: Engine, backend: Backend
 ) -> None:
     first, second = (entry("twice", "FINISHED", target_url=f"https://store.example.com/{n}") for n in range(2))
     content = body("batch", first, *(entry(str(n)) for n in range(CHUNK_FILES)), second)

@@ -15,9 +15,9 @@ from notify_server.errors import StoreRefusedError
 from notify_server.simulator.record import RecordViews
 from notify_server.store.reading.types import FileFilter
 from notify_server.store.sql import Migration, load_migrations
-from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite import database
+from notify_server.store.sqlite.database import connect, migrate, schema_version
 from notify_server.store.sqlite.records import SqliteRecords
-from notify_server.store.sqlite.writer import connect, migrate, schema_version
 from tests.store.builders import NOW, chunk, delivery, failed, found, rejection
 from tests.support.sqlite_faults import opened
 
@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[int, Schema]:
 
 
 def known_to_be(patch: pytest.MonkeyPatch, migrations: Sequence[Migration]) -> None:
-    patch.setattr(sqlite_writer, "load_migrations", lambda dialect: tuple(migrations))
+    patch.setattr(database, "load_migrations", lambda dialect: tuple(migrations))
 
 
 def test_migrations_are_numbered_from_one_without_a_gap_and_named_for_what_they_do() -> None:
@@ -66,7 +66,7 @@ def test_migrations_leave_transactions_and_versions_to_the_program() -> None:
 
 def test_a_new_database_reaches_the_version_of_the_last_migration(connection: sqlite3.Connection) -> None:
     assert schema_version(connection) == len(load_migrations("sqlite"))
-    assert connection.execute("PRAGMA application_id").fetchone() == (sqlite_writer.APPLICATION_ID,)
+    assert connection.execute("PRAGMA application_id").fetchone() == (database.APPLICATION_ID,)
 
 
 def test_the_schema_equals_the_sum_of_the_migrations(connection: sqlite3.Connection) -> None:
@@ -162,7 +162,7 @@ def as_the_first_version_left_it(path: Path) -> list[tuple[str, ...]]:
         connection.executescript(
             f"""
             {first.script}
-            PRAGMA application_id = {sqlite_writer.APPLICATION_ID};
+            PRAGMA application_id = {database.APPLICATION_ID};
             PRAGMA user_version = 1;
             INSERT INTO notification VALUES
                 (3, 'b1', 'a', {NOW}, '198.18.0.1', 'none', 'r-3', 3, {NOW}, '{{"batch_id":"b1"}}'),

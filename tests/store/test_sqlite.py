@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.store.sqlite import store as sqlite
-from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite import database, inbox
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import (
     NOW,
@@ -275,7 +274,7 @@ async def test_every_commit_is_synced_before_it_returns_and_readers_are_not_kept
 ) -> None:
     assert connection_of(store).execute("PRAGMA synchronous").fetchone() == (2,)
     assert select(path, "PRAGMA journal_mode") == [("wal",)]
-    assert connection_of(store).execute("PRAGMA busy_timeout").fetchone() == (sqlite_writer.BUSY_TIMEOUT_MS,)
+    assert connection_of(store).execute("PRAGMA busy_timeout").fetchone() == (database.BUSY_TIMEOUT_MS,)
 
 
 async def test_the_file_can_be_told_from_other_databases(store: SqliteStore, path: Path) -> None:
@@ -307,7 +306,7 @@ async def test_deliveries_that_arrive_together_share_transactions(store: SqliteS
 async def test_bodies_that_find_no_room_in_memory_are_read_from_the_file_in_their_order(
     path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    monkeypatch.setattr(sqlite, "RECENT_BYTES", room)
+    monkeypatch.setattr(inbox, "MAX_BYTES", room)
     async with opened(path) as store:
         read: list[str] = []
         connection_of(store).set_trace_callback(lambda sql: read.append(sql) if "body" in sql[:20] else None)

@@ -15,7 +15,7 @@ import pytest
 
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import InboxItem
-from notify_server.store.sqlite import store as sqlite
+from notify_server.store.sqlite import writes
 from notify_server.store.sqlite.store import SqliteStore
 from tests.store.builders import (
     HOST,
@@ -205,7 +205,7 @@ async def test_a_file_that_started_anew_in_a_commit_that_failed_is_still_recorde
 async def test_rejections_that_could_not_be_committed_do_not_count_among_those_kept(
     flaky: type[FlakyConnection], store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "MAX_REJECTIONS", 5)
+    monkeypatch.setattr(writes, "MAX_REJECTIONS", 5)
     for n in range(3):
         await store.reject(rejection(detail=str(n)))
     flaky.fault = lambda sql: io_error(sqlite3.SQLITE_FULL) if sql == "COMMIT" else None

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from notify_server.store.sql import expand_rows, load_queries
+from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.store import SqliteStore
-from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW, finished, take_in
 from tests.support.sqlite_faults import connection_of, opened
 

@@ -18,8 +18,8 @@ from notify_server.model import FileState, Verdict
 from notify_server.store.reading import queries, walk
 from notify_server.store.reading.types import BatchFilter, FileFilter, Page
 from notify_server.store.sql import load_queries
+from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.records import SqliteRecords
-from notify_server.store.sqlite.writer import connect
 from tests.store.builders import NOW
 
 FILES = 14

@@ -49,7 +49,7 @@ from notify_server.simulator.simulator import (
     compare,
     percentile,
 )
-from notify_server.store.sqlite.writer import connect
+from notify_server.store.sqlite.database import connect
 
 OBJECTS = "http://127.0.0.1:9/"
 SHARES = {

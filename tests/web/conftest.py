@@ -19,7 +19,7 @@ import pytest_asyncio
 import structlog
 import uvloop
 
-from notify_server.store.sqlite import writer as sqlite_writer
+from notify_server.store.sqlite import database
 from tests.support.app import AppServer, Clock, Events, Signer, Start, start_app, start_serving
 from tests.support.waiting import SECONDS
 
@@ -160,7 +160,7 @@ def _stopped_once(daemon: AppServer, stack: contextlib.AsyncExitStack) -> AppSer
 @pytest.fixture
 def impatient_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores opened from here on give up on a locked file at once, or nearly."""
-    monkeypatch.setattr(sqlite_writer, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
 
 
 Locked = Callable[[AppServer], contextlib.AbstractContextManager[None]]

@@ -36,8 +36,8 @@ from notify_server.store.reading.types import (
     RejectionItem,
     Totals,
 )
+from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.records import SqliteRecords
-from notify_server.store.sqlite.writer import connect
 from notify_server.telemetry.history import Sample
 from notify_server.web import bodies
 from notify_server.web.api.cache import MAX_AGE_SECONDS, MIN_AGE_SECONDS, TimedCache, max_age

@@ -36,7 +36,7 @@ import notify_server
 from notify_server.config import Config
 from notify_server.processes.prober_client import system_certificates
 from notify_server.store.sql import load_migrations, load_queries, unfinished
-from notify_server.store.sqlite.writer import APPLICATION_ID, BUSY_TIMEOUT_MS, OLDEST_SQLITE, copied_from
+from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS, OLDEST_SQLITE, copied_from
 from notify_server.verify.guard import Guard
 
 # The last SQLite whose WAL mode two writers can corrupt (https://sqlite.org/wal.html, "the WAL-reset bug").

@@ -12,8 +12,9 @@ from pathlib import Path
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.copying.copy import CHUNK_BYTES, CHUNK_ROWS, COUNTED, TABLES, Key, Row, key_of
 from notify_server.store.sql import check_version
+from notify_server.store.sqlite.database import check_whole, connect, copied_from, schema_version
+from notify_server.store.sqlite.lock import FileLock, holder
 from notify_server.store.sqlite.reader import connect_read_only
-from notify_server.store.sqlite.writer import FileLock, check_whole, connect, copied_from, holder, schema_version
 
 _AUTOINCREMENT = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%AUTOINCREMENT%'"
 _REMEMBERED = "UPDATE sqlite_sequence SET seq = ? WHERE name = ?"

@@ -12,8 +12,7 @@ from typing import Self, TypeVar
 
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
-from notify_server.model import Delivery
-from notify_server.store.base import Restart
+from notify_server.model import Delivery, Restart
 from notify_server.store.limits import clamp
 from notify_server.store.postgres.node import INBOX, WORK
 from notify_server.store.postgres.schema import check_whole, schema_version

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import asyncpg
 
 from notify_server.errors import StoreUnavailableError
-from notify_server.expansion.merge import Known, Merge, columns, distinct_batches
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
+from notify_server.store.merge import Known, Merge, columns, distinct_batches
 from notify_server.store.postgres.session import (
     EXPANDING,
     LOCK_KEY,

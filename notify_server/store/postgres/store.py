@@ -18,12 +18,11 @@ import structlog
 
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
-from notify_server.expansion.expander import Expander
-from notify_server.expansion.merge import first_of_each
-from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
-from notify_server.store.base import Expansion, ExpansionListener, HostDue, Nodes, Restart
+from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, InboxItem, Rejection, Restart
+from notify_server.store.base import Expansion, Nodes
 from notify_server.store.batching import GroupCommit
 from notify_server.store.limits import clamp
+from notify_server.store.merge import first_of_each
 from notify_server.store.postgres.backlog import Backlog
 from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
@@ -51,7 +50,6 @@ from notify_server.store.postgres.writes import (
 )
 from notify_server.store.sql import load_queries
 from notify_server.supervise import start_task
-from notify_server.verify.guard import Guard
 
 log = structlog.get_logger("notify_server.store")
 
@@ -260,9 +258,6 @@ class PostgresStore:
 
     async def wait_inbox(self) -> None:
         await self._inbox_news.wait()
-
-    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
-        await Expander(self, guard, now, told).run()
 
     async def inbox(self, limit: int) -> list[InboxItem]:
         with self._verb():

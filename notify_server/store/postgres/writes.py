@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Container, Sequence
 
 from notify_server.errors import NonceReusedError, NotifyServerError
-from notify_server.expansion.merge import by_batch, settled_by_batch
-from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection
-from notify_server.store.base import Restart, rejection_gone, valid_ids
+from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection, Restart
+from notify_server.store.base import rejection_gone, valid_ids
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
+from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
 from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, strip_nul
 from notify_server.store.sql import load_queries

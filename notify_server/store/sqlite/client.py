@@ -1,21 +1,22 @@
-"""The store on SQLite as the daemon has it: every verb is carried out by a process of its own (keeper.py)."""
+"""The store on SQLite as the daemon has it: every verb is carried out by the keeper process (processes/keeper.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import msgspec
 import structlog
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
-from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, InboxItem, Rejection
+from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
 from notify_server.processes.child import Child, module, ticks
 from notify_server.processes.keeper_protocol import (
     VERBS,
@@ -27,27 +28,13 @@ from notify_server.processes.keeper_protocol import (
     Opened,
     Reply,
 )
-from notify_server.store.base import (
-    MAX_ID,
-    Expansion,
-    ExpansionListener,
-    HostDue,
-    Nodes,
-    Restart,
-    rejection_gone,
-    valid_ids,
-)
-from notify_server.store.batching import LATELY_SECONDS, answer, fail
-from notify_server.store.sqlite import writer as sqlite_writer
-from notify_server.verify.guard import Guard
-
-T = TypeVar("T")
+from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
+from notify_server.store.batching import Batcher, Group
+from notify_server.store.sqlite.scheduler import RECENT_SECONDS
 
 log = structlog.get_logger("notify_server.store")
 
 START_SECONDS = 60.0
-# For finishing what it was sent and checkpointing the WAL.
-STOP_SECONDS = 30.0
 # Callers who wait at the other end of a connection are refused after this, and after a moment when the keeper is
 # silent. Every other call waits for the keeper's answer or its end; an answer this late means that it hangs.
 ANSWER_TICKS = ticks(5.0)
@@ -57,20 +44,22 @@ IMPATIENT = frozenset({"accept_all", "reject", "recheck", "ping"})
 _encode = msgspec.msgpack.Encoder().encode
 _decode_opened = msgspec.msgpack.Decoder(Opened).decode
 _decode = msgspec.msgpack.Decoder(Reply | Expanded | Logged).decode
-_answers = {name: msgspec.msgpack.Decoder(verb.answer).decode for name, verb in VERBS.items()}
 
 
 class SqliteClient:
-    """Open it with `open`; close it when done. See base.Store for what each verb means.
+    """Open it with `open`; close it when done. See base.Store for the meaning of each verb.
 
-    When the keeper is gone another is started; until it is up, and for what was under way, verbs raise
-    StoreUnavailableError. What had been claimed is anybody's then, as after a crash: what is recorded of it is dropped.
+    When the keeper is gone another is started; until it is up, and for calls that were not answered, verbs raise
+    StoreUnavailableError. Claims are released, as after a crash; later results for them are discarded.
     """
 
     def __init__(
-        self, path: Path, command: Sequence[str], now: Callable[[], int], on_commit: Callable[[float], object]
+        self,
+        config: KeeperConfig,
+        command: Sequence[str],
+        now: Callable[[], int],
+        on_commit: Callable[[float], object],
     ) -> None:
-        config = KeeperConfig(str(path.absolute()), os.getpid(), sqlite_writer.BUSY_TIMEOUT_MS)
         self._child = Child(
             "keeper",
             command,
@@ -81,18 +70,19 @@ class SqliteClient:
             on_silent=self._on_silent,
             is_overdue=self._is_overdue,
         )
-        self._path = path
+        self._path = config.path
         self._now = now
+        self._on_commit = on_commit
         self._backlog = 0
         self._ids = itertools.count(1)
         # Each with its verb and the tick at which it was sent.
         self._calls: dict[int, tuple[str, int, asyncio.Future[Any]]] = {}
-        self._expanding: tuple[Guard, ExpansionListener] | None = None
+        self._decoders = {name: msgspec.msgpack.Decoder(verb.answer).decode for name, verb in VERBS.items()}
+        self._listener: ExpansionListener | None = None
         self._opened: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._closing = False
-        self._on_commit = on_commit
-        self._accepting: list[tuple[Delivery, asyncio.Future[int]]] = []
-        self._came_at = -math.inf
+        self._accepting: Batcher[Delivery, int] = Batcher(lambda delivery: len(delivery.body))
+        self._accepted_at = -math.inf
 
     @classmethod
     async def open(
@@ -100,15 +90,17 @@ class SqliteClient:
         path: Path,
         *,
         now: Callable[[], int],
+        guard: tuple[Sequence[str], Sequence[str], Sequence[int]] = ((), (), ()),
         on_commit: Callable[[float], object] = lambda seconds: None,
         command: Sequence[str] = (),
     ) -> Self:
-        """Open or create the database at `path`, its directory included. `now` gives Unix ms. `on_commit` is told what
-        each transaction took that callbacks were waiting for, in seconds; `command` runs the keeper.
+        """Open or create the database at `path`, its directory included. `now` gives Unix ms. `guard` has the hosts,
+        networks and ports that may be probed, as text. `on_commit` receives the seconds that each transaction of
+        callbacks took; `command` runs the keeper.
 
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
-        store = cls(path, command or module("processes.keeper"), now, on_commit)
+        store = cls(_config(path, *guard), command or module("processes.keeper"), now, on_commit)
         store._child.start()
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -116,10 +108,10 @@ class SqliteClient:
         except TimeoutError:
             refused = f"{path}: the process that writes it does not start: the log says why"
         except BaseException:
-            await store._child.stop(STOP_SECONDS)
+            await store._child.stop(CLOSE_SECONDS)
             raise
         if refused is not None:
-            await store._child.stop(STOP_SECONDS)
+            await store._child.stop(CLOSE_SECONDS)
             raise StoreRefusedError(refused)
         return store
 
@@ -129,7 +121,7 @@ class SqliteClient:
 
     @property
     def prefers_small_batches(self) -> bool:
-        return asyncio.get_running_loop().time() - self._came_at < LATELY_SECONDS
+        return asyncio.get_running_loop().time() - self._accepted_at < RECENT_SECONDS
 
     @property
     def nodes(self) -> Nodes:
@@ -140,9 +132,10 @@ class SqliteClient:
         """The keeper's process id, None while there is none."""
         return self._child.pid
 
-    async def close(self, grace: float = STOP_SECONDS) -> None:
+    async def close(self, grace: float = CLOSE_SECONDS) -> None:
         self._closing = True
         self._send_deliveries()
+        self._accepting.close()
         if not await self._child.stop(grace):
             log.error("the record could not be closed in time: nothing is lost, the next start takes longer")
 
@@ -154,8 +147,8 @@ class SqliteClient:
         if opened.refused is not None:
             if self._opened.done():
                 log.error("the record cannot be opened again, trying on", error=opened.refused)
-        elif self._expanding is not None:
-            self._have_expanded(self._expanding[0])
+        elif self._listener is not None:
+            self._send("expand_inbox", ()).add_done_callback(_ignore_result)
         if not self._opened.done():
             self._opened.set_result(opened.refused)
 
@@ -169,23 +162,18 @@ class SqliteClient:
                 if failure is not None:
                     future.set_exception(failure.error())
                 else:
-                    future.set_result(_answers[verb](answer))
-            case Expanded() as expanded:
-                self._backlog = expanded.backlog
-                self._tell(expanded)
+                    future.set_result(self._decoders[verb](answer))
+            case Expanded(backlog, hosts, verdicts, unknown_fields):
+                self._backlog = backlog
+                if self._listener is not None:
+                    if hosts:
+                        self._listener.on_files(hosts)
+                    if verdicts:
+                        self._listener.on_verdicts(verdicts)
+                    if unknown_fields:
+                        self._listener.on_unknown_fields(unknown_fields)
             case Logged(level, event, fields):
-                getattr(log, level)(event, **fields)
-
-    def _tell(self, expanded: Expanded) -> None:
-        if self._expanding is None:
-            return
-        _, told = self._expanding
-        if expanded.hosts:
-            told.on_files(expanded.hosts)
-        if expanded.verdicts:
-            told.on_verdicts(expanded.verdicts)
-        if expanded.unknown_fields:
-            told.on_unknown_fields(expanded.unknown_fields)
+                log.log(logging.getLevelNamesMapping()[level.upper()], event, **fields)
 
     def _on_death(self) -> None:
         calls, self._calls = self._calls, {}
@@ -230,72 +218,45 @@ class SqliteClient:
     # The verbs
 
     def accept(self, delivery: Delivery) -> asyncio.Future[int]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[int] = loop.create_future()
         if delivery.replays is not None and delivery.replays > MAX_ID:
+            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             future.set_exception(rejection_gone(delivery.replays))
             return future
-        if self._closing:
-            future.set_exception(self._unavailable())
-            return future
         if not self._accepting:
-            # Those that come in one turn of the loop go in one frame. The keeper, which commits meanwhile what came
-            # before, takes all that it finds into its next transaction.
+            # Deliveries of one turn of the loop share a frame. The keeper, which meanwhile commits those before them,
+            # puts all that it finds into its next transaction.
+            loop = asyncio.get_running_loop()
             loop.call_soon(self._send_deliveries)
-            self._came_at = loop.time()
-        self._accepting.append((delivery, future))
-        return future
+            self._accepted_at = loop.time()
+        return self._accepting.add(delivery)
 
     def _send_deliveries(self) -> None:
-        group, self._accepting = self._accepting, []
-        if not group:
-            return
+        while self._accepting:
+            self._accept(self._accepting.take())
+
+    def _accept(self, group: Group[Delivery, int]) -> None:
         began = time.perf_counter()
 
         def committed(call: asyncio.Future[list[int | Failure]]) -> None:
             if (error := call.exception()) is not None:
                 assert isinstance(error, Exception)
-                fail(group, error)
+                self._accepting.fail(group, error)
                 return
             self._on_commit(time.perf_counter() - began)
             answers = [each.error() if isinstance(each, Failure) else each for each in call.result()]
-            answer(group, answers)
+            self._accepting.answer(group, answers)
 
         self._call("accept_all", [delivery for delivery, _ in group]).add_done_callback(committed)
 
     async def reject(self, rejection: Rejection) -> None:
         await self._call("reject", rejection)
 
-    async def wait_inbox(self) -> None:
-        await self._call("wait_inbox")
-
-    async def inbox(self, limit: int) -> list[InboxItem]:
-        items: list[InboxItem] = await self._call("inbox", limit)
-        return items
-
-    async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
-        verdicts: list[BatchVerdict] = await self._call("expand", expansions, now)
-        return verdicts
-
-    async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
-        verdicts: list[BatchVerdict] = await self._call("discard", item, detail, now)
-        return verdicts
-
-    async def expand_inbox(self, guard: Guard, now: Callable[[], int], told: ExpansionListener) -> None:
-        # By the keeper, which goes by the time of our last call.
-        self._expanding = guard, told
-        self._have_expanded(guard)
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            self._expanding = None
-
-    def _have_expanded(self, guard: Guard) -> None:
-        networks = [str(network) for network in guard.allowed_networks]
+    def expand_inbox(self, listener: ExpansionListener) -> None:
+        """Have the keeper expand the inbox, by the time of the latest call, until it is closed."""
+        self._listener = listener
         # A keeper that is not up is sent this when it is.
         if self._child.up:
-            arguments = guard.allowed_hosts, networks, sorted(guard.allowed_ports)
-            self._send("expand_inbox", arguments).add_done_callback(_ignore_result)
+            self._send("expand_inbox", ()).add_done_callback(_ignore_result)
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         hosts: list[HostDue] = await self._call("due_hosts", after, limit)
@@ -326,6 +287,10 @@ class SqliteClient:
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         deleted: int = await self._call("prune", completed_before, rejected_before, limit)
         return deleted
+
+
+def _config(path: Path, hosts: Sequence[str], networks: Sequence[str], ports: Sequence[int]) -> KeeperConfig:
+    return KeeperConfig(str(path.absolute()), os.getpid(), list(hosts), list(networks), list(ports))
 
 
 def _ignore_result(answer: asyncio.Future[Any]) -> None:

@@ -14,7 +14,7 @@ import aiosqlite
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.sql import unfinished
-from notify_server.store.sqlite.writer import APPLICATION_ID, BUSY_TIMEOUT_MS
+from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS
 
 # Instructions of SQLite's virtual machine between two checks of the deadline: a few milliseconds.
 PROGRESS_STEPS = 100_000

@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 
 from notify_server.errors import StoreRefusedError
-from notify_server.store.sqlite.writer import APPLICATION_ID, BUSY_TIMEOUT_MS
+from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:

@@ -1,4 +1,4 @@
-"""What a delivery does to what is known of its batch: the decisions, apart from any engine."""
+"""Decides what a delivery changes in its batch, apart from any engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from notify_server.store.base import Expansion, NewFile
 
 
 class Known(NamedTuple):
-    """A file that its batch has already."""
+    """A file that the batch has already."""
 
     id: int
     oss_object_name: str
@@ -22,9 +22,9 @@ class Known(NamedTuple):
 
 
 class Merge:
-    """What an expansion does to its batch: the files it adds and replaces, by their ids, and the change of the counts.
+    """The changes that an expansion makes to its batch: files added, files replaced (by id), and counts by state.
 
-    `restarted` are the pending ones among those replaced: what is in flight for them speaks of what was before.
+    `restarted` are the replaced files that were pending: results in flight for them speak of the state before.
     """
 
     def __init__(self, batch: int, expansion: Expansion) -> None:
@@ -33,19 +33,19 @@ class Merge:
         self.delta: Counter[FileState] = Counter()
         self.replaced: list[tuple[int, NewFile]] = []
         self.restarted: list[int] = []
-        # A key that is listed twice: as if its later entry had been delivered later.
+        # Of a key listed twice the later entry counts, as if it had been delivered later.
         self.files: dict[str, NewFile] = {}
         for file in expansion.files:
             listed = self.files.get(file.oss_object_name)
-            if listed is None or starts_anew(listed.target_url, listed.reported_status, file):
+            if listed is None or resets(listed.target_url, listed.reported_status, file):
                 self.files[file.oss_object_name] = file
 
     def settle(self, existing: Iterable[Known]) -> list[NewFile]:
-        """Decide, given those of `files` that the batch has; return those to be added."""
+        """Decide about the files that the batch has already; return the files to be added."""
         added = dict(self.files)
         for known in existing:
             file = added.pop(known.oss_object_name)
-            if not starts_anew(known.target_url, known.reported_status, file):
+            if not resets(known.target_url, known.reported_status, file):
                 continue
             self.replaced.append((known.id, file))
             self.delta[known.state] -= 1
@@ -57,28 +57,32 @@ class Merge:
 
     @property
     def pending(self) -> int:
+        """The change of the number of pending files."""
         return self.delta[FileState.PENDING]
 
     @property
     def reopens(self) -> bool:
-        # Files in other states bring about a verdict too: one that was complete may be incomplete with them.
+        """True if the batch needs a new verdict: one that was complete may be incomplete with files in other states."""
         return any(self.delta.values())
 
     def batch_row(self) -> tuple[object, ...]:
+        """Return the parameters of the `batch_expanded` query."""
         item, last = self.expansion.item, self.expansion.last
         counts = (self.delta[state] for state in FileState)
         return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id
 
 
-def starts_anew(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:
-    """Whether a file known as this starts anew when it is reported as `file`."""
+def resets(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:
+    """Return True if a report resets a file that is known with this address and status."""
     if file.reported_status is ReportedStatus.FAILED:
         return False
     return reported_status is ReportedStatus.FAILED or target_url != file.target_url
 
 
 def columns(file: NewFile, now: int) -> tuple[object, ...]:
-    """What a file begins with: from `target_url` to `reason`, `next_attempt_at` and `verified_at`."""
+    """Return the columns of a file that was added or reset: `target_url` to `reason`, `next_attempt_at` and
+    `verified_at`.
+    """
     waits = file.state is FileState.PENDING
     return (
         file.target_url,
@@ -92,7 +96,7 @@ def columns(file: NewFile, now: int) -> tuple[object, ...]:
 
 
 def distinct_batches(expansions: Sequence[Expansion], most: int = sys.maxsize) -> Iterator[list[Expansion]]:
-    """The expansions in their order, cut wherever a batch comes up again: each merges with what the last one left."""
+    """Split the expansions, in order, wherever a batch comes again: each merges with what the last one has written."""
     part: dict[tuple[str, str], Expansion] = {}
     for expansion in expansions:
         key = (expansion.batch_id, expansion.api_code)
@@ -105,12 +109,12 @@ def distinct_batches(expansions: Sequence[Expansion], most: int = sys.maxsize) -
 
 
 def first_of_each(results: Iterable[FileResult]) -> list[FileResult]:
-    """One result of each file: when a claim was lost and made anew, what came of both may be here."""
+    """Return one result per file: when a claim was lost and the file was claimed again, there may be two."""
     return list({result.file.id: result for result in reversed(list(results))}.values())[::-1]
 
 
 def settled_by_batch(results: Iterable[FileResult]) -> dict[int, Counter[FileState]]:
-    """How many files of each batch these results settle, and in which states."""
+    """Count the files that these results settle, by batch and state."""
     settled: dict[int, Counter[FileState]] = {}
     for result in results:
         if result.state is not FileState.PENDING:
@@ -119,7 +123,7 @@ def settled_by_batch(results: Iterable[FileResult]) -> dict[int, Counter[FileSta
 
 
 def by_batch(settled: Mapping[int, Counter[FileState]]) -> list[tuple[int, int, int, int]]:
-    """Rows of a batch, and how many of its files are available, unavailable and blocked."""
+    """Return rows of a batch and its numbers of available, unavailable and blocked files."""
     return [
         (batch, count[FileState.AVAILABLE], count[FileState.UNAVAILABLE], count[FileState.BLOCKED])
         for batch, count in settled.items()
