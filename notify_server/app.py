@@ -30,7 +30,8 @@ from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.supervise import Grace, start_task, stop_tasks
-from notify_server.telemetry.history import HostRates, Timeline
+from notify_server.telemetry.history import Timeline
+from notify_server.telemetry.host_rates import HostRates
 from notify_server.telemetry.metrics import Metrics, tracing_wanted
 from notify_server.verify.guard import Guard
 from notify_server.verify.scheduler import Pool

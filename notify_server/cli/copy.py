@@ -22,7 +22,7 @@ from notify_server.config.values import store_url
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.store.copying.copy import Checked, Progress, Side, Step, copy
 from notify_server.store.copying.sqlite import SqliteSide
-from notify_server.telemetry.metrics import set_up_logging
+from notify_server.telemetry.logging import set_up_logging
 
 # Where there is no terminal, a table that takes longer is heard of so often.
 LINE_SECONDS = 5.0

@@ -112,7 +112,7 @@ def simulate(
 ) -> None:
     """Play the platform and its object store against a daemon, and check its record. Exits 1 when anything differs."""
     from notify_server.cli.simulate import Options, run
-    from notify_server.simulator.simulator import Kind, Plan
+    from notify_server.simulator.plan import Kind, Plan
 
     shares = {
         Kind.MISSING: missing,
@@ -266,9 +266,10 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is going on, every second on a terminal until Ctrl-C (exit status 130), and the record in numbers."""
-    from notify_server.cli import record
+    from notify_server.cli import status as status_command
+    from notify_server.cli.session import run
 
-    record.run(config or context.obj, url, lambda _, source: record.status(source, once=once, as_json=as_json))
+    run(config or context.obj, url, lambda _, source: status_command.status(source, once=once, as_json=as_json))
 
 
 @app.command()
@@ -286,12 +287,13 @@ def batches(
     as_json: JsonOption = False,
 ) -> None:
     """List batches, the latest first."""
-    from notify_server.cli import record
+    from notify_server.cli import listing
+    from notify_server.cli.session import run
 
-    record.run(
+    run(
         config or context.obj,
         url,
-        lambda _, source: record.batches(source, verdict, api_code, since, until, limit, as_json=as_json),
+        lambda _, source: listing.batches(source, verdict, api_code, since, until, limit, as_json=as_json),
     )
 
 
@@ -308,12 +310,13 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a batch, and which of its files are missing and why. Exits 1 when its verdict is incomplete."""
-    from notify_server.cli import record
+    from notify_server.cli import listing
+    from notify_server.cli.session import run
 
-    record.run(
+    run(
         config or context.obj,
         url,
-        lambda _, source: record.show(source, batch_id, api_code, state, limit, every=every, as_json=as_json),
+        lambda _, source: listing.show(source, batch_id, api_code, state, limit, every=every, as_json=as_json),
     )
 
 
@@ -326,9 +329,10 @@ def rejections(
     as_json: JsonOption = False,
 ) -> None:
     """List the bodies that were refused and kept, the latest first."""
-    from notify_server.cli import record
+    from notify_server.cli import listing
+    from notify_server.cli.session import run
 
-    record.run(config or context.obj, url, lambda _, source: record.rejections(source, limit, as_json=as_json))
+    run(config or context.obj, url, lambda _, source: listing.rejections(source, limit, as_json=as_json))
 
 
 @app.command()
@@ -347,12 +351,13 @@ def export(
     ] = None,
 ) -> None:
     """Write files with all that is known of them, as they are read."""
-    from notify_server.cli import record
+    from notify_server.cli import listing
+    from notify_server.cli.session import run
 
-    record.run(
+    run(
         config or context.obj,
         url,
-        lambda _, source: record.export(source, batch_id, api_code, state, reason, host, form, target),
+        lambda _, source: listing.export(source, batch_id, api_code, state, reason, host, form, target),
     )
 
 
@@ -375,13 +380,14 @@ def recheck(
     as_json: JsonOption = False,
 ) -> None:
     """Ask for files anew, at once: one, those of a batch, or those that fail for a reason. Says how many, and asks."""
-    from notify_server.cli import record
+    from notify_server.cli import acting
+    from notify_server.cli.session import run
 
-    chosen = record.RecheckSelection(file, batch_id, api_code, reason, host, states, dry_run)
-    record.run(
+    chosen = acting.RecheckSelection(file, batch_id, api_code, reason, host, states, dry_run)
+    run(
         config or context.obj,
         url,
-        lambda config, source: record.recheck(config, source, chosen, yes=yes, as_json=as_json),
+        lambda config, source: acting.recheck(config, source, chosen, yes=yes, as_json=as_json),
     )
 
 
@@ -394,9 +400,10 @@ def replay(
     as_json: JsonOption = False,
 ) -> None:
     """Take refused bodies after all, now that the limits or this program allow it."""
-    from notify_server.cli import record
+    from notify_server.cli import acting
+    from notify_server.cli.session import run
 
-    record.run(config or context.obj, url, lambda config, source: record.replay(config, source, ids, as_json=as_json))
+    run(config or context.obj, url, lambda config, source: acting.replay(config, source, ids, as_json=as_json))
 
 
 @app.command()
@@ -414,12 +421,13 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete what is old: by default what [retention] says, which a daemon does by itself. Says what, and asks."""
-    from notify_server.cli import record
+    from notify_server.cli import acting
+    from notify_server.cli.session import run
 
-    record.run(
+    run(
         config or context.obj,
         url,
-        lambda config, source: record.prune(config, source, completed, refused, yes=yes, as_json=as_json),
+        lambda config, source: acting.prune(config, source, completed, refused, yes=yes, as_json=as_json),
     )
 
 

@@ -14,7 +14,7 @@ from notify_server.errors import NotifyServerError
 from notify_server.store.sql import load_migrations
 from notify_server.store.sqlite.database import connect, refusal, schema_version
 from notify_server.store.sqlite.lock import FileLock
-from notify_server.telemetry.metrics import set_up_logging
+from notify_server.telemetry.logging import set_up_logging
 
 
 def run(config_path: Path | None) -> None:

@@ -14,7 +14,7 @@ from notify_server.config import Config
 from notify_server.errors import NotifyServerError
 from notify_server.serve import serve
 from notify_server.supervise import freeze_gc
-from notify_server.telemetry.metrics import set_up_logging
+from notify_server.telemetry.logging import set_up_logging
 
 
 def run(config_path: Path | None) -> None:

@@ -27,17 +27,11 @@ from yarl import URL
 from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
 from notify_server.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
+from notify_server.simulator.compare import MAX_DIFFERENCES, Comparison, Tally
+from notify_server.simulator.plan import Plan
+from notify_server.simulator.platform import Platform, SimulationError
 from notify_server.simulator.record import RecordViews
-from notify_server.simulator.simulator import (
-    MAX_DIFFERENCES,
-    Comparison,
-    Plan,
-    Platform,
-    Report,
-    Simulation,
-    SimulationError,
-    Tally,
-)
+from notify_server.simulator.run import Report, Simulation
 
 T = TypeVar("T")
 

@@ -32,7 +32,7 @@ from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
 from notify_server.model import BatchVerdict, DueFile, FileResult, FileState, HostDue
 from notify_server.processes.prober_client import ProberLink, prober_config
-from notify_server.telemetry.metrics import set_up_logging
+from notify_server.telemetry.logging import set_up_logging
 from notify_server.verify.guard import Guard
 from notify_server.verify.policy import CONNECTION_FAILURES
 from notify_server.verify.scheduler import Pool

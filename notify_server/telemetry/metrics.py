@@ -1,110 +1,23 @@
-"""Logs and metrics: set up once by the composition root, never from the import of a module."""
+"""Metrics of the server for Prometheus."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
-import re
-import sys
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
 
-import structlog
-from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Info, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from notify_server.config import LogConfig
 from notify_server.model import FileResult, FileState, Verdict
+from notify_server.telemetry.series import Counts, Durations, Read
 
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # How a callback that was accepted is counted: the code of the platform's convention.
 ACCEPTED = "000"
 SETTLED_VERDICTS = (Verdict.COMPLETE, Verdict.INCOMPLETE)
 SETTLED_STATES = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED)
-
-
-class BestEffortStream:
-    """A stream whose reader may go away: that must not stop what wanted to say something."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
-def set_up_logging(config: LogConfig) -> None:
-    """Log to standard error, one line an event, in colour on a terminal or as JSON.
-
-    Values from outside are escaped (JSON strings, or repr on the console), so that no event can forge another line.
-    """
-    stream = cast("TextIO", BestEffortStream(sys.stderr))
-    level = logging.getLevelNamesMapping()[config.level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if config.format == "json":
-        renderer: list[structlog.typing.Processor] = [
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=_to_json),
-        ]
-    else:
-        renderer = [
-            _inert,
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
-            ),
-        ]
-    structlog.configure(
-        processors=[*shared, *renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(stream),
-        cache_logger_on_first_use=False,
-    )
-    # What libraries log, asyncio's "exception was never retrieved" above all, goes the same way.
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
-            foreign_pre_chain=shared,
-        )
-    )
-    handler.addFilter(_is_news)
-    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-
-
-# Valid JSON, but obeyed by terminals, taken for line ends, or not encodable.
-_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def _to_json(event: Any, **_: object) -> str:
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(event, ensure_ascii=False, default=str))
-
-
-def _inert(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Escape the text that is not printable."""
-    for name, value in event.items():
-        if isinstance(value, str) and not value.isprintable():
-            event[name] = value.encode("unicode_escape").decode()
-    return event
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not that a request was malformed: aiohttp tells with a traceback, and quotes headers that may hold a token."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def tracing_wanted(environ: Mapping[str, str]) -> bool:
@@ -112,95 +25,6 @@ def tracing_wanted(environ: Mapping[str, str]) -> bool:
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return False
     return bool(environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
-
-
-class Series:
-    """The observations of one histogram under one label. Counting costs the hot path one bisection."""
-
-    __slots__ = ("counts", "sum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one duration."""
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
-        self.sum += seconds
-
-
-class Durations:
-    """Histograms of seconds, one for each value of a label; without a label there is one, under "".
-
-    They are made into Prometheus's when they are scraped.
-    """
-
-    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
-        self._name, self._text, self._labels = name, text, [label] if label else []
-        self.series = {value: Series() for value in values}
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """For prometheus_client."""
-        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
-        for value, series in self.series.items():
-            buckets = list(zip(bounds, accumulate(series.counts), strict=True))
-            family.add_metric([value] if value else [], buckets, series.sum)
-        yield family
-
-
-class Counts:
-    """Counters under one label, counted on the event loop alone and therefore without a lock; without a label there is
-    one, under "".
-    """
-
-    def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
-        self._family = name, text, None, [label] if label else []
-        self.by = dict.fromkeys(values, 0)
-
-    def add(self, value: str, number: int = 1) -> None:
-        """Count `number` more."""
-        self.by[value] = self.by.get(value, 0) + number
-
-    def add_plain(self, number: int = 1) -> None:
-        """Count `number` more of what has no label."""
-        self.add("", number)
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """For prometheus_client."""
-        family = CounterMetricFamily(*self._family)
-        for value, number in self.by.items():
-            family.add_metric([value] if value else [], number)
-        yield family
-
-
-class _Read:
-    """Metrics of one kind under one label that are read when they are scraped; without a label there is at most one,
-    under "".
-    """
-
-    def __init__(
-        self,
-        kind: type[GaugeMetricFamily | CounterMetricFamily],
-        name: str,
-        text: str,
-        label: str,
-        read: Callable[[], Mapping[str, float]],
-    ) -> None:
-        self._kind = kind
-        self._family = name, text, None, [label] if label else []
-        self._read = read
-
-    def describe(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """For prometheus_client, which otherwise reads them to learn their names."""
-        yield self._kind(*self._family)
-
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """For prometheus_client."""
-        family = self._kind(*self._family)
-        for value, number in self._read().items():
-            family.add_metric([value] if value else [], number)
-        yield family
 
 
 class Metrics:
@@ -285,7 +109,12 @@ class Metrics:
 
         def sizes() -> Mapping[str, float]:
             parts = {"database": database, "wal": database.with_name(database.name + "-wal")}
-            return {part: path.stat().st_size for part, path in parts.items() if path.exists()}
+            found = {}
+            for part, path in parts.items():
+                # The WAL may be deleted at any time.
+                with contextlib.suppress(FileNotFoundError):
+                    found[part] = path.stat().st_size
+            return found
 
         def free() -> float | None:
             try:
@@ -299,8 +128,7 @@ class Metrics:
 
     def build_info(self, **versions: str) -> None:
         """The versions of what this daemon is made of, as labels."""
-        gauge = Gauge("notify_server_build_info", "1, and the versions in use.", list(versions), registry=self.registry)
-        gauge.labels(**versions).set(1)
+        Info("notify_server_build", "The versions in use.", registry=self.registry).info(versions)
 
     def _counts(self, name: str, text: str, label: str, *values: str) -> Counts:
         counts = Counts(name, text, label, values or ("",))
@@ -323,11 +151,11 @@ class Metrics:
 
     def gauges(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
         """Gauges, one for each value of a label, that are read when they are scraped."""
-        self.registry.register(_Read(GaugeMetricFamily, name, text, label, read))
+        self.registry.register(Read(GaugeMetricFamily, name, text, label, read))
 
     def counter(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A counter that is counted elsewhere and read when it is scraped."""
-        self.registry.register(_Read(CounterMetricFamily, name, text, "", lambda: {"": read()}))
+        self.registry.register(Read(CounterMetricFamily, name, text, "", lambda: {"": read()}))
 
     def recorded(self, results: Sequence[FileResult]) -> None:
         """Count results that have been recorded, and the requests they took."""

@@ -27,7 +27,7 @@ import pycurl
 from rich.console import Console
 
 from notify_server.config import LogConfig
-from notify_server.telemetry.metrics import set_up_logging
+from notify_server.telemetry.logging import set_up_logging
 from tests.bench.figures import MissingToolError, Outcome, Setting, show
 
 PARTS = ("acks", "latency", "probes", "together", "growth", "backlog", "dashboard", "postgres")

@@ -17,9 +17,9 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from notify_server.cli.doctor import checks
+from notify_server.cli.doctor import record
 from notify_server.cli.doctor import run as doctor
-from notify_server.cli.doctor.checks import Finding, Level
+from notify_server.cli.doctor.findings import Finding, Level
 from notify_server.store.sqlite.database import connect
 from tests.support.cli import on_terminal
 from tests.support.daemon import Daemon, clean_environment, run_command, to_toml
@@ -312,7 +312,7 @@ async def test_a_directory_that_cannot_be_had_is_a_problem(tmp_path: Path) -> No
 )
 def test_the_filesystem_is_that_of_the_innermost_mount(line: str, path: str, kind: str, options: list[str]) -> None:
     mounts = f"20 1 0:30 / / rw - overlay overlay rw\n{line}\n21 20 0:5 / /proc rw - proc proc rw\n"
-    assert checks.filesystem(Path(path), mounts) == (kind, options)
+    assert record.filesystem(Path(path), mounts) == (kind, options)
 
 
 def test_a_check_that_hangs_or_breaks_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

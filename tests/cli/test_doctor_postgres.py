@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from notify_server.cli.doctor.checks import Level
+from notify_server.cli.doctor.findings import Level
 from notify_server.cli.doctor.postgres import CONNECTIONS
 from notify_server.store.postgres.schema import migrate_at
 from tests.cli.test_doctor import BEFORE_ALL, configure, examine, run_doctor, snapshot

@@ -25,7 +25,7 @@ import pytest
 import trustme
 
 from notify_server.cli.common import UsageError
-from notify_server.cli.record import moment
+from notify_server.cli.listing import moment
 from notify_server.store.reading.types import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
 from notify_server.store.sql import load_migrations
 from notify_server.web.api.types import Host, Status

@@ -21,7 +21,8 @@ from rich.console import Console
 from notify_server.cli.main import simulate
 from notify_server.cli.simulate import Daemon as Target
 from notify_server.cli.simulate import Options, play
-from notify_server.simulator.simulator import Kind, Plan, SimulationError
+from notify_server.simulator.plan import Kind, Plan
+from notify_server.simulator.platform import SimulationError
 from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.lock import FileLock
 from tests.support.daemon import Daemon, Finished, clean_environment, process_gone, run_command, to_toml

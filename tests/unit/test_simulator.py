@@ -31,24 +31,12 @@ from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import FileState, ReportedStatus, Verdict
 from notify_server.simulator import record as simulator_record
-from notify_server.simulator import simulator
+from notify_server.simulator.compare import Comparison, Difference, Tally, compare
+from notify_server.simulator.object_store import ObjectStore
+from notify_server.simulator.plan import CONTENT_TYPE, EXPECTED, Kind, Plan, PlantedFile
+from notify_server.simulator.platform import Platform, SimulationError
 from notify_server.simulator.record import FileRow, RecordViews
-from notify_server.simulator.simulator import (
-    CONTENT_TYPE,
-    EXPECTED,
-    Difference,
-    Kind,
-    ObjectStore,
-    Plan,
-    PlantedFile,
-    Platform,
-    Report,
-    SimulationError,
-    Tally,
-    busiest_second,
-    compare,
-    percentile,
-)
+from notify_server.simulator.run import Report, busiest_second, percentile
 from notify_server.store.sqlite.database import connect
 
 OBJECTS = "http://127.0.0.1:9/"
@@ -370,13 +358,14 @@ async def test_a_rate_spreads_the_posts() -> None:
         return web.Response()
 
     async with endpoint(ack) as url:
+        started = asyncio.get_running_loop().time()
         await Platform(Plan(seed=1, batches=5, files=1)).deliver(url, OBJECTS, rate=50)
-    assert moments[-1] - moments[0] >= 4 / 50 - 0.02
+    # A post may be late, never early; timers count in milliseconds.
+    assert moments[-1] - started >= 4 / 50 - 0.002
 
 
 @pytest.mark.parametrize("trouble", [503, 429, "cut off"])
-async def test_what_is_not_taken_is_posted_again(trouble: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator, "RETRY_WAITS", (0.0, 0.0))
+async def test_what_is_not_taken_is_posted_again(trouble: int | str) -> None:
     posts = Counter[bytes]()
 
     async def ack(request: web.Request) -> web.Response:
@@ -390,22 +379,20 @@ async def test_what_is_not_taken_is_posted_again(trouble: int | str, monkeypatch
             return web.Response()
         return web.Response(status=trouble, headers={"Retry-After": "0"})
 
-    platform = Platform(Plan(seed=1, batches=3, files=1))
+    platform = Platform(Plan(seed=1, batches=3, files=1), retry_waits=(0.0, 0.0))
     async with endpoint(ack) as url:
         await platform.deliver(url, OBJECTS)
     assert list(posts.values()) == [3, 3, 3]
     assert (platform.posted, platform.acked, platform.repeated) == (3, 3, 6)
 
 
-async def test_a_batch_that_is_never_taken_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator, "RETRY_WAITS", (0.0, 0.0))
-
+async def test_a_batch_that_is_never_taken_is_given_up() -> None:
     async def busy(request: web.Request) -> web.Response:
         return web.Response(status=503, text="later,\nplease")
 
     async with endpoint(busy) as url:
         with pytest.raises(SimulationError, match=r"/notify answers 503: later, please: gave up on batch [0-9a-f]{32}"):
-            await Platform(PLAN).deliver(url, OBJECTS)
+            await Platform(PLAN, retry_waits=(0.0, 0.0)).deliver(url, OBJECTS)
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 413])
@@ -493,8 +480,8 @@ class Played:
         assignments = ", ".join(f"{column} = ?" for column in columns)
         self.change(f"UPDATE file SET {assignments} WHERE oss_object_name = ?", *columns.values(), file.key)
 
-    def compare(self) -> simulator.Comparison:
-        async def compared() -> simulator.Comparison:
+    def compare(self) -> Comparison:
+        async def compared() -> Comparison:
             async with await RecordViews.open(self.path) as record:
                 return await compare(self.platform.batches, record, OBJECTS, self.requests)
 

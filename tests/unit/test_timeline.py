@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notify_server.model import DueFile, FileResult, FileState, Verdict
-from notify_server.telemetry import history as timeline
-from notify_server.telemetry.history import HISTORY_MINUTES, HISTORY_SECONDS, HostRate, HostRates, Timeline, quantile_ms
-from notify_server.telemetry.metrics import ACCEPTED, BUCKETS, Metrics
+from notify_server.telemetry.history import HISTORY_MINUTES, HISTORY_SECONDS, Timeline, quantile_ms
+from notify_server.telemetry.host_rates import HostRate, HostRates
+from notify_server.telemetry.metrics import ACCEPTED, Metrics
+from notify_server.telemetry.series import BUCKETS
 
 NOW = 1_760_000_000_000
 BOUNDS = (0.0, *BUCKETS)
@@ -197,9 +198,8 @@ def test_a_hosts_rates_are_what_its_attempts_were() -> None:
     assert rates.rates(161.0) == {}
 
 
-def test_the_hosts_that_were_asked_last_are_the_ones_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "MAX_HOSTS_KEPT", 3)
-    rates = HostRates()
+def test_the_hosts_that_were_asked_last_are_the_ones_remembered() -> None:
+    rates = HostRates(max_hosts=3)
     for host in ("a", "b", "c", "a", "d"):
         rates.recorded([result(host)], 100.0)
     assert set(rates.rates(100.0)) == {"a", "c", "d"}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from notify_server.cli.doctor.checks import (
+from notify_server.cli.doctor.findings import (
     ASK_SECONDS,
     Finding,
     Subject,
@@ -71,7 +71,7 @@ class _About(NamedTuple):
     commit_default: str
 
 
-def look(subject: Subject) -> Iterator[Finding]:
+def check_database(subject: Subject) -> Iterator[Finding]:
     """Yield the findings about the database."""
     url = subject.config.store.url
     try:

@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, config_file, output, printable
-from notify_server.cli.doctor.checks import Check, Finding, Level, Subject, configured_checks, first_checks
+from notify_server.cli.doctor import endpoint, probing, programs, record
+from notify_server.cli.doctor.findings import Check, Finding, Level, Subject
 from notify_server.config import load_config
 from notify_server.errors import ConfigError
 
@@ -37,7 +39,7 @@ def run(config_path: Path | None, host: str | None, *, as_json: bool) -> None:
 
 def examine(config_path: Path | None, host: str | None) -> list[Finding]:
     """What there is to find; with a wrong configuration only what can be told without one."""
-    checks = first_checks()
+    checks = _first_checks()
     try:
         config = load_config(config_path)
     except ConfigError as error:
@@ -47,8 +49,44 @@ def examine(config_path: Path | None, host: str | None) -> list[Finding]:
         file = config_file(config_path)
         source = str(file) if file else "no config.toml here: defaults"
         found = [Finding("configuration", Level.OK, f"{source}, and the environment")]
-        checks |= configured_checks(Subject(config, file, host))
+        checks |= _configured_checks(Subject(config, file, host))
     return found + look(checks)
+
+
+def _first_checks() -> dict[str, Check]:
+    """Return the checks that need no configuration, by name."""
+    return {
+        "python": programs.check_python,
+        "libcurl": programs.check_libcurl,
+        "sqlite": programs.check_sqlite,
+        "clock": programs.check_clock,
+    }
+
+
+def _configured_checks(subject: Subject) -> dict[str, Check]:
+    """Return the checks of what is configured, by name."""
+    checks = {
+        "listen": endpoint.check_listen,
+        "certificate": endpoint.check_certificate,
+        "secrets": endpoint.check_secrets,
+        "exposure": endpoint.check_exposure,
+        "dns": probing.check_dns,
+        "trust": probing.check_trust,
+        "descriptors": probing.check_descriptors,
+    }
+    if subject.config.store.is_postgres:
+        # Loaded only when used, because its driver takes time to load.
+        from notify_server.cli.doctor import postgres
+
+        checks["database"] = postgres.check_database
+    else:
+        checks |= {
+            "directory": record.check_directory,
+            "disk": record.check_disk,
+            "daemon": record.check_daemon,
+            "database": record.check_database,
+        }
+    return {name: partial(check, subject) for name, check in checks.items()}
 
 
 def _count(findings: Iterable[Finding], level: Level) -> int:

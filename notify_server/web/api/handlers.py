@@ -40,7 +40,8 @@ from notify_server.store.reading.types import (
     RejectionItem,
     Totals,
 )
-from notify_server.telemetry.history import HostRate, HostRates, Sample, Timeline
+from notify_server.telemetry.history import Sample, Timeline
+from notify_server.telemetry.host_rates import HostRate, HostRates
 from notify_server.web.api.cache import TimedCache
 from notify_server.web.api.types import (
     BatchFileQuery,

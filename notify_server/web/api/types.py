@@ -13,7 +13,8 @@ from notify_server.model import CircuitState, FileState, HostView, Verdict
 from notify_server.operations import Id, ReasonCode, Text, Time
 from notify_server.store.base import Nodes
 from notify_server.store.reading.types import Cursor, Limit
-from notify_server.telemetry.history import HostRate, Sample
+from notify_server.telemetry.history import Sample
+from notify_server.telemetry.host_rates import HostRate
 
 
 class BatchQuery(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,147 @@
+"""The commands that change the record: recheck, replay, prune."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from notify_server.cli.common import EXIT_FAILED, UsageError
+from notify_server.cli.source import Acting, Source, SourceError, acting
+from notify_server.config import Config
+from notify_server.model import FileState
+from notify_server.operations import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
+
+if TYPE_CHECKING:
+    pass
+from notify_server.cli.listing import T, find_batch, local, moment, print_json
+
+
+async def _confirm(question: str, *, yes: bool) -> bool:
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm it: add --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    # Reading would keep Ctrl-C waiting; a terminal has whole lines to be read.
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
+
+
+@contextlib.asynccontextmanager
+async def _by(config: Config, source: Source) -> AsyncIterator[Acting]:
+    async with acting(config, source) as actor:
+        itself = "the database" if source.itself is not None else "the file"
+        by = f"the daemon at {source.daemon.url}" if source.daemon is not None else f"this command, on {itself} itself"
+        print(f"acting through {by}", file=sys.stderr)
+        yield actor
+
+
+async def _refusable(work: Awaitable[T]) -> T:
+    try:
+        return await work
+    except ActionRefusedError as error:
+        raise SourceError(str(error)) from error
+
+
+class RecheckSelection(NamedTuple):
+    """What to ask for anew, as it was named."""
+
+    file: int | None
+    batch_id: str | None
+    api_code: str | None
+    reason: str | None
+    host: str | None
+    states: Sequence[FileState] | None
+    dry_run: bool
+
+
+async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, yes: bool, as_json: bool) -> int:
+    """Ask for files anew, after saying how many."""
+    if chosen.file is None and chosen.batch_id is None and chosen.reason is None:
+        raise UsageError("name files with --file, --batch or --reason")
+    batch = None if chosen.batch_id is None else (await find_batch(source, chosen.batch_id, chosen.api_code)).id
+    states = list(chosen.states or NOT_AVAILABLE)
+    wanted = Recheck(chosen.file, batch, chosen.reason, chosen.host, states, chosen.dry_run)
+    async with _by(config, source) as actor:
+        counted = await _refusable(actor.recheck(msgspec.structs.replace(wanted, dry_run=True)))
+        if counted is None:
+            raise SourceError("there is no such file or batch")
+        if wanted.dry_run or not counted.files:
+            print_json(counted) if as_json else print(f"{counted.files:,} files would be asked for anew")
+            return 0
+        if not await _confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
+            return EXIT_FAILED
+        files = 0
+        while True:
+            done = await _refusable(actor.recheck(wanted))
+            files += done.files if done is not None else 0
+            if done is None or not done.more:
+                break
+        if as_json:
+            print_json({"files": files})
+        else:
+            later = "" if source.served else ", as soon as a daemon runs"
+            print(f"{files:,} files are asked for anew{later}")
+    return 0
+
+
+async def replay(config: Config, source: Source, ids: Sequence[int], *, as_json: bool) -> int:
+    """Take refused bodies after all; 1 when any is refused again, or not there."""
+    code = 0
+    async with _by(config, source) as actor:
+        for id in ids:
+            try:
+                taken = await actor.replay(id)
+                problem = "" if taken is not None else "is not there, it may have been replayed"
+            except (ActionRefusedError, SourceError) as error:
+                taken, problem = None, str(error)
+            if taken is None:
+                code = EXIT_FAILED
+            if as_json:
+                print_json({"rejection": id, "delivery": taken.delivery if taken else None, "problem": problem or None})
+            elif taken is not None:
+                print(f"rejection {id}: taken as delivery {taken.delivery}, request_id {taken.request_id}")
+            else:
+                print(f"rejection {id}: {problem}", file=sys.stderr)
+    return code
+
+
+async def prune(
+    config: Config, source: Source, completed: str | None, refused: str | None, *, yes: bool, as_json: bool
+) -> int:
+    """Delete what is old, after saying what that is."""
+    wanted = Prune(None if completed is None else moment(completed), None if refused is None else moment(refused))
+    now = datetime.now(UTC)
+    if wanted.completed_before is None and wanted.rejections_before is None and source.daemon is not source.records:
+        wanted = Prune(
+            now - timedelta(seconds=config.retention.completed), now - timedelta(seconds=config.retention.rejections)
+        )
+    what = [
+        f"{name} before {local(before)}"
+        for name, before in (
+            ("batches completed", wanted.completed_before), ("rejections received", wanted.rejections_before)
+        )
+        if before is not None
+    ] or ["what the daemon's [retention] says"]  # fmt: skip
+    if not await _confirm(f"Delete {' and '.join(what)}?", yes=yes):
+        return EXIT_FAILED
+    rows = 0
+    async with _by(config, source) as actor:
+        while True:
+            done = await actor.prune(wanted)
+            rows += done.rows
+            if not done.more:
+                break
+    print_json({"rows": rows}) if as_json else print(f"{rows:,} rows deleted")
+    return 0

@@ -1,0 +1,88 @@
+"""What a check of `doctor` takes and gives, and the findings that both stores share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from notify_server.config import Config
+
+ASK_SECONDS = 3.0
+MEBIBYTE = 1024**2
+# Of backlog_limit, what is worth a warning.
+BACKLOG_SHARE = 0.8
+
+
+class Level(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+class Finding(NamedTuple):
+    """What a check found, and how to mend it when that is needed. Each is one line."""
+
+    check: str
+    level: Level
+    text: str
+    mend: str | None = None
+
+
+def ok(check: str, text: str) -> Finding:
+    return Finding(check, Level.OK, text)
+
+
+def warning(check: str, text: str, mend: str) -> Finding:
+    return Finding(check, Level.WARNING, text, mend)
+
+
+def problem(check: str, text: str, mend: str) -> Finding:
+    return Finding(check, Level.PROBLEM, text, mend)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: the configuration, the file it came from, and a host whose name is to resolve."""
+
+    config: Config
+    file: Path | None
+    host: str | None
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def schema_finding(version: int, known: int) -> Finding:
+    """What is to be said of a schema of this version, by a program that knows as many."""
+    if version > known:
+        return problem(
+            "schema",
+            f"version {version}, this program knows {known}",
+            "run the newer notify_server that wrote it, or restore a backup from before the upgrade",
+        )
+    if version < known:
+        return warning("schema", f"version {version} of {known}", "`notify-server migrate`, or start the daemon")
+    return ok("schema", f"version {version}, the latest")
+
+
+def backlog_finding(backlog: int, limit: int) -> Finding:
+    """What is to be said of so many files that wait."""
+    text = f"{backlog:,} files wait, of {limit:,} that may"
+    if backlog >= limit:
+        return problem(
+            "backlog",
+            f"{text}: callbacks are answered 503",
+            "start the daemon, or raise [verify] concurrency or backlog_limit",
+        )
+    if backlog >= BACKLOG_SHARE * limit:
+        return warning("backlog", text, "raise [verify] concurrency or backlog_limit")
+    return ok("backlog", text)
+
+
+def in_mebibytes(size: int) -> str:
+    return f"{size / 1024**3:,.1f} GiB" if size >= 1024**3 else f"{size / MEBIBYTE:,.1f} MiB"
