@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-import yarl
 from pydantic import AfterValidator, PlainValidator, SecretStr
 
+from notify_server.contract.host import canonical_pattern
 from notify_server.contract.signature import PlatformKey, load_platform_key
 
 DAY = 86_400.0
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "": 1.0}
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 _SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _OWN_PATHS = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/api", "/ui")
@@ -127,21 +126,12 @@ def network(value: object) -> IPNetwork:
 
 
 def host_pattern(value: object) -> str:
-    """A host, or `*.` and a host for every depth of its subdomains but not itself; lower case, IDNs as punycode."""
-    bare = text(value).strip().removesuffix(".").lower()
-    wildcard, name = ("*.", bare[2:]) if bare.startswith("*.") else ("", bare)
+    """A host, or `*.` and a name for all of its subdomains, in the spelling that the guard compares by."""
+    given = text(value)
     try:
-        return str(ipaddress.ip_address(bare.removeprefix("[").removesuffix("]")))
-    except ValueError:
-        pass
-    try:
-        ascii_name = name if name.isascii() else yarl.URL.build(scheme="http", host=name).raw_host or ""
-    except ValueError:
-        ascii_name = ""
-    labels = ascii_name.split(".")
-    if len(ascii_name) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
-        raise ValueError(f'{show(value)} is not a host: write "example.com", or "*.example.com" for its subdomains')
-    return wildcard + ascii_name
+        return canonical_pattern(given)
+    except ValueError as error:
+        raise ValueError(f"{show(given)} {error}") from None
 
 
 class StatusRange(NamedTuple):

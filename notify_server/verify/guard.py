@@ -4,8 +4,7 @@ Nothing here looks anything up. `Guard.examine` reads an address before anybody 
 the socket address that is about to be dialled, which alone settles names: whatever a look-up said before may have
 changed since. `Guard.follow` is `examine` for a redirect.
 
-The reading is that of the WHATWG URL Standard's host parser (section 3.5), the most permissive one in use, so that
-nothing a browser, libcurl or `inet_aton` would take for an IP address passes here as a name. Where the standard repairs
+What a host is, is the rule of `contract.host`. Where the standard repairs
 an address (backslashes, tabs, line ends), it is refused instead: a repaired address is one that two readers may read
 differently.
 """
@@ -20,6 +19,7 @@ from typing import NoReturn
 
 from yarl import URL
 
+from notify_server.contract.host import canonical_host, canonical_pattern, is_address, matches
 from notify_server.model import Reason, Target
 
 # The IANA special-purpose registries (RFC 6890, RFC 8190) where they say "not globally reachable", and what is not
@@ -78,12 +78,7 @@ _PLAIN = re.compile(rf"([Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9.:\[\]_-]+)(/(?:[{_RAW
 _SPLIT = re.compile(r"([Hh][Tt][Tt][Pp][Ss]?://[^/?#]*)([^#]*)(?:#.*)?", re.DOTALL).fullmatch
 _ORIGIN = re.compile(r"(https?)://(\[[^\[\]@]+\]|[^\[\]@:\\]+)(?::([0-9]*))?", re.ASCII | re.IGNORECASE).fullmatch
 _ENCODE = re.compile(rf"[^{_RAW}%]+|%(?![0-9A-Fa-f]{{2}})").sub
-_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})").sub
 _UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
-# RFC 1035 2.3.4, RFC 1123 2.1, and the underscore, which stores' names do have.
-_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*").fullmatch
-_NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*").fullmatch
-_NUMBER = re.compile(r"0x(?P<hex>[0-9a-f]*)|0(?P<oct>[0-7]*)|(?P<dec>[1-9][0-9]*)").fullmatch
 # Wider than RFC 3986 3.1, as yarl's: no relative reference may have a colon in its first segment (4.2) anyway.
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+:").match
 # What stands before the userinfo, and the userinfo: up to the last "@" of the authority, or, where what looks like a
@@ -123,7 +118,7 @@ class Guard:
         allowed_ports: Iterable[int] = (),
     ) -> None:
         set_once = super().__setattr__
-        set_once("allowed_hosts", tuple(_host_pattern(entry) for entry in allowed_hosts))
+        set_once("allowed_hosts", tuple(map(_pattern, allowed_hosts)))
         set_once("allowed_networks", tuple(_network(entry) for entry in allowed_networks))
         set_once("allowed_ports", frozenset(_port(entry) for entry in allowed_ports))
         # A cache of its own, so that a call need not hash the settings too.
@@ -247,7 +242,7 @@ class Guard:
         scheme = parts[1].lower()
         try:
             port = _port(int(parts[3])) if parts[3] else _DEFAULT_PORTS[scheme]
-            hostname = _canonical_host(parts[2])
+            hostname = canonical_host(parts[2])
         except ValueError:
             return _INVALID
         canonical = URL.build(scheme=scheme, host=hostname, port=port)
@@ -257,9 +252,9 @@ class Guard:
     def _refusal(self, hostname: str, port: int) -> Reason | None:
         if self.allowed_ports and port not in self.allowed_ports:
             return Reason.PORT_NOT_ALLOWED
-        if self.allowed_hosts and not any(_matches(hostname, pattern) for pattern in self.allowed_hosts):
+        if self.allowed_hosts and not any(matches(hostname, pattern) for pattern in self.allowed_hosts):
             return Reason.HOST_NOT_ALLOWED
-        if _is_literal(hostname):
+        if is_address(hostname):
             return self._check_dial(hostname, port)
         if f".{hostname}".endswith(".localhost") and not any(self._has_hole(address) for address in _LOOPBACK):
             return Reason.PRIVATE_ADDRESS
@@ -306,58 +301,11 @@ def _embedded(address: IPv4Address | IPv6Address) -> IPv4Address | None:
     return IPv4Address(value >> 80 & 0xFFFF_FFFF) if address in _6TO4 else None
 
 
-def _canonical_host(host: str) -> str:
-    """The host as the WHATWG host parser serialises it, less brackets and trailing dot; ValueError if it is none."""
-    if host.startswith("["):
-        if "%" in host or not host.endswith("]"):
-            raise ValueError("neither a zone nor half a bracket can be dialled")
-        return IPv6Address(host[1:-1]).compressed
-    if "%" in host:
-        host = _ESCAPE(lambda found: bytes.fromhex(found[1].decode()), host.encode()).decode()
-    if len(host) > 254:  # before IDNA, whose cost grows faster than its input
-        raise ValueError("the host is too long")
-    name = (URL.build(scheme="http", host=host).raw_host or "").removesuffix(".")
-    if not _NAME(name):
-        raise ValueError("the host is not a name")
-    return str(_ipv4(name)) if _NUMERIC(name.rpartition(".")[2]) else name
-
-
-def _ipv4(name: str) -> IPv4Address:
-    """The WHATWG IPv4 parser: one to four decimal, octal or hexadecimal numbers, the last one filling the rest."""
-    numbers: list[int] = []
-    for part in name.split("."):
-        found = _NUMBER(part)
-        if found is None:
-            raise ValueError("a numeric host must be an IPv4 address")
-        hexadecimal, octal, decimal = found.group("hex", "oct", "dec")
-        if decimal is not None:
-            numbers.append(int(decimal))
-        else:
-            numbers.append(int(octal or "0", 8) if hexadecimal is None else int(hexadecimal or "0", 16))
-    *leading, last = numbers
-    if len(leading) > 3 or any(number > 255 for number in leading) or last >= 256 ** (4 - len(leading)):
-        raise ValueError("a numeric host must be an IPv4 address")
-    return IPv4Address(last + sum(number << 8 * (3 - place) for place, number in enumerate(leading)))
-
-
-def _is_literal(hostname: str) -> bool:
-    """Whether a canonical host is an address: no name ends in a numeric label, and none has a colon."""
-    return ":" in hostname or _NUMERIC(hostname.rpartition(".")[2]) is not None
-
-
-def _matches(hostname: str, pattern: str) -> bool:
-    return hostname.endswith(pattern[1:]) if pattern.startswith("*.") else hostname == pattern
-
-
-def _host_pattern(entry: str) -> str:
-    wildcard, name = ("*.", entry[2:]) if entry.startswith("*.") else ("", entry)
+def _pattern(entry: str) -> str:
     try:
-        canonical = _canonical_host(f"[{name}]" if ":" in name and not name.startswith("[") else name)
-    except ValueError:
-        canonical = ""
-    if not canonical or (wildcard and _is_literal(canonical)):
-        raise ValueError(f"{entry!r} is not a host: write example.com, or *.example.com for its subdomains")
-    return wildcard + canonical
+        return canonical_pattern(entry)
+    except ValueError as error:
+        raise ValueError(f"{entry!r} {error}") from None
 
 
 def _network(entry: str | IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from notify_server.config import Config, StatusRange, VerifyConfig, load_config, version
 from notify_server.config.values import duration
 from notify_server.errors import ConfigError
+from notify_server.verify.guard import Guard
 
 NOT_A_DURATION = 'is not a duration: write a number of seconds, or "30s", "5m", "2h"'
 
@@ -267,9 +268,24 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_place(
 
 
 @pytest.mark.parametrize(
+    ("spelled", "host"),
+    [("0x7f000001", "127.0.0.1"), ("1.2.3", "1.2.0.3"), ("0177.1", "127.0.0.1"), ("①②⑦.0.0.1", "127.0.0.1"),
+     ("FILES.Example.COM.", "files.example.com"), ("*.例子.测试", "*.xn--fsqu00a.xn--0zwm56d"), ("[0:0::1]", "::1")],
+)  # fmt: skip
+def test_a_pattern_is_spelled_as_the_guard_spells_the_host(load: Load, spelled: str, host: str) -> None:
+    verify = load(
+        f"[verify]\nallowed_hosts = [{json.dumps(spelled)}]\n[verify.hosts.{json.dumps(spelled)}]\ntimeout = 3"
+    ).verify
+    assert verify.allowed_hosts == (host,)
+    assert Guard(verify.allowed_hosts).allowed_hosts == (host,)
+    assert verify.for_host(host.replace("*", "a")).timeout == 3
+
+
+@pytest.mark.parametrize(
     "pattern",
-    ["", "*", "*.", "a..b", "a.*.b", "**.b", "https://example.com", "a b", "a/b", "a:80", "1.2.3", "*.10.0.0.1",
-     "-a.com", "x" * 64, "a." * 127 + "com", "①②⑦.0.0.1", "例 子.com"],
+    ["", "*", "*.", "a..b", "a.*.b", "**.b", "https://example.com", "a b", "a/b", "a:80", "1.2.3.256", "*.10.0.0.1",
+     "files.0x1f", "*.1.2.3.0x4", "a.0x", "*.0x7f000001", "1.2.3.4.5", "[::1", "*.[::1]", "x" * 64,
+     "a." * 127 + "com", "例 子.com"],
 )  # fmt: skip
 def test_what_is_not_a_host_is_not_a_pattern_either(problems: Problems, pattern: str) -> None:
     [problem] = problems(toml_of("verify.allowed_hosts", json.dumps([pattern])))
