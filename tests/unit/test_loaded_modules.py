@@ -45,6 +45,8 @@ def test_a_prober_loads_nothing_of_the_daemons() -> None:
         "processes.worker",
         "verify",
         "verify.guard",
+        "contract",
+        "contract.host",
         "model",
     }
     assert house == {HOUSE, *(f"{HOUSE}.{name}" for name in allowed)}
