@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from notify_server.app import GRACE, METRICS, POOL, STREAM, TRACING, make_app
 from notify_server.callbacks.connection import CallbackConnection
 from notify_server.config import Config, ServerConfig
 from notify_server.errors import ListenError
-from notify_server.telemetry.metrics import Metrics
+from notify_server.service_manager import ServiceManager
+from notify_server.supervise import start_task, stop_tasks
+from notify_server.waiting import wait_for_store
 from notify_server.web.routes import CALLBACK, DRAINING
 
 log = structlog.get_logger("notify_server")
@@ -34,8 +38,20 @@ def make_connections(app: web.Application, handlers: web.Server, config: ServerC
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then answer what is in progress and go down within shutdown_grace.
 
-    Raises StoreRefusedError when the store is not safe to open, ListenError when the address cannot be had.
+    Waits for a database that does not accept connections yet. Raises StoreRefusedError when the store is not safe to
+    open, ListenError when the address cannot be had.
     """
+    manager = ServiceManager.from_environment()
+    heartbeats = start_task(manager.send_heartbeats(), "heartbeats to the service manager")
+    try:
+        if await wait_for_store(config, stop, partial(_listen, config.server), manager):
+            await _serve(config, stop, manager)
+    finally:
+        await stop_tasks(heartbeats)
+    log.info("stopped")
+
+
+async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager) -> None:
     server = config.server
     grace = server.shutdown_grace
     app = make_app(config)
@@ -61,18 +77,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             "notify_server_connections", "Connections of callers that are open.", lambda: connections.connections
         )
 
-        listener = await _listen(server, connections, metrics)
-        _announce(config, listener)
-        await stop.wait()
-        await _drain(config, app, listener, connections)
-    finally:
-        await runner.cleanup()
-    log.info("stopped")
-
-
-async def _listen(server: ServerConfig, connections: CallbackConnection, metrics: Metrics) -> asyncio.Server:
-    try:
-        tls = _tls(server)
+        listener = await _listen(server, connections)
         if server.ssl_certificate is not None:
             ends_at = _certificate_ends(server.ssl_certificate)
             metrics.gauge(
@@ -80,6 +85,18 @@ async def _listen(server: ServerConfig, connections: CallbackConnection, metrics
                 "When the certificate in use ends, in Unix time; missing without one.",
                 lambda: ends_at,
             )
+        _announce(config, listener)
+        manager.ready("ready for notifications" if server.takes_callbacks else "probing files")
+        await stop.wait()
+        manager.stopping()
+        await _drain(config, app, listener, connections)
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(server: ServerConfig, connections: Callable[[], asyncio.Protocol]) -> asyncio.Server:
+    try:
+        tls = _tls(server)
         return await asyncio.get_running_loop().create_server(
             connections,
             server.host,

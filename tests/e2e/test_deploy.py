@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -84,6 +85,53 @@ def test_systemd_finds_what_the_service_is_exposed_to_small(unit: Path) -> None:
 def test_systemd_is_more_patient_than_the_servers_grace() -> None:
     (stop,) = setting("TimeoutStopSec")
     assert int(stop) > Config().server.shutdown_grace
+
+
+def test_the_unit_is_restarted_without_end_but_for_a_wrong_configuration() -> None:
+    """Row 127."""
+    assert setting("Restart") == ["always"]
+    assert setting("StartLimitIntervalSec") == ["0"]
+    assert setting("RestartPreventExitStatus") == ["2"]
+
+
+async def test_the_server_reports_to_systemd_as_the_unit_expects(tmp_path: Path) -> None:
+    """Row 127."""
+    assert setting("Type") == ["notify"]
+    (watchdog,) = setting("WatchdogSec")
+    assert int(watchdog) > 10
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        environ = clean_environment(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
+        async with Daemon(tmp_path / "daemon", environ=environ) as daemon:
+            heard: list[bytes] = []
+
+            async def hear(wanted: bytes, number: int = 1) -> None:
+                async with asyncio.timeout(SECONDS):
+                    while sum(message.startswith(wanted) for message in heard) < number:
+                        heard.append(await asyncio.get_running_loop().sock_recv(systemd, 1000))
+
+            await hear(b"READY=1\nSTATUS=ready for notifications")
+            await hear(b"WATCHDOG=1", 5)
+            daemon.send(signal.SIGTERM)
+            await hear(b"STOPPING=1")
+            assert await daemon.exit_code() == 0
+
+
+async def test_a_server_that_waits_for_its_database_is_up_for_systemd_and_says_for_what(tmp_path: Path) -> None:
+    """Row 127."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        environ = clean_environment(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        daemon = Daemon(tmp_path / "daemon", {"store": {"url": "postgresql://u:geheim@127.0.0.1:1/d"}}, environ=environ)
+        starting = asyncio.create_task(daemon.start())
+        async with asyncio.timeout(SECONDS):
+            message = await asyncio.get_running_loop().sock_recv(systemd, 1000)
+        assert message.startswith(b"READY=1\nSTATUS=waiting for the database: postgresql://127.0.0.1:1/d: cannot be")
+        assert await daemon.terminate() == 0
+        with pytest.raises(AssertionError, match="ended"):
+            await starting
 
 
 def calls_of(group: str) -> set[str]:

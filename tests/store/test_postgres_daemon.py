@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -20,6 +21,8 @@ from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import SILENCE, Answer, Origin
 from tests.support.postgres import PostgresServer, fetch, new_schema
 from tests.support.postgres_faults import cut, eventually, locked, until_waiting
+from tests.support.waiting import eventually as wait_until
+from tests.support.waiting import free_port
 
 
 @pytest.fixture
@@ -196,12 +199,64 @@ async def test_while_the_server_is_away_callbacks_are_told_to_come_again_and_aft
         assert await daemon.terminate() == 0
 
 
-async def test_a_daemon_whose_database_is_not_there_says_so_in_one_line_without_the_password(tmp_path: Path) -> None:
+async def test_a_daemon_waits_for_a_database_that_refuses_connections_and_answers_meanwhile(
+    tmp_path: Path, server: PostgresServer
+) -> None:
+    """Row 127."""
+    server.stop()
+    url = server.url + "&password=hunter2"
+    port = free_port()
+    async with AsyncExitStack() as stack:
+        daemon = Daemon(tmp_path, config(url) | {"server": {"host": "127.0.0.1", "port": port}})
+        starting = asyncio.create_task(stack.enter_async_context(daemon))
+        await wait_until(lambda: daemon.count("waiting for the database") == 1)
+        session = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
+
+        async def ask(method: str, path: str) -> tuple[int, str, str | None]:
+            body = batch_body("b", []) if method == "POST" else None
+            headers = {"Content-Type": "application/json"}
+            async with session.request(method, path, data=body, headers=headers) as answer:
+                return answer.status, await answer.text(), answer.headers.get("Retry-After")
+
+        assert (await ask("GET", "/healthz"))[0] == 200
+        status, text, _ = await ask("GET", "/readyz")
+        assert (status, json.loads(text)["ready"]) == (503, False)
+        assert "cannot be reached" in json.loads(text)["store"]
+        status, text, retry_after = await ask("POST", "/notify")
+        assert (status, json.loads(text)["code"], retry_after) == (503, "503", "5")
+        assert (await ask("GET", "/"))[0] == 503
+        server.start()
+        await starting
+        assert (await ask("GET", "/readyz"))[0] == 200
+        assert (await ask("POST", "/notify"))[0] == 200
+        await daemon.verdict("b")
+        # A database that is away later is the business of the store.
+        assert daemon.count("waiting for the database") == 1
+        assert await daemon.terminate() == 0
+    assert "hunter2" not in daemon.text
+    assert "Traceback" not in daemon.text
+
+
+async def test_a_daemon_that_waits_for_its_database_stops_at_once(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, config("postgresql://u:hunter2@127.0.0.1:1/d"))
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(stack.enter_async_context(daemon))
+        await wait_until(lambda: daemon.count("waiting for the database") == 1)
+        assert await daemon.terminate() == 0
+        with pytest.raises(AssertionError, match="ended"):
+            await starting
+    assert "postgresql://127.0.0.1:1/d: cannot be reached" in daemon.text
+    assert "hunter2" not in daemon.text
+
+
+async def test_a_daemon_whose_database_does_not_exist_ends_with_one_line_without_the_password(
+    tmp_path: Path, url: str
+) -> None:
+    daemon = Daemon(tmp_path, config(url.replace("/postgres?", "/missing?") + "&password=hunter2"))
     with pytest.raises(AssertionError, match="ended"):
         async with daemon:
             pass
-    assert "postgresql://127.0.0.1:1/d: cannot be reached" in daemon.text
+    assert 'does not exist (database "missing" does not exist): create the database' in daemon.text
     assert "hunter2" not in daemon.text
     assert "Traceback" not in daemon.text
 
@@ -226,9 +281,10 @@ async def test_callbacks_whose_commit_is_cut_off_are_to_be_sent_again_and_the_da
 
         async def pruned() -> bool:
             async with session.get(f"{daemon.callback.removesuffix('/notify')}/metrics") as answer:
-                return "notify_server_prune_last_run_timestamp_seconds " in await answer.text()
+                lines = (await answer.text()).splitlines()
+            # The help of a metric is there before its first sample.
+            return any(line.startswith("notify_server_prune_last_run_timestamp_seconds ") for line in lines)
 
-        # Else that, which is done once when it starts, may be what is cut.
         await eventually(pruned)
         async with locked(url, "notification") as holder:
             posts = [asyncio.create_task(daemon.post(batch_body(f"b{n}", [failed("1")]))) for n in range(20)]

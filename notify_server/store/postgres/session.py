@@ -92,6 +92,16 @@ async def connect(
     return connection
 
 
+async def reach(url: str) -> None:
+    """Connect and disconnect. Raises StoreNotReachedError when connecting may work later, StoreRefusedError else."""
+
+    async def connected() -> None:
+        with translate_errors(without_secrets(url)):
+            await close(await connect(url))
+
+    await refuse_on_error(url, connected())
+
+
 def create_pool(url: str, size: int, **settings: str) -> asyncpg.Pool[asyncpg.Record]:
     """Return a pool that connects on demand. It has to be awaited once."""
     address, own = split_settings(url)
