@@ -33,6 +33,7 @@ from notify_server.config.values import (
     matching,
     own_path,
     platform_key,
+    public_url,
     share_below_one,
     some_and_each_once,
     status_range,
@@ -61,6 +62,7 @@ class ServerConfig(Section):
     body_limit_bytes: Annotated[int, PlainValidator(whole(1024, 1024**3))] = 8 * 1024**2
     shutdown_grace: PositiveDuration = 20.0
     trusted_proxies: Networks = ()
+    public_url: Annotated[str, PlainValidator(public_url)] | None = None
     ssl_certificate: ReadableFile | None = None
     ssl_key: ReadableFile | None = None
     header_timeout: PositiveDuration = 10.0

@@ -94,6 +94,12 @@ def matching(pattern: str, wanted: str) -> Callable[[object], str]:
     return parse
 
 
+public_url = matching(
+    r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]*)?",
+    'an http or https URL without a query, like "https://notify.example.com/notify"',
+)
+
+
 def token(value: object) -> SecretStr:
     """A secret that fits in a header and in an address; the error never shows it."""
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value

@@ -78,12 +78,14 @@ class Timeline:
         self.seconds: deque[Sample] = deque(maxlen=HISTORY_SECONDS)
         self.minutes: deque[Sample] = deque(maxlen=HISTORY_MINUTES)
         self._last = self._minute = self._read(0.0)
+        self._readings: deque[_Reading] = deque(maxlen=HISTORY_SECONDS + 1)
 
     def sample(self, monotonic: float) -> Sample:
         """What has happened since the last time; `monotonic` is seconds."""
         reading = self._read(monotonic)
         sample = self._between(self._last, reading)
         self._last = reading
+        self._readings.append(reading)
         self.seconds.append(sample)
         if not self._minute.at:
             self._minute = reading
@@ -91,6 +93,16 @@ class Timeline:
             self.minutes.append(self._between(self._minute, reading))
             self._minute = reading
         return sample
+
+    def window(self, seconds: float) -> Sample | None:
+        """Return one sample of the last `seconds`, at most ten minutes; None before the first sample. Its quantiles are
+        those of the whole window."""
+        if not self._readings:
+            return None
+        latest = self._readings[-1]
+        # The readings are a second apart, give or take a late timer.
+        first = next(reading for reading in self._readings if reading.at >= latest.at - seconds - 0.5)
+        return self._between(first, latest)
 
     def _read(self, monotonic: float) -> _Reading:
         metrics = self._metrics

@@ -44,7 +44,10 @@ _FORWARDED = re.compile(
 )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True for a loopback address or a name of this machine."""
+    if host.lower() in LOCAL_NAMES:
+        return True
     try:
         return ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
@@ -124,7 +127,7 @@ class Admin:
             or request.version < HttpVersion11
             or any(_FORWARDED.fullmatch(name) for name in request.headers)
         )
-        if forwarded or not _is_loopback(peer) or not (_is_loopback(host) or host in LOCAL_NAMES):
+        if forwarded or not is_loopback(peer) or not (is_loopback(host) or host in LOCAL_NAMES):
             raise RefusedError(403, "403", "without [auth] admin_token this is answered on this machine only: set one")
 
     @staticmethod

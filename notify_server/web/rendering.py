@@ -20,6 +20,7 @@ from aiohttp import web
 
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import FileState, Reason
+from notify_server.web.public_url import with_prefix
 
 HERE = Path(__file__).parent
 YEAR_SECONDS = 365 * 86_400
@@ -145,13 +146,19 @@ def setup(app: web.Application) -> None:
 
 
 def page(
-    request: web.Request, template: str, context: Mapping[str, Any], *, status: int = 200, images: bool = False
+    request: web.Request,
+    template: str,
+    context: Mapping[str, Any],
+    *,
+    status: int = 200,
+    images: bool = False,
+    prefix: str = "",
 ) -> web.Response:
     """A page, or a part of one. With `images` it may show pictures of strangers."""
     text = aiohttp_jinja2.render_string(template, request, dict(context))
     return web.Response(
         # What was asked for may hold what is no character; it is shown all the same.
-        body=text.encode("utf-8", "backslashreplace"),
+        body=with_prefix(text, prefix).encode("utf-8", "backslashreplace"),
         status=status,
         content_type="text/html",
         charset="utf-8",

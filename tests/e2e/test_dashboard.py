@@ -150,16 +150,16 @@ async def test_somebody_new_logs_in_finds_a_failed_file_and_makes_it_available(s
         await expect(page.get_by_role("heading", name="Needs attention")).to_be_visible()
 
         await page.get_by_role("link", name="broken 3 of 4 files missing").click()
-        await expect(page.get_by_role("heading", name="3 of 4 files are not available")).to_be_visible()
+        await expect(page.get_by_role("heading", name="3 of 4 files are missing")).to_be_visible()
         await page.get_by_role("link", name=site.origin.url("/gone")).click()
-        await expect(page.get_by_text("the store says that the file is gone for good")).to_be_visible()
+        await expect(page.get_by_text("permanently deleted (410)")).to_be_visible()
         await expect(page.locator("table tbody tr")).to_have_count(1)
 
         site.origin.on("/gone", Answer())
         try:
-            await page.get_by_role("button", name="Ask again now").click()
+            await page.get_by_role("button", name="Recheck now").click()
             await expect(page.locator(".title .chip")).to_have_text("Available")
-            await expect(page.get_by_text("gone for good")).to_have_count(0)
+            await expect(page.get_by_text("permanently deleted")).to_have_count(0)
         finally:
             site.origin.on("/gone", Answer(410, close=True))
 
@@ -169,9 +169,9 @@ async def test_what_is_missing_is_found_and_asked_for_again_in_three_clicks(site
     async with site.visit("/") as seen:
         page = seen.page
         await page.get_by_role("link", name=re.compile("for the keyboard 1 of 2 files missing")).click()
-        await expect(page.get_by_role("cell", name="http_410 the store says")).to_be_visible()
-        await page.get_by_role("button", name="Ask again for what is missing").click()
-        await page.get_by_role("button", name="Ask for 1 file now").click()
+        await expect(page.get_by_role("cell", name="http_410 permanently deleted")).to_be_visible()
+        await page.get_by_role("button", name="Recheck missing files").click()
+        await page.get_by_role("button", name="Recheck 1 file").click()
         await site.origin.reached(before + 1, "/gone")
 
 
@@ -195,9 +195,9 @@ async def test_the_way_to_a_recheck_can_be_gone_by_keyboard(site: Site) -> None:
         await tab_to("for the keyboard")
         await page.keyboard.press("Enter")
         await expect(page.get_by_role("heading", name="for the keyboard")).to_be_visible()
-        await tab_to("Ask again for what is missing")
+        await tab_to("Recheck missing files")
         await page.keyboard.press("Space")
-        confirm = page.get_by_role("button", name="Ask for 1 file now")
+        confirm = page.get_by_role("button", name="Recheck 1 file")
         await expect(confirm).to_be_focused()
         await page.keyboard.press("Enter")
         await site.origin.reached(before + 1, "/gone")
@@ -213,21 +213,21 @@ async def test_without_scripts_everything_is_done_as_well(site: Site) -> None:
         await page.get_by_role("button", name="Log in").click()
         assert page.url == f"{site.base}/ui/batches"
         await page.get_by_role("link", name="for the keyboard").click()
-        await page.get_by_role("button", name="Ask again for what is missing").click()
-        await expect(page.get_by_text("1 file would be asked for anew, at once.")).to_be_visible()
-        await page.get_by_role("button", name="Ask for 1 file now").click()
-        await expect(page.get_by_text("1 file is being asked for anew.")).to_be_visible()
+        await page.get_by_role("button", name="Recheck missing files").click()
+        await expect(page.get_by_text("Recheck 1 file now?")).to_be_visible()
+        await page.get_by_role("button", name="Recheck 1 file").click()
+        await expect(page.get_by_text("1 file queued.")).to_be_visible()
         await site.origin.reached(before + 1, "/gone")
 
 
 async def test_a_group_of_failures_is_counted_before_it_is_asked_for(site: Site) -> None:
     async with site.visit("/ui/failures") as seen:
         section = seen.page.locator("section#bad_redirect")
-        await section.get_by_role("button", name="Ask again").click()
-        await expect(section.get_by_text("1 file would be asked for anew, at once.")).to_be_visible()
+        await section.get_by_role("button", name="Recheck").click()
+        await expect(section.get_by_text("Recheck 1 file now?")).to_be_visible()
         before = site.origin.count["/away"]
-        await section.get_by_role("button", name="Ask for 1 file now").click()
-        await expect(section.get_by_text("1 file is being asked for anew.")).to_be_visible()
+        await section.get_by_role("button", name="Recheck 1 file").click()
+        await expect(section.get_by_text("1 file queued.")).to_be_visible()
         await site.origin.reached(before + 1, "/away")
 
 
@@ -236,7 +236,7 @@ async def test_a_refusal_shows_the_field_at_fault_and_what_comes_of_taking_it_no
         page = seen.page
         await expect(page.locator("mark")).to_contain_text('"target_url": "javascript:pwned()"')
         async with page.expect_response(re.compile("/replay$")) as answered:
-            await page.get_by_role("button", name="Take it after all").click()
+            await page.get_by_role("button", name="Reprocess").click()
         assert (await answered.value).status == 422
         await expect(page.get_by_role("alert")).to_contain_text("file_list[1].target_url")
         # The browser itself tells of an answer that is a refusal.
@@ -292,10 +292,10 @@ async def test_the_search_box_finds_batches_files_and_addresses(site: Site) -> N
 async def test_times_of_the_filter_are_those_of_the_reader(site: Site) -> None:
     async with site.visit("/ui/batches?received_before=2020-01-01T16:00:00Z") as seen:
         page = seen.page
-        await expect(page.get_by_role("heading", name="No batch is like that")).to_be_visible()
+        await expect(page.get_by_role("heading", name="No matching batches")).to_be_visible()
         await expect(page.get_by_label("Received before")).to_have_value("2020-01-02T00:00")
         await page.get_by_label("Received before").fill("2100-01-01T08:00")
-        await page.get_by_role("button", name="Apply").click()
+        await page.get_by_role("button", name="Filter").click()
         assert "received_before=2100-01-01T00%3A00%3A00.000Z" in page.url
         await expect(page.get_by_role("link", name="whole")).to_be_visible()
 
@@ -305,9 +305,9 @@ async def test_the_language_is_the_browsers_until_another_is_chosen(site: Site) 
         page = seen.page
         await expect(page.get_by_role("heading", name="主机")).to_be_visible()
         assert await page.evaluate("document.documentElement.lang") == "zh-CN"
-        await page.get_by_role("button", name="切换语言:English").click()
+        await page.get_by_role("button", name="切换语言：English").click()
         assert page.url == f"{site.base}/ui/hosts"
-        await expect(page.get_by_role("heading", name="Hosts")).to_be_visible()
+        await expect(page.get_by_role("heading", name="Storage hosts")).to_be_visible()
         await seen.go("/")
         await expect(page.get_by_role("heading", name="Overview")).to_be_visible()
 
@@ -389,7 +389,7 @@ async def test_a_page_of_another_site_can_neither_act_nor_frame(site: Site) -> N
         async with page.expect_response(f"{site.base}/ui/recheck") as refused:
             await page.goto(other.url("/post"), wait_until="commit")
         assert (await refused.value).status == 403
-        await expect(page.get_by_role("heading", name="That was not accepted")).to_be_visible()
+        await expect(page.get_by_role("heading", name="Invalid request")).to_be_visible()
 
         messages: list[str] = []
         page.on("console", lambda message: messages.append(message.text))
@@ -548,9 +548,11 @@ async def test_the_dashboard_works_with_the_bearer_token_as_well(site: Site) -> 
 async def test_without_a_token_it_is_open_on_loopback_alone(site: Site, tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon, chromium_page(site, daemon) as seen:
         page = seen.page
-        await expect(page.get_by_role("heading", name="No notification has come yet")).to_be_visible()
-        command = await page.locator(".command code").inner_text()
+        await expect(page.get_by_role("heading", name="No notifications yet")).to_be_visible()
+        url, command = await page.locator(".command code").all_inner_texts()
+        assert url == daemon.callback
         assert command.startswith(f"curl {daemon.callback}")
+        await expect(page.get_by_text("This address is only reachable from this machine.")).to_be_visible()
         for path in ("/ui/batches", "/ui/failures", "/ui/hosts", "/ui/rejections"):
             await seen.go(path)
             await expect(page.locator(".empty h2")).to_be_visible()

@@ -26,6 +26,8 @@ FAMILIES: dict[str, Sequence[str]] = {
     "docs_of": [endpoint.id for endpoint in ENDPOINTS],
     "nav": ["overview", "batches", "failures", "hosts", "rejections", "docs"],
     "recheck": ["nothing", "done", "more"],
+    "how": list(FileState),
+    "empty": ["loopback", "plain_http"],
     "error": ["not_found", "not_found_detail", "unavailable", "unavailable_detail", "refused", "forbidden",
               "forbidden_detail"],
     "login": ["wrong", "slow"],
@@ -56,8 +58,36 @@ def test_both_languages_speak_of_the_same_values() -> None:
 def test_the_chinese_is_chinese() -> None:
     latin = [key for key, text in ZH.by_key.items() if not re.search("[\u4e00-\u9fff]", text)]
     names = {"app.other_language", "batches.batch_id", "batches.api_code", "batch.request_id", "login.token"}
-    names |= {"file.key", "file.content_type", "file.etag", "file.last_modified", "file.dns", "file.tls", "file.phase"}
-    assert set(latin) - names == {"overview.p50_p99"}
+    names |= {
+        "docs.title",
+        "nav.docs",
+        "file.url",
+        "file.content_type",
+        "file.etag",
+        "file.last_modified",
+        "file.dns",
+        "file.tls",
+        "file.phase",
+    }
+    assert set(latin) - names == set()
+
+
+HAN = "\u3400-\u9fff"
+HALF_WIDTH = re.compile(rf"[{HAN}][,:;?!()]|[,:;?!()][{HAN}]")
+
+
+def test_chinese_texts_have_full_width_punctuation_beside_han_characters() -> None:
+    assert {key: text for key, text in ZH.by_key.items() if HALF_WIDTH.search(text)} == {}
+
+
+@pytest.mark.parametrize("text", ["文字,", "(中文", "中文:text", "text:中文", "真的?", "好!", "一;二"])
+def test_half_width_punctuation_beside_a_han_character_is_found(text: str) -> None:
+    assert HALF_WIDTH.search(text)
+
+
+@pytest.mark.parametrize("text", ["文字，", "（中文）", "a, b (c): d", "设置 [auth] admin_token", "10:30 的批次"])
+def test_other_punctuation_is_accepted(text: str) -> None:
+    assert not HALF_WIDTH.search(text)
 
 
 def said() -> set[str]:

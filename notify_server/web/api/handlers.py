@@ -104,6 +104,8 @@ class Api:
             runtime.backlog(),
             runtime.in_flight(),
             seconds[-1] if seconds else None,
+            self._timeline.window(60.0),
+            self._timeline.window(600.0),
         )
 
     async def totals(self) -> Totals:

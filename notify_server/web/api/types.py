@@ -98,7 +98,7 @@ class NodeCounts(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """The server process, its queues, and its last second."""
+    """The server process, its queues, and its last second, minute and ten minutes."""
 
     version: str
     started_at: datetime
@@ -107,6 +107,8 @@ class Status(Struct, frozen=True):
     backlog: int
     in_flight: int
     last: Sample | None
+    last_minute: Sample | None = None
+    last_ten_minutes: Sample | None = None
 
 
 class RuntimeState(Struct, frozen=True):

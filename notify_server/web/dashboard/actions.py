@@ -8,7 +8,7 @@ from aiohttp import web
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
-from notify_server.web.dashboard.dashboard import Dashboard, see_other
+from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.dashboard.forms import Form, RecheckForm, local_target, page_query, row_id
 from notify_server.web.dashboard.pages import existing
 from notify_server.web.language import LANGUAGE_COOKIE, LANGUAGES
@@ -36,6 +36,7 @@ async def recheck(dashboard: Dashboard, request: web.Request, form: Form) -> web
         outcome=("more" if done.more else "done") if done.files else "nothing",
         files=done.files,
         back=wanted.origin,
+        watch=wanted.watch,
     )
     response.headers["HX-Trigger"] = "refresh"
     return response
@@ -52,13 +53,13 @@ async def replay(dashboard: Dashboard, request: web.Request, form: Form) -> web.
 async def login_form(dashboard: Dashboard, request: web.Request) -> web.Response:
     to = local_target(request.query.get("next"))
     if not dashboard.admin.needs_login or dashboard.admin.logged_in(request):
-        return see_other(to)
+        return dashboard.redirect(request, to)
     return dashboard.render(request, "login.html", to=to, wrong="")
 
 
 async def login(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
     to = local_target(form.get("next"))
-    response = see_other(to)
+    response = dashboard.redirect(request, to)
     try:
         if dashboard.admin.log_in(request, form.get("token", "").strip(), response):
             return response
@@ -70,13 +71,13 @@ async def login(dashboard: Dashboard, request: web.Request, form: Form) -> web.R
 
 
 async def logout(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
-    response = see_other("/ui/login")
+    response = dashboard.redirect(request, "/ui/login")
     dashboard.admin.log_out(response)
     return response
 
 
 async def language(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
-    response = see_other(local_target(form.get("next")))
+    response = dashboard.redirect(request, local_target(form.get("next")))
     if (chosen := form.get("to", "")) in LANGUAGES:
         response.set_cookie(LANGUAGE_COOKIE, chosen, max_age=YEAR_SECONDS, path="/", samesite="Lax", httponly=True)
     return response

@@ -5,21 +5,23 @@ from __future__ import annotations
 import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import msgspec
 import structlog
 from aiohttp import web
+from yarl import URL
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config import Config
 from notify_server.errors import StoreUnavailableError
-from notify_server.web.admin import CSRF_FIELD, Admin
+from notify_server.web.admin import CSRF_FIELD, Admin, is_loopback
 from notify_server.web.api.endpoints import describe
 from notify_server.web.api.handlers import Api
 from notify_server.web.dashboard.forms import local_target, read_form
 from notify_server.web.language import texts_for
+from notify_server.web.public_url import PublicUrl
 from notify_server.web.reference import reference
 from notify_server.web.rendering import Static, page, page_headers
 
@@ -38,6 +40,14 @@ class View(NamedTuple):
     open: bool = False
 
 
+class Callback(NamedTuple):
+    """The callback URL, what must be done before it is registered (a key of the texts), and a command that tests it."""
+
+    url: str
+    warning: str | None
+    curl: str
+
+
 class Dashboard:
     """The pages' context. `now` gives Unix ms."""
 
@@ -46,8 +56,10 @@ class Dashboard:
         self.api = api
         self.admin = admin
         self.now = now
+        self.public_url = PublicUrl(config.server)
         self.static = Static()
         self.reference = reference(describe(version, guarded=admin.needs_login))
+        self.rejection_days = config.retention.rejections / 86_400
         self._callback_token = config.auth.callback_token is not None
         self._body_timeout = config.server.body_timeout
         self._version = version
@@ -74,6 +86,7 @@ class Dashboard:
         self, request: web.Request, template: str, *, status: int = 200, images: bool = False, **context: Any
     ) -> web.Response:
         """Render a template with what every page needs."""
+        prefix = self.public_url.prefix(request)
         common = {
             "t": texts_for(request),
             "static": f"/ui/static/{self.static.version}",
@@ -83,17 +96,33 @@ class Dashboard:
             "known": self.admin.logged_in(request) if self.admin.needs_login else True,
             "version": self._version,
             "q": "",
+            "root": prefix,
             "with_query": lambda **changes: _with_query(request, changes),
         }
-        return page(request, template, common | context, status=status, images=images)
+        return page(request, template, common | context, status=status, images=images, prefix=prefix)
 
     def message(self, request: web.Request, kind: str, status: int, detail: str = "") -> web.Response:
         """Render a page that says only what is wrong."""
         return self.render(request, "message.html", kind=kind, detail=detail, status=status)
 
+    def redirect(self, request: web.Request, target: str) -> web.Response:
+        """Redirect to a path of this site."""
+        location = self.public_url.prefix(request) + target
+        return web.Response(status=303, headers={**page_headers(), "Location": location})
+
     def outcome(self, request: web.Request, **context: Any) -> web.Response:
         """Render the result of an action: in place of its button, or as a page where there are no scripts."""
         return self.render(request, "outcome.html" if is_htmx(request) else "action.html", current="", **context)
+
+    def callback(self, request: web.Request) -> Callback:
+        """Describe the callback to someone who is about to register it."""
+        url = self.public_url.base(request) + self.callback_path
+        return Callback(
+            # The platform sends no header of ours, so the token goes into the URL.
+            f"{url}?token=<callback_token>" if self._callback_token else url,
+            _warning(url),
+            self.sample_post(request),
+        )
 
     def sample_post(self, request: web.Request) -> str:
         """Return a command that posts a notification."""
@@ -102,18 +131,19 @@ class Dashboard:
         body = {"batch_id": "my-first-batch", "api_code": "rent.dcentralize.room.add", "file_list": [file]}
         authorization = "-H 'Authorization: Bearer <callback_token>' " if self._callback_token else ""
         return (
-            f"curl {shlex.quote(base_url(request) + self.callback_path)} {authorization}"
+            f"curl {shlex.quote(self.public_url.base(request) + self.callback_path)} {authorization}"
             f"-H 'Content-Type: application/json' \\\n  -d {shlex.quote(msgspec.json.encode(body).decode())}"
         )
 
     def _refused(self, request: web.Request, error: RefusedError) -> web.Response:
+        prefix = self.public_url.prefix(request)
         if error.status == 401:
             if is_htmx(request):
-                login = f"/ui/login?{urlencode({'next': _current_page(request)})}"
-                return web.Response(status=401, headers={**page_headers(), "HX-Redirect": login})
+                login = f"/ui/login?{urlencode({'next': _current_page(request, prefix)})}"
+                return web.Response(status=401, headers={**page_headers(), "HX-Redirect": prefix + login})
             if request.method in ("GET", "HEAD") and "Authorization" not in request.headers:
                 query = urlencode({"next": request.rel_url.raw_path_qs})
-                return see_other("/ui/login" if request.path == "/" else f"/ui/login?{query}")
+                return self.redirect(request, "/ui/login" if request.path == "/" else f"/ui/login?{query}")
         if error.status == 403 and not self.admin.needs_login:
             response = self.message(request, "forbidden", 403, error.message)
         elif error.status == 404:
@@ -127,9 +157,15 @@ class Dashboard:
         return response
 
 
-def see_other(target: str) -> web.Response:
-    """Redirect to a page of this site."""
-    return web.Response(status=303, headers={**page_headers(), "Location": target})
+def _warning(url: str) -> str | None:
+    """Return why the platform cannot use this URL (a key of the texts); None when it can."""
+    try:
+        parsed = URL(url)
+    except ValueError:
+        return None
+    if is_loopback(parsed.host or ""):
+        return "loopback"
+    return "plain_http" if parsed.scheme == "http" else None
 
 
 def is_htmx(request: web.Request) -> bool:
@@ -137,18 +173,13 @@ def is_htmx(request: web.Request) -> bool:
     return "HX-Request" in request.headers
 
 
-def base_url(request: web.Request) -> str:
-    """Return the scheme and host that the browser used."""
-    return f"{request.scheme}://{request.host}"
-
-
-def _current_page(request: web.Request) -> str:
+def _current_page(request: web.Request, prefix: str) -> str:
     """Return the page that a script runs on, to come back to after the log-in."""
     try:
-        url = urlsplit(request.headers.get("HX-Current-URL", "/"))
+        url = URL(request.headers.get("HX-Current-URL", "/"), encoded=True)
     except ValueError:
         return "/"
-    return local_target(f"{url.path}?{url.query}".rstrip("?"))
+    return local_target(url.raw_path_qs.removeprefix(prefix))
 
 
 def _with_query(request: web.Request, changes: Mapping[str, object]) -> str:

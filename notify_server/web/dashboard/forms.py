@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 from aiohttp import web
@@ -83,6 +83,14 @@ class RecheckForm(Struct, frozen=True, forbid_unknown_fields=True):
         if self.file is not None:
             return f"/ui/files/{self.file}"
         return "/ui/failures" if self.batch is None else f"/ui/batches/{self.batch}"
+
+    @property
+    def watch(self) -> str:
+        """The page that shows the files while they are checked; none for the page of one file or batch itself."""
+        if self.file is not None or self.batch is not None:
+            return ""
+        host = {"host": self.host} if self.host is not None else {}
+        return f"/ui/files?{urlencode({'state': FileState.PENDING, **host})}"
 
 
 async def read_form(request: web.Request, seconds: float) -> dict[str, str]:

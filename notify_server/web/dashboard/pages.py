@@ -6,20 +6,19 @@ import asyncio
 import shlex
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from aiohttp import web
+from yarl import URL
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import CircuitState, FileState, Verdict
 from notify_server.store.reading.types import FailureGroup, FileDetail, FileItem, Found, Totals
-from notify_server.telemetry.history import Sample
 from notify_server.web.api.endpoints import NO_SUCH_ID
 from notify_server.web.api.handlers import MAX_GROUPS
-from notify_server.web.api.types import BatchFileQuery, BatchQuery, FileQuery, PageQuery, SearchQuery, SeriesQuery
-from notify_server.web.dashboard.dashboard import Dashboard, base_url, see_other
+from notify_server.web.api.types import BatchFileQuery, BatchQuery, FileQuery, PageQuery, SearchQuery, Status
+from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.dashboard.forms import BatchesPage, BatchPage, FilesPage, moment, page_query, row_id
 from notify_server.web.rendering import is_link
 
@@ -45,22 +44,23 @@ async def overview(dashboard: Dashboard, request: web.Request) -> web.Response:
         oldest = waiting.items[0] if waiting.items else None
         waited = now / 1000 - totals.oldest_pending_at.timestamp()
     hosts = (await dashboard.api.hosts()).items
-    shunned = [host for host in hosts if host.circuit is not CircuitState.CLOSED]
+    unreachable = [host for host in hosts if host.circuit is CircuitState.OPEN and host.pending]
+    status = await dashboard.api.status()
     failing = (await dashboard.api.failures()).items
     return dashboard.render(
         request,
         "overview.html",
         current="overview",
         totals=totals,
-        process=await dashboard.api.status(),
-        pulse=_pulse((await dashboard.api.series(SeriesQuery())).items),
+        process=status,
+        pulse=_pulse(status),
         oldest=oldest if waited >= CALM_SECONDS else None,
         waited=waited,
         incomplete=incomplete.items,
-        shunned=shunned[:MAX_ATTENTION],
+        unreachable=unreachable[:MAX_ATTENTION],
         failing=failing[:MAX_ATTENTION],
         empty=_is_empty(totals),
-        curl=dashboard.sample_post(request),
+        callback=dashboard.callback(request),
     )
 
 
@@ -82,7 +82,7 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
         found=found,
         totals=totals,
         empty=_is_empty(totals),
-        curl=dashboard.sample_post(request),
+        callback=dashboard.callback(request),
     )
 
 
@@ -124,6 +124,8 @@ async def files(dashboard: Dashboard, request: web.Request) -> web.Response:
 async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
     file = existing(await dashboard.api.file(row_id(request)))
     waiting = file.state is FileState.PENDING
+    # A recheck clears the result and keeps the requests.
+    rechecking = waiting and file.attempts == 0 and bool(file.requests)
     return dashboard.render(
         request,
         "file.html",
@@ -133,6 +135,7 @@ async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
         curl=_curl(file),
         slowest=max((attempt.total_ms for attempt in file.requests), default=0.0),
         due=file.next_attempt_at is not None and file.next_attempt_at.timestamp() * 1000 <= dashboard.now(),
+        rechecking=rechecking,
         refresh=REFRESH_SECONDS if waiting else 0,
     )
 
@@ -143,7 +146,12 @@ async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
     for group in groups:
         by_reason.setdefault(group.reason, []).append(group)
     return dashboard.render(
-        request, "failures.html", current="failures", by_reason=by_reason, full=len(groups) >= MAX_GROUPS
+        request,
+        "failures.html",
+        current="failures",
+        by_reason=by_reason,
+        full=len(groups) >= MAX_GROUPS,
+        reported=(await dashboard.api.totals()).upload_failed,
     )
 
 
@@ -164,7 +172,9 @@ async def hosts(dashboard: Dashboard, request: web.Request) -> web.Response:
 async def rejections(dashboard: Dashboard, request: web.Request) -> web.Response:
     asked = page_query(request, PageQuery)
     found = await dashboard.api.rejections(asked)
-    return dashboard.render(request, "rejections.html", current="rejections", asked=asked, found=found)
+    return dashboard.render(
+        request, "rejections.html", current="rejections", asked=asked, found=found, days=dashboard.rejection_days
+    )
 
 
 async def rejection(dashboard: Dashboard, request: web.Request) -> web.Response:
@@ -176,16 +186,16 @@ async def rejection(dashboard: Dashboard, request: web.Request) -> web.Response:
 async def search(dashboard: Dashboard, request: web.Request) -> web.Response:
     q = request.query.get("q", "").strip()[:2000]
     if not q:
-        return see_other("/ui/batches")
+        return dashboard.redirect(request, "/ui/batches")
     # A whole batch_id is what is mostly looked for, and costs no walk over the latest batches.
     named = (await dashboard.api.batches(BatchQuery(batch_id=q))).items
     found = Found(named, []) if named else await dashboard.api.search(SearchQuery(q))
     if not named and is_link(q) and not found.files:
         # An address of the platform's has the key as its path.
-        found = await dashboard.api.search(SearchQuery(urlsplit(q).path.lstrip("/").partition("!")[0] or q))
+        found = await dashboard.api.search(SearchQuery(_key_in(q) or q))
     if len(found.batches) + len(found.files) == 1:
         kind = "batches" if found.batches else "files"
-        return see_other(f"/ui/{kind}/{(found.batches or found.files)[0].id}")
+        return dashboard.redirect(request, f"/ui/{kind}/{(found.batches or found.files)[0].id}")
     return dashboard.render(request, "search.html", current="search", q=q, found=found)
 
 
@@ -195,7 +205,7 @@ async def docs(dashboard: Dashboard, request: web.Request) -> web.Response:
         "docs.html",
         current="docs",
         reference=dashboard.reference,
-        base=base_url(request),
+        base=dashboard.public_url.base(request),
         curl=dashboard.sample_post(request),
         quote=shlex.quote,
         callback_path=dashboard.callback_path,
@@ -211,6 +221,14 @@ async def static(dashboard: Dashboard, request: web.Request) -> web.Response:
     return dashboard.message(request, "not_found", 404) if response is None else response
 
 
+def _key_in(address: str) -> str:
+    """Return the object key in an address of the platform's storage, which is its path without the style after `!`."""
+    try:
+        return URL(address).path.lstrip("/").partition("!")[0]
+    except ValueError:
+        return ""
+
+
 def _is_empty(totals: Totals) -> bool:
     return not totals.batches and not totals.rejections
 
@@ -219,22 +237,17 @@ def _is_picture(file: FileItem) -> bool:
     return is_link(file.target_url) and (file.content_type or "").lower().startswith("image/")
 
 
-def _pulse(seconds: list[Sample]) -> dict[str, Any]:
-    """The last ten minutes in numbers; latencies are the latest that there are."""
-
-    def latest(name: str) -> float | None:
-        values = (getattr(sample, name) for sample in reversed(seconds))
-        return next((value for value in values if value is not None), None)
-
-    counted = ("accepted", "refused", "requests", "failed_requests", "complete", "incomplete")
+def _pulse(status: Status) -> dict[str, Any]:
+    """Return the figures of the tiles: rates of the last minute, sums and latencies of the last ten."""
+    minute, window = status.last_minute, status.last_ten_minutes
+    counted = ("accepted", "requests", "complete", "incomplete")
     latencies = ("ack_p50_ms", "ack_p99_ms", "probe_p50_ms", "probe_p99_ms")
-    last = seconds[-1] if seconds else None
     return {
-        "sums": {name: sum(getattr(sample, name) for sample in seconds) for name in counted},
+        "sums": {name: getattr(window, name, 0) for name in counted},
         "rates": {
-            name: getattr(last, name) / last.seconds if last is not None and last.seconds else 0.0 for name in counted
+            name: getattr(minute, name) / minute.seconds if minute and minute.seconds else 0.0 for name in counted
         },
-        "latencies": {name: latest(name) for name in latencies},
+        "latencies": {name: getattr(window, name, None) for name in latencies},
     }
 
 

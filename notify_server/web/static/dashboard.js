@@ -42,7 +42,43 @@ function localForm(form) {
   });
 }
 
-// What is being used is left alone.
+// The state of the connection: figures that are not refreshed are dimmed, with the time since when.
+let disconnectedSince = null;
+
+export function connected(on) {
+  const banner = document.getElementById("disconnected");
+  if (on === (disconnectedSince === null)) return;
+  disconnectedSince = on ? null : new Date();
+  document.body.classList.toggle("stale", !on);
+  banner.hidden = on;
+  if (!on) {
+    const format = { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };
+    const since = new Intl.DateTimeFormat(language, format).format(disconnectedSince);
+    banner.textContent = document.body.dataset.disconnected.replace("%", since);
+  }
+}
+
+let toastTimer = 0;
+
+function toast(text) {
+  const box = document.getElementById("toast");
+  box.textContent = text;
+  box.hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => (box.hidden = true), 10000);
+}
+
+function requestFailed(event) {
+  if (event.detail.elt.dataset.refresh !== undefined) {
+    connected(false);
+  } else {
+    const status = event.detail.xhr?.status;
+    if (status === 401) return;
+    toast(status ? document.body.dataset.failed.replace("%", status) : document.body.dataset.noResponse);
+  }
+}
+
+// A part that the reader is using is not refreshed.
 function busy(element) {
   const selection = document.getSelection();
   return (
@@ -91,7 +127,18 @@ document.addEventListener("keydown", (event) => {
     event.target.click();
   }
 });
-document.addEventListener("htmx:load", (event) => localTimes(event.detail.elt));
+document.addEventListener("htmx:load", (event) => {
+  localTimes(event.detail.elt);
+  event.detail.elt.querySelector?.("[data-focus]")?.focus();
+  if (event.detail.elt.matches?.("[data-focus]")) event.detail.elt.focus();
+});
+document.addEventListener("htmx:sendError", requestFailed);
+document.addEventListener("htmx:timeout", requestFailed);
+document.addEventListener("htmx:responseError", requestFailed);
+document.addEventListener("htmx:afterOnLoad", (event) => {
+  // The overview's state is that of its live connection.
+  if (event.detail.successful && document.getElementById("live") === null) connected(true);
+});
 localTimes(document);
 document.querySelectorAll("form[data-times]").forEach(localForm);
 setInterval(lookAgain, 500);

@@ -1,6 +1,11 @@
-// The overview as it happens: numbers and charts, a second at a time.
+// The overview, live: figures and charts, refreshed every second.
+
+import { connected } from "./dashboard.js";
 
 const SECONDS = 600;
+const root = document.body.dataset.root;
+const RATE_SECONDS = 60;
+const STATUS_MS = 5000;
 const status = document.getElementById("live");
 const samples = { second: [], minute: [] };
 let step = "second";
@@ -19,17 +24,26 @@ function showNumbers() {
   const last = samples.second.at(-1);
   if (!last) return;
   for (const element of document.querySelectorAll("[data-now]")) element.textContent = number.format(last[element.dataset.now]);
+  const minute = samples.second.slice(-RATE_SECONDS);
+  const length = minute.reduce((total, sample) => total + sample.seconds, 0);
   for (const element of document.querySelectorAll("[data-rate]")) {
-    const rate = last.seconds ? last[element.dataset.rate] / last.seconds : 0;
+    const rate = length ? minute.reduce((total, sample) => total + sample[element.dataset.rate], 0) / length : 0;
     element.textContent = rate < 10 ? oneDigit.format(rate) : number.format(Math.round(rate));
   }
   for (const element of document.querySelectorAll("[data-sum]")) {
     const sum = samples.second.reduce((total, sample) => total + sample[element.dataset.sum], 0);
     element.textContent = element.dataset.text.replace("%", number.format(sum));
   }
+}
+
+// The latencies of ten minutes cannot be made from those of the seconds: the server merges its histograms.
+async function showLatencies() {
+  const answer = await fetch(`${root}/api/v1/status`);
+  if (!answer.ok) return;
+  const window = (await answer.json()).last_ten_minutes;
   for (const element of document.querySelectorAll("[data-ms]")) {
-    const value = last[element.dataset.ms];
-    if (value !== null && value !== undefined) element.textContent = milliseconds(value);
+    const value = window?.[element.dataset.ms] ?? null;
+    element.textContent = value === null ? "–" : milliseconds(value);
   }
 }
 
@@ -98,18 +112,19 @@ function drawAll() {
 }
 
 async function load(which) {
-  const answer = await fetch(`/api/v1/series?step=${which}`);
+  const answer = await fetch(`${root}/api/v1/series?step=${which}`);
   if (answer.ok) samples[which] = (await answer.json()).items;
 }
 
 // Events
 
 function listen() {
-  const source = new EventSource("/api/v1/stream");
+  const source = new EventSource(`${root}/api/v1/stream`);
   const state = (on) => {
     status.hidden = false;
     status.classList.toggle("on", on);
     status.querySelector(".word").textContent = on ? status.dataset.live : status.dataset.stale;
+    connected(on);
   };
   source.addEventListener("open", () => state(true));
   source.addEventListener("error", () => {
@@ -150,4 +165,5 @@ showCharts();
 for (const { box } of charts) boxes.observe(box);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 setInterval(() => step === "minute" && load("minute").then(showCharts), 60000);
+setInterval(() => document.visibilityState === "visible" && showLatencies().catch(() => connected(false)), STATUS_MS);
 listen();
