@@ -33,8 +33,8 @@ from notify_server.config.values import (
     matching,
     own_path,
     platform_key,
-    public_url,
     share_below_one,
+    site_url,
     some_and_each_once,
     status_range,
     store_url,
@@ -62,7 +62,7 @@ class ServerConfig(Section):
     body_limit_bytes: Annotated[int, PlainValidator(whole(1024, 1024**3))] = 8 * 1024**2
     shutdown_grace: PositiveDuration = 20.0
     trusted_proxies: Networks = ()
-    public_url: Annotated[str, PlainValidator(public_url)] | None = None
+    public_url: Annotated[str, PlainValidator(site_url)] | None = None
     ssl_certificate: ReadableFile | None = None
     ssl_key: ReadableFile | None = None
     header_timeout: PositiveDuration = 10.0

@@ -94,7 +94,7 @@ def matching(pattern: str, wanted: str) -> Callable[[object], str]:
     return parse
 
 
-public_url = matching(
+site_url = matching(
     r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]*)?",
     'an http or https URL without a query, like "https://notify.example.com/notify"',
 )
