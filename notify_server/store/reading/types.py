@@ -210,9 +210,8 @@ class Records(Protocol):
         """One batch by its `id`."""
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
-        """Files of a batch in the order of their keys; files of any batch that fail for a reason, by host and state;
-        pending files by host, in the order in which they are due; otherwise all files in the order of their ids, for
-        who wants every one of them."""
+        """Return files. Their order follows the filter: those of a batch by key; those with a reason by host and state;
+        pending ones by host and due time; all others by id."""
 
     async def count(self, wanted: FileFilter) -> int:
         """How many files that is. Costs what it counts."""

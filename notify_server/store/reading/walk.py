@@ -18,6 +18,10 @@ from notify_server.store.reading.types import BatchFilter, BatchItem, FileFilter
 # Max rows scanned per page when filters are not fully covered by the index.
 MAX_SCANNED_ROWS = 50_000
 
+# States that only some files are in; the condition is that of the index file_missing.
+MISSING = (FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
+IS_MISSING = "state IN ('unavailable', 'blocked', 'upload_failed')"
+
 _INTEGERS = {"id", "first_received_at", "next_attempt_at"}
 
 
@@ -39,6 +43,7 @@ class Indexes(NamedTuple):
     file_of_batch: Index
     file_failing: Index
     file_due: Index
+    file_missing: Index
     file_id: Index
 
 
@@ -139,4 +144,6 @@ def walk_files(indexes: Indexes, wanted: FileFilter) -> Walk:
         return Walk(indexes.file_failing, equal)
     if wanted.state is FileState.PENDING:
         return Walk(indexes.file_due, equal | {"state": None})
+    if wanted.state in MISSING:
+        return Walk(indexes.file_missing, equal)
     return Walk(indexes.file_id, equal)

@@ -8,7 +8,7 @@ from typing import Any
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.reading.queries import CLOSED, READ_SECONDS, TOO_MUCH, QueriedRecords, load_record_queries
-from notify_server.store.reading.walk import Index, Indexes, Walk, conjunction
+from notify_server.store.reading.walk import IS_MISSING, Index, Indexes, Walk, conjunction
 from notify_server.store.sqlite.read_connection import PROGRESS_STEPS, ReadConnection
 
 MAX_CONNECTIONS = 2
@@ -22,6 +22,7 @@ INDEXES = Indexes(
     file_of_batch=Index("file INDEXED BY sqlite_autoindex_file_1", ("batch", "oss_object_name")),
     file_failing=Index("file INDEXED BY file_failing", ("reason", "host", "state", "id")),
     file_due=Index("file INDEXED BY file_due", ("host", "next_attempt_at", "id"), "state = 'pending'"),
+    file_missing=Index("file INDEXED BY file_missing", ("state", "id"), IS_MISSING),
     file_id=Index("file NOT INDEXED", ("id",)),
 )
 QUERIES = load_record_queries("sqlite", r"strftime('%Y-%m-%dT%H:%M:%fZ', \1 / 1000.0, 'unixepoch')")
