@@ -586,8 +586,11 @@ async def test_a_connection_cut_in_the_middle_of_recording_leaves_nothing_behind
 async def test_when_no_connection_is_left_callers_are_told_and_the_others_go_on(
     url: str, one: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with locked(url, "heartbeat") as holder:
-        pings = [asyncio.create_task(one.ping(NOW)) for _ in range(postgres.POOL_SIZE)]
+    for n in range(postgres.POOL_SIZE):
+        await take_in(one, finished(), batch_id=f"b{n}")
+    files = [id for (id,) in await fetch(url, "SELECT id FROM file")]
+    async with locked(url, "lease") as holder:
+        rechecks = [asyncio.create_task(one.recheck([file], NOW)) for file in files]
         await until_waiting(holder, postgres.POOL_SIZE)
         # Only now: the first ones had to wait for their connections to be made.
         monkeypatch.setattr(postgres, "ACQUIRE_SECONDS", 0.2)
@@ -595,8 +598,8 @@ async def test_when_no_connection_is_left_callers_are_told_and_the_others_go_on(
             await one.due_hosts("", 9)
         # Acks do not depend on it.
         await one.accept(delivery())
-    await asyncio.gather(*pings)
-    assert await one.due_hosts("", 9) == []
+    await asyncio.gather(*rechecks)
+    assert [due.host for due in await one.due_hosts("", 9)] == [HOST]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -318,6 +318,30 @@ async def test_results_whose_commit_is_cut_off_are_recorded_later_and_once(tmp_p
         assert await fetch(url, "SELECT DISTINCT attempts FROM file") == [(1,)]
         # Nobody was asked twice.
         assert len(origin.hits) == 50
+
+
+@pytest.mark.parametrize("table", ["notification", "nonce"])
+async def test_a_locked_table_of_callbacks_makes_the_daemon_not_ready(tmp_path: Path, url: str, table: str) -> None:
+    """Row 131."""
+    async with Daemon(tmp_path, config(url)) as daemon, aiohttp.ClientSession() as session:
+        base = daemon.callback.removesuffix("/notify")
+
+        async def readiness() -> tuple[int, str]:
+            async with session.get(f"{base}/readyz") as answer:
+                return answer.status, (await answer.json())["store"]
+
+        await eventually(lambda: _is(readiness, 200))
+        async with locked(url, table, readable=True):
+            await eventually(lambda: _is(readiness, 503))
+            assert "cannot commit" in (await readiness())[1]
+            if table == "notification":
+                assert (await daemon.post(batch_body("b", [failed("1")]))).status == 503
+        await eventually(lambda: _is(readiness, 200))
+        await daemon.deliver("b", [failed("1")])
+
+
+async def _is(readiness: Callable[[], Awaitable[tuple[int, str]]], status: int) -> bool:
+    return (await readiness())[0] == status
 
 
 async def test_while_all_connections_but_those_of_acks_are_held_up_callbacks_are_taken_and_then_all_goes_on(

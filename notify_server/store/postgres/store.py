@@ -26,6 +26,7 @@ from notify_server.store.merge import first_of_each
 from notify_server.store.postgres.backlog import Backlog
 from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
+from notify_server.store.postgres.inbox import Inbox
 from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node
 from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import migrate
@@ -44,6 +45,7 @@ from notify_server.store.postgres.writes import (
     prune,
     write_deliveries,
     write_discard,
+    write_heartbeat,
     write_recheck,
     write_rejections,
     write_results,
@@ -85,8 +87,9 @@ class PostgresStore:
         settings = SEEKING | patience(lease)
         self._acks = Session(url, self._place, settings)
         self._expansion_lock = ExpansionLock(url, self._place, lease)
+        self._inbox = Inbox(self._expansion_lock)
         self._node = Node(
-            url, self._place, lease, roles, on_lost=self._forget_claims, on_inbox=self._hear_inbox, on_work=on_work
+            url, self._place, lease, roles, on_lost=self._forget_claims, on_inbox=self._inbox.call, on_work=on_work
         )  # fmt: skip
         self._claims = Claims(url, self._place, lease, self._node)
         self._pool = create_pool(url, POOL_SIZE, **settings)
@@ -96,10 +99,6 @@ class PostgresStore:
         self._reject = GroupCommit(self._write_rejections, lambda rejection: len(rejection.body))
 
         self._backlog = Backlog()
-        # Set while the inbox may hold something; the counter tells whether it was set again during a read.
-        self._inbox_news = asyncio.Event()
-        self._inbox_calls = 0
-        self._inbox_news.set()
         self._latest = 0
         self._taking: Sequence[int] = ()
         self._probing: Sequence[int] = ()
@@ -230,7 +229,7 @@ class PostgresStore:
 
     def _accepted(self, delivery: Delivery, notification: int) -> None:
         self._backlog.files += delivery.files
-        self._hear_inbox()
+        self._inbox.call()
         if not self._expansion_lock.held:
             self._node.call(INBOX)
 
@@ -251,30 +250,13 @@ class PostgresStore:
             await transact(connection, partial(write_rejections, rejections=rejections))
         return [None] * len(rejections)
 
-    def _hear_inbox(self) -> None:
-        if self._expansion_lock.held:
-            self._inbox_calls += 1
-            self._inbox_news.set()
-
     async def wait_inbox(self) -> None:
-        await self._inbox_news.wait()
+        await self._inbox.wait()
 
     async def inbox(self, limit: int) -> list[InboxItem]:
         with self._verb():
-            calls = self._inbox_calls
-            items: list[InboxItem] = []
-            if not self._expands:
-                await self._expansion_lock.give_up()
-            if self._expansion_lock.held:
-                async with self._expansion_lock.use() as connection:
-                    most = min(limit, BUSY_ITEMS) if self._accept.busy else limit
-                    rows = await connection.fetch(SQL["inbox"], self._expansion_lock.first, most)
-                    self._expansion_lock.saw([row[0] for row in rows])
-                items = [InboxItem(id, body.encode(), *rest) for id, body, *rest in rows]
-            # Another call may have come after the read: only a read without one proves the inbox empty.
-            if not items and calls == self._inbox_calls:
-                self._inbox_news.clear()
-            return items
+            limit = min(limit, BUSY_ITEMS) if self._accept.busy else limit
+            return await self._inbox.read(limit, expands=self._expands)
 
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
         with self._verb(), self._backlog.changing():
@@ -341,8 +323,9 @@ class PostgresStore:
 
     async def ping(self, now: int) -> None:
         with self._verb():
-            async with self._connection() as connection:
-                await connection.execute(SQL["heartbeat"], now)
+            # On the connection of acks, so that what holds them up is seen.
+            async with self._acks.use() as connection:
+                await transact(connection, partial(write_heartbeat, now=now))
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         job = partial(
@@ -367,17 +350,7 @@ class PostgresStore:
                     await step()
 
     async def _poll_inbox(self) -> None:
-        """Take over expansion if no node does it, and look for deliveries whose notification was lost."""
-        if not self._expansion_lock.held:
-            if self._expands and await self._expansion_lock.take():
-                self._hear_inbox()
-        elif not self._expands:
-            # `inbox` gives the lock up, between two expansions.
-            self._hear_inbox()
-        elif not self._inbox_news.is_set():
-            async with self._expansion_lock.use() as connection:
-                if await connection.fetchval(SQL["inbox_waits"], self._expansion_lock.first):
-                    self._hear_inbox()
+        await self._inbox.poll(expands=self._expands)
 
     async def _correct_backlog(self) -> None:
         await self._backlog.correct(self._count_backlog)

@@ -21,6 +21,8 @@ ATTEMPT_COLUMNS = (
     "total_ms", "remote_addr",
 )  # fmt: skip
 
+HEARTBEAT_LOCK_MS = 500
+
 _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
 
 
@@ -94,6 +96,16 @@ async def _consume_rejections(
         else:
             gone[place] = rejection_gone(id)
     return gone
+
+
+async def write_heartbeat(connection: Connection, now: int) -> None:
+    """Write what proves that callbacks can be accepted. Takes the same locks on their tables as they do, and gives up
+    long before they would, so that callbacks are not kept waiting behind it.
+    """
+    await connection.execute(
+        f"SET LOCAL lock_timeout = '{HEARTBEAT_LOCK_MS}ms'; LOCK TABLE notification, nonce IN ROW EXCLUSIVE MODE"
+    )
+    await connection.execute(SQL["heartbeat"], now)
 
 
 async def write_rejections(connection: Connection, rejections: Sequence[Rejection]) -> None:
