@@ -34,8 +34,8 @@ from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.host_rates import HostRates
 from notify_server.telemetry.metrics import Metrics, tracing_wanted
 from notify_server.verify.guard import Guard
-from notify_server.verify.scheduler import Pool
 from notify_server.verify.shares import limit_of
+from notify_server.verify.verifier import Verifier
 from notify_server.web import rendering
 from notify_server.web.admin import Admin
 from notify_server.web.api.endpoints import HttpApi
@@ -58,7 +58,7 @@ RATES = web.AppKey("rates", HostRates)
 STORE = web.AppKey("store", Store)
 RECORDS = web.AppKey("records", Records)
 # None on a node that takes callbacks only.
-POOL: web.AppKey[Pool | None] = web.AppKey("pool")
+POOL: web.AppKey[Verifier | None] = web.AppKey("pool")
 METRICS = web.AppKey("metrics", Metrics)
 ADMIN = web.AppKey("admin", Admin)
 API = web.AppKey("api", Api)
@@ -174,7 +174,7 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
 
 def _pool(
     app: web.Application, links: Sequence[ProberLink], on_verdicts: Callable[[Sequence[BatchVerdict]], None]
-) -> Pool:
+) -> Verifier:
     store, metrics, rates, tracing = app[STORE], app[METRICS], app[RATES], app[TRACING]
 
     def on_recorded(results: Sequence[FileResult]) -> None:
@@ -187,7 +187,7 @@ def _pool(
         nodes = store.nodes
         return limit_of(host, settings, nodes.me, nodes.probing)
 
-    return Pool(
+    return Verifier(
         store,
         app[GUARD],
         app[CONFIG].verify,
@@ -200,7 +200,7 @@ def _pool(
     )
 
 
-def _watch_probing(metrics: Metrics, pool: Pool | None, links: Sequence[ProberLink]) -> None:
+def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[ProberLink]) -> None:
     metrics.gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: _in_flight(pool))
     metrics.gauges(
         "notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits if pool else dict
@@ -249,11 +249,11 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
     await stop_tasks(task)
 
 
-def _in_flight(pool: Pool | None) -> int:
+def _in_flight(pool: Verifier | None) -> int:
     return 0 if pool is None else pool.in_flight
 
 
-def _add_hosts_to(pool: Pool | None) -> Callable[[Iterable[str]], None]:
+def _add_hosts_to(pool: Verifier | None) -> Callable[[Iterable[str]], None]:
     """What hosts with new files are told to: on a node that does not probe nobody, the store calls those that do."""
     return (lambda hosts: None) if pool is None else pool.add_hosts
 

@@ -35,7 +35,7 @@ from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.telemetry.logging import set_up_logging
 from notify_server.verify.guard import Guard
 from notify_server.verify.policy import CONNECTION_FAILURES
-from notify_server.verify.scheduler import Pool
+from notify_server.verify.verifier import Verifier
 
 T = TypeVar("T")
 
@@ -341,7 +341,7 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
     guard = Guard(verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports)
     listing = InMemoryQueue(guard)
     links = [ProberLink(prober_config(config.verify)) for _ in range(verify.processes)]
-    pool = Pool(
+    pool = Verifier(
         listing,
         guard,
         verify,

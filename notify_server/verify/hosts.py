@@ -17,7 +17,7 @@ from asyncio import TimerHandle
 from collections import deque
 
 from notify_server.config import HostSettings
-from notify_server.model import CircuitState, DueFile
+from notify_server.model import CircuitState, DueFile, HostView
 
 REST_FACTOR = 10.0
 MIN_REST = 1.0
@@ -176,6 +176,19 @@ class Host:
             rest = max(REST_FACTOR * seconds, MIN_REST) * 2.0 ** min(self._opened - 1, 16)
             self.open_until = max(self.open_until, now + min(rest, self.settings.circuit_rest))
         return self.on_trial
+
+    def view(self, now: float) -> HostView:
+        """Return the figures that pages and metrics show."""
+        return HostView(
+            self.name,
+            self.circuit(now),
+            round(max(0.0, self.open_until - now), 3) if self.on_trial else 0.0,
+            self.in_flight,
+            len(self.queue),
+            self.limit,
+            None if self.rate is None else round(self.rate, 1),
+            round(max(0.0, self.rest_until - now), 3),
+        )
 
     def idle(self, now: float) -> bool:
         """Return whether the entry can be evicted without losing state."""

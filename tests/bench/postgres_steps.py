@@ -16,7 +16,7 @@ from notify_server.expansion.expander import INBOX_ITEMS
 from notify_server.model import AttemptRow, Delivery, DueFile, FileResult, FileState, ReportedStatus
 from notify_server.store.base import MAX_ID, Expansion, NewFile
 from notify_server.store.postgres.store import PostgresStore
-from notify_server.verify.scheduler import RECORD_ROWS
+from notify_server.verify.recorder import RECORD_ROWS
 from tests.bench.acks import SMALL
 from tests.bench.figures import Column, Outcome, Sheet
 from tests.bench.record import API_CODE, batch_name, body_of, object_name

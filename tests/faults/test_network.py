@@ -148,7 +148,7 @@ async def test_the_environments_proxies_are_not_asked(tmp_path: Path) -> None:
 
 # --- Our own side fails ---
 
-CUT_OFF = "nobody answers, files wait and nothing is spent on them"
+CUT_OFF = "no host answers: files wait, no attempts are spent"
 BACK = "connected again"
 # Spent long before what the tests below take is over.
 SHORT = ["50ms", "50ms"]

@@ -334,7 +334,7 @@ async def run(setting: Setting) -> list[Figure]:
         )
         seconds = time.monotonic() - began
         texts = stored_texts(daemon)
-        strays = daemon.count("host sends answers that nobody asked for, its connections are used once")
+        strays = daemon.count("host mixes up answers on one connection: each is used for one request")
         survived = daemon.prober_pids() == probers and await daemon.terminate() == 0
     for line in [line for each in seen for line in each.wrong][:20]:
         print(ascii(line), file=sys.stderr)

@@ -1,0 +1,298 @@
+"""Runs attempts: one request after the other until the policy comes to a conclusion, then a result for the record.
+
+An attempt is in flight in memory only: after a crash, or when a prober dies, its file is pending as before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import structlog
+
+from notify_server.config import VerifyConfig
+from notify_server.model import (
+    AttemptRow,
+    DueFile,
+    Evidence,
+    FileResult,
+    FileState,
+    Reason,
+    Request,
+    Target,
+    http_reason,
+)
+from notify_server.processes.prober_client import ProberLink
+from notify_server.verify import policy
+from notify_server.verify.connectivity import Outages
+from notify_server.verify.guard import Guard
+from notify_server.verify.hosts import Host
+from notify_server.verify.recorder import Recorder
+
+log = structlog.get_logger("notify_server.verify")
+
+# A file that was in flight when this many probers died may be what kills them: it is charged an attempt.
+MAX_DEATHS = 5
+
+
+class Flight:
+    """An attempt under way on one file."""
+
+    __slots__ = (
+        "ask", "began_cut_off", "deadline", "doubted", "file", "host", "link", "on_trial", "requests", "sent_at"
+    )  # fmt: skip
+
+    def __init__(self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, *, cut_off: bool) -> None:
+        self.file = file
+        self.host = host
+        self.ask = ask
+        self.deadline = now + host.settings.timeout
+        self.on_trial = host.on_trial
+        # True if it began during an outage of this machine, so that its failure to reach a host is not charged.
+        self.began_cut_off = cut_off
+        self.link: ProberLink | None = None
+        self.sent_at = 0
+        self.requests: list[AttemptRow] = []
+        # An answer on a reused connection that did not count.
+        self.doubted: Evidence | None = None
+
+
+Doubted = tuple[Flight, policy.Conclusion, Evidence]
+
+
+class Slots(Protocol):
+    """The scheduler's part in the end of an attempt."""
+
+    def free(self, flight: Flight) -> None:
+        """Free the slot of a flight that has ended."""
+
+    def give_back(self, flights: Sequence[Flight]) -> None:
+        """Free the slots, and return the files to the store: due as before, no attempt spent."""
+
+    def rest(self, host: Host, until: float) -> None:
+        """Send nothing to the host until then."""
+
+    def unpark(self) -> None:
+        """Give the hosts that waited for the end of an outage their turns."""
+
+    def pump(self) -> None:
+        """Start what may start now."""
+
+
+class Attempts:
+    """Owns the flights. `hosts` are those that the scheduler remembers, by name."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        config: VerifyConfig,
+        hosts: Mapping[str, Host],
+        recorder: Recorder,
+        slots: Slots,
+        *,
+        now: Callable[[], int],
+        chance: Callable[[], float],
+    ) -> None:
+        self._guard = guard
+        self._config = config
+        self._hosts = hosts
+        self._recorder = recorder
+        self._slots = slots
+        self._now = now
+        self._chance = chance
+        self._flights: dict[int, Flight] = {}
+        self._last_id = 0
+        self._deaths: dict[int, int] = {}
+        self.outages: Outages[Doubted] = Outages(
+            count=lambda doubted: self._end(*doubted, self._now()),
+            give_back=lambda doubted: slots.give_back([flight for flight, _, _ in doubted]),
+            under_way=self._targets,
+            on_connected=slots.unpark,
+            on_settled=slots.pump,
+        )
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def _targets(self) -> list[Target]:
+        return [flight.ask.target for flight in self._flights.values()]
+
+    def begin(self, file: DueFile, host: Host, now: float, *, cut_off: bool) -> Flight:
+        """Return the attempt on a file, of which nothing has been sent. The caller has counted it at its host."""
+        target = self._guard.examine(file.target_url)
+        return Flight(file, host, policy.first(target, host.settings), now, cut_off=cut_off)
+
+    def refuse(self, flight: Flight, reason: Reason, at: int) -> None:
+        """End an attempt that the guard refuses, by settings that are newer than the file."""
+        self._end(flight, policy.Conclusion(FileState.BLOCKED, reason), None, at)
+
+    def request(self, flight: Flight, link: ProberLink, now: float, at: int) -> Request:
+        """Return the flight's next request, for this prober."""
+        self._last_id += 1
+        self._flights[self._last_id] = flight
+        flight.link = link
+        flight.sent_at = at
+        ask, settings = flight.ask, flight.host.settings
+        return Request(
+            self._last_id,
+            ask.method,
+            ask.target.url,
+            round((flight.deadline - now) * 1000),
+            round(settings.connect_timeout * 1000),
+            # A host that mixes up its answers gets a connection of its own each time.
+            ask.fresh or not flight.host.reuse,
+            flight.host.reuse,
+            ask.ranged,
+        )
+
+    def on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
+        """Judge evidence, and send what the attempts ask for next."""
+        again: list[Request] = []
+        # Evidence that arrives together is judged at the same time.
+        now, at = time.monotonic(), self._now()
+        for item in evidence:
+            flight = self._flights.pop(item.id, None)
+            if flight is None:
+                continue
+            outcome = self._judge(flight, item, now)
+            self._note(flight, item, outcome)
+            if isinstance(outcome, policy.Conclusion):
+                if not (self._slow_down(flight, outcome, item, at) or self._is_doubted(flight, outcome, item)):
+                    self._end(flight, outcome, item, at)
+                continue
+            flight.ask = outcome
+            again.append(self.request(flight, link, now, at))
+        if again:
+            link.send(again)
+        self.outages.settle()
+        self._slots.pump()
+
+    def _judge(self, flight: Flight, item: Evidence, now: float) -> policy.NextRequest | policy.Conclusion:
+        last = flight.file.attempts >= len(self._config.retry_schedule)
+        settings = flight.host.settings
+        outcome = policy.judge(flight.ask, item, settings, self._guard.follow, last=last)
+        if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
+            if outcome.method == flight.ask.method:
+                return policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
+            # HEAD has taken all of the time, and the GET that decides has a time of its own.
+            flight.deadline = now + settings.timeout
+        return outcome
+
+    def _note(self, flight: Flight, item: Evidence, outcome: policy.NextRequest | policy.Conclusion) -> None:
+        """Keep the request as an attempt row, and note what it shows of the host."""
+        host, ask = flight.host, flight.ask
+        if item.status is not None:
+            host.answered()
+        self.outages.heard(ask.target, item)
+        if isinstance(outcome, policy.NextRequest) and outcome.fresh and not ask.fresh:
+            flight.doubted = item
+            return
+        doubted, flight.doubted = flight.doubted, None
+        if doubted is not None and policy.was_anothers(doubted, item):
+            if host.reuse:
+                log.warning("host mixes up answers on one connection: each is used for one request", host=host.name)
+            host.reuse = False
+        if item.failure is not None:
+            reason: str | None = item.failure
+        elif item.status in policy.REDIRECTS or outcome is policy.AVAILABLE:
+            reason = None
+        else:
+            reason = http_reason(item.status or 0)
+        flight.requests.append(
+            AttemptRow(
+                flight.sent_at,
+                ask.method,
+                ask.target.url if ask.hops else None,
+                item.status,
+                reason,
+                item.dns_ms,
+                item.connect_ms,
+                item.tls_ms,
+                item.first_byte_ms,
+                item.total_ms,
+                item.remote_addr,
+            )
+        )
+
+    def _end(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence | None, now: int) -> None:
+        """Record the attempt, count a failure at the host, and free the slot."""
+        file, config = flight.file, self._config
+        attempts = file.attempts + 1
+        asked = policy.retry_after_ms(item.retry_after, now) if item is not None and item.retry_after else None
+        outcome = policy.conclude(conclusion, attempts, config.retry_schedule, config.jitter, self._chance(), asked)
+        next_attempt_at = None if outcome.wait_ms is None else now + outcome.wait_ms
+        self._recorder.add(
+            FileResult(
+                file,
+                outcome.state,
+                conclusion.reason,
+                attempts,
+                next_attempt_at,
+                item.status if item is not None else None,
+                item.content_length if item is not None else None,
+                item.content_type if item is not None else None,
+                item.etag if item is not None else None,
+                item.last_modified if item is not None else None,
+                conclusion.led_to or (flight.ask.target.url if flight.ask.hops else None),
+                item.remote_addr if item is not None else None,
+                sum(request.total_ms for request in flight.requests) if item is not None else None,
+                None if outcome.state is FileState.PENDING else now,
+                tuple(flight.requests),
+            )
+        )
+        self._deaths.pop(file.id, None)
+        if item is not None and item.status is None and conclusion.reason in policy.CONNECTION_FAILURES:
+            self._host_failed(flight.host, item.total_ms / 1000)
+        self._slots.free(flight)
+
+    def _host_failed(self, host: Host, seconds: float) -> None:
+        was_open = host.on_trial
+        if not host.failed(time.monotonic(), seconds):
+            return
+        if not was_open:
+            log.warning("host does not answer, its files wait", host=host.name)
+        self._slots.rest(host, host.open_until)
+
+    def _slow_down(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence, at: int) -> bool:
+        """Return whether the attempt does not count, because the host has asked for fewer requests."""
+        now = time.monotonic()
+        # A redirect's target is a host of its own, with a rate of its own.
+        name = flight.ask.target.host
+        host = flight.host if name == flight.host.name else self._hosts.get(name, flight.host)
+        if not conclusion.busy:
+            if item.status is not None:
+                host.served(now)
+            return False
+        asked_ms = policy.retry_after_ms(item.retry_after, at)
+        was_paced = host.rate is not None
+        if not host.too_busy(now, None if asked_ms is None else asked_ms / 1000):
+            return False
+        if not was_paced:
+            log.warning("host asks for fewer requests, it is paced", host=host.name, rate=round(host.rate or 0.0, 1))
+        self._slots.rest(host, host.rest_until)
+        self._slots.give_back([flight])
+        return True
+
+    def _is_doubted(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence) -> bool:
+        """Return whether the attempt does not count yet, because this machine may be cut off."""
+        if conclusion.state is not FileState.PENDING:
+            return False
+        doubted = (flight, conclusion, item)
+        return self.outages.doubt(flight.ask.target, item, doubted, on_trial=flight.began_cut_off)
+
+    def on_death(self, link: ProberLink) -> list[Flight]:
+        """Drop the flights of a prober that has died, and return those whose files are to be given back.
+
+        No attempt is spent, unless a file was in flight so often when a prober died that it seems to be the cause.
+        """
+        lost = [id for id, flight in self._flights.items() if flight.link is link]
+        given_back: list[Flight] = []
+        for id in lost:
+            flight = self._flights.pop(id)
+            deaths = self._deaths[flight.file.id] = self._deaths.get(flight.file.id, 0) + 1
+            if deaths >= MAX_DEATHS:
+                self._end(flight, policy.Conclusion(FileState.PENDING, Reason.PROTOCOL_ERROR), None, self._now())
+            else:
+                given_back.append(flight)
+        return given_back
