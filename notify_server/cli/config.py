@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_c
 from notify_server.config import ENV_PREFIX, Config, StatusRange
 from notify_server.config.forward import warnings
 from notify_server.config.loading import FORWARD
-from notify_server.config.values import duration
+from notify_server.config.values import duration, with_secrets_hidden
 from notify_server.contract.signature import PlatformKey
 from notify_server.forward.accept import Accept
 
@@ -46,7 +45,7 @@ def check(path: Path | None) -> None:
     print(f"environment: {variables or 'none'}")
     for warning in warnings(config.forward):
         print(f"warning: {warning}")
-    print("The configuration is right.")
+    print("Configuration OK.")
 
 
 def show(path: Path | None, *, as_json: bool) -> None:
@@ -149,8 +148,7 @@ def _variables(environ: Mapping[str, str]) -> dict[tuple[str, str], str]:
 def _plain(value: Any, field: FieldInfo) -> Any:
     match value:
         case None | str() | int():
-            # An address of a store may have a password in it.
-            return re.sub(r"//[^/@]*@", "//…@", value) if field.repr is False and isinstance(value, str) else value
+            return with_secrets_hidden(value) if field.repr is False and isinstance(value, str) else value
         case float():
             return _duration(value) if _is_duration(field) else value
         case SecretStr():

@@ -60,7 +60,7 @@ class ServerConfig(Section):
     port: Annotated[int, PlainValidator(whole(0, 65535))] = 8080
     callback_path: Annotated[str, PlainValidator(own_path)] = "/notify"
     body_limit_bytes: Annotated[int, PlainValidator(whole(1024, 1024**3))] = 8 * 1024**2
-    shutdown_grace: PositiveDuration = 20.0
+    shutdown_grace: PositiveDuration = 8.0
     trusted_proxies: Networks = ()
     public_url: Annotated[str, PlainValidator(site_url)] | None = None
     ssl_certificate: ReadableFile | None = None

@@ -187,6 +187,9 @@ def _postgres_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        if "@" in parts.path or parts.port == 0:
+            # A slash or a colon in a password has ended the host too early.
+            parts = None
     except ValueError:
         parts, options = None, {}
     if parts is None or parts.fragment or not url.isprintable() or re.search(r"\s", url):
@@ -207,6 +210,27 @@ def without_secrets(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     sockets = parse_qs(parts.query).get("host", [])
     return f"postgresql://{host}{parts.path}" + (f"?host={sockets[-1]}" if sockets and not host else "")
+
+
+# Options of libpq whose values may be shown; any other may be a password, or hold one.
+_SHOWN_OPTIONS = frozenset(
+    {"application_name", "connect_timeout", "dbname", "host", "port", "sslcert", "sslkey", "sslmode", "sslrootcert"}
+    | {"target_session_attrs"}
+)
+
+
+def with_secrets_hidden(url: str) -> str:
+    """Return the address of a store with its user, its password and the values of doubtful options as `…`."""
+    if not url.startswith(POSTGRES_SCHEMES):
+        return url
+    parts = urlsplit(url)
+    _, at, host = parts.netloc.rpartition("@")
+    options = [
+        option if option.partition("=")[0] in _SHOWN_OPTIONS else f"{option.partition('=')[0]}=…"
+        for option in parts.query.split("&")
+    ]
+    query = f"?{'&'.join(options)}" if parts.query else ""
+    return f"{parts.scheme}://{'…@' if at else ''}{host}{parts.path}{query}"
 
 
 def platform_key(value: object) -> PlatformKey:
