@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import secrets
 import sys
 from importlib.metadata import version
@@ -433,6 +434,7 @@ def prune(
 
 def main() -> None:
     """The entry point of `notify-server` and `python -m notify_server`."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # An address may hold what a terminal's encoding does not.
@@ -447,6 +449,22 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of a standard stream that is closed, or the next file or socket would take its number and
+    get what is meant for it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest free number, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+    # Python has none for those that were closed.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
 def _usage_problem(error: Any) -> str:

@@ -20,7 +20,7 @@ from notify_server.telemetry.logging import set_up_logging
 def run(config_path: Path | None) -> None:
     """Serve until SIGTERM or SIGINT. Exits 1 with one line when it cannot start."""
     config = read_config(config_path)
-    set_up_logging(config.log)
+    set_up_logging(config.log, background=True)
     freeze_gc()
     try:
         uvloop.run(_serve(config))

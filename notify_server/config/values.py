@@ -183,16 +183,19 @@ def store_url(value: object) -> str:
     return url
 
 
+_HOST_AND_PORT = re.compile(r"(?:\[[^\]]*\]|[^\[\]:]*)(?::[0-9]*)?").fullmatch
+
+
 def _postgres_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        if "@" in parts.path or parts.port == 0:
-            # A slash or a colon in a password has ended the host too early.
-            parts = None
+        # A slash or a colon in a password ends the host too early.
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        readable = "@" not in parts.path and not parts.fragment and all(map(_HOST_AND_PORT, hosts))
     except ValueError:
-        parts, options = None, {}
-    if parts is None or parts.fragment or not url.isprintable() or re.search(r"\s", url):
+        readable, options = False, {}
+    if not readable or not url.isprintable() or re.search(r"\s", url):
         raise ValueError(
             'must be like "postgresql://user:password@host/database?sslmode=require", with what is special in a name '
             "or a password as %XX"

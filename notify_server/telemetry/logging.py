@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
+import os
+import queue
 import re
 import sys
+import threading
+from collections.abc import Mapping
 from typing import Any, TextIO, cast
 
 import structlog
@@ -14,9 +19,57 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from notify_server.config import LogConfig
 
+# Lines that wait for a slow reader of standard error; more are dropped, so that neither acks nor memory wait for it.
+MAX_WAITING_LINES = 10_000
+EXIT_SECONDS = 1.0
+# syslog(3); journald reads them from the beginning of a line.
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+
+class BackgroundStream:
+    """Writes to a stream from a thread of its own, so that the caller never waits for the stream's reader.
+
+    At most `max_lines` wait. Later ones are dropped and counted in `dropped`; a line says how many once
+    the reader goes on.
+    """
+
+    def __init__(self, stream: TextIO, *, max_lines: int = MAX_WAITING_LINES) -> None:
+        self._stream = stream
+        self._max_lines = max_lines
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.dropped = 0
+        self._reported = 0
+        # A daemon thread: one that is blocked in a write must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        """Queue the text, or count it as dropped."""
+        if self._lines.qsize() < self._max_lines:
+            self._lines.put(text)
+        else:
+            self.dropped += 1
+
+    def flush(self) -> None:
+        """Do nothing: the thread flushes each line."""
+
+    def close(self) -> None:
+        """Write what waits, for at most EXIT_SECONDS."""
+        self._lines.put(None)
+        self._thread.join(EXIT_SECONDS)
+
+    def _run(self) -> None:
+        while (text := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write(text)
+                if (dropped := self.dropped) > self._reported:
+                    self._stream.write(f"{dropped - self._reported} log lines dropped: standard error is not read\n")
+                    self._reported = dropped
+                self._stream.flush()
+
 
 class BestEffortStream:
-    """A stream whose reader may go away: that must not stop what wanted to say something."""
+    """Writes to a stream whose reader may go away, which must not stop the one who writes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -30,12 +83,17 @@ class BestEffortStream:
             self._stream.flush()
 
 
-def set_up_logging(config: LogConfig) -> None:
-    """Log to standard error, one line an event, in colour on a terminal or as JSON.
+def set_up_logging(config: LogConfig, *, background: bool = False) -> None:
+    """Log to standard error, one line an event, in colour on a terminal or as JSON; for journald with priorities.
 
     Values from outside are escaped (JSON strings, or repr on the console), so that no event can forge another line.
+    With `background` a thread writes, see BackgroundStream.
     """
     stream = cast("TextIO", BestEffortStream(sys.stderr))
+    if background:
+        queued = BackgroundStream(stream)
+        atexit.register(queued.close)
+        stream = cast("TextIO", queued)
     level = logging.getLevelNamesMapping()[config.level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -53,6 +111,8 @@ def set_up_logging(config: LogConfig) -> None:
                 colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
             ),
         ]
+    if _is_journal(os.environ, 2):
+        renderer[-1] = _with_priority(renderer[-1])
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -69,6 +129,27 @@ def set_up_logging(config: LogConfig) -> None:
     )
     handler.addFilter(_is_news)
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+
+
+def _is_journal(environ: Mapping[str, str], descriptor: int) -> bool:
+    """Return True when the descriptor is the stream to journald that systemd names in JOURNAL_STREAM, and not what
+    somebody has redirected it to (systemd.exec(5)).
+    """
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _with_priority(render: structlog.typing.Processor) -> structlog.typing.Processor:
+    """Begin every line with the priority of its event (sd-daemon(3))."""
+
+    def prioritised(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
+        priority = _PRIORITIES.get(str(event.get("level", method)), 6)
+        return "\n".join(f"<{priority}>{line}" for line in str(render(logger, method, event)).splitlines())
+
+    return prioritised
 
 
 # Valid JSON, but obeyed by terminals, taken for line ends, or not encodable.

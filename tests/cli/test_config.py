@@ -40,7 +40,7 @@ async def config(folder: Path, *arguments: str, **variables: str) -> Finished:
 async def test_what_is_right_is_told_with_where_it_comes_from(tmp_path: Path) -> None:
     end = await config(tmp_path, "check")
     assert (end.code, end.stderr) == (0, "")
-    assert end.stdout == "file: none, config.toml is not there\nenvironment: none\nThe configuration is right.\n"
+    assert end.stdout == "file: none, config.toml is not there\nenvironment: none\nConfiguration OK.\n"
     (tmp_path / "config.toml").write_text(WRITTEN)
     end = await config(tmp_path, "check", NOTIFY_SERVER__LOG__LEVEL="debug", notify_server__server__port="1")
     assert end.stdout.startswith(
@@ -146,3 +146,29 @@ async def test_no_secret_of_the_environment_is_shown(tmp_path: Path, key: str) -
         assert end.code == 0
         assert variable in end.stdout
         assert TOKEN not in end.stdout + end.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hidden@db/d",
+        "postgresql://u:p%40hidden@db/d",
+        "postgresql://u:p@hidden@db/d",
+        "postgresql://db/d?user=u&password=hidden",
+        "postgresql://db/d?user=u&password=a@hidden",
+        "postgresql://u@db/d?sslmode=require&sslkey=/k&sslpassword=hidden",
+        "postgresql:///d?host=/run/postgresql&passfile=/hidden",
+        "postgresql://db/d?options=-c%20x.y=hidden",
+        "postgresql://u:x/hidden@db/d",
+        "postgresql://u:hidden#x@db/d",
+        "postgresql://u:hidden?x@db/d",
+    ],
+)
+@pytest.mark.parametrize("command", [("config", "show"), ("config", "show", "--json"), ("config", "check")])
+async def test_no_spelling_of_a_password_in_the_stores_address_is_shown(
+    tmp_path: Path, url: str, command: tuple[str, ...]
+) -> None:
+    environ = clean_environment(NOTIFY_SERVER__STORE__URL=url)
+    end = await run_command(*command, cwd=tmp_path, environ=environ)
+    assert "hidden" not in end.stdout + end.stderr
+    assert end.code == 0 or "[store]" in end.stderr or "STORE__URL" in end.stderr
