@@ -30,9 +30,7 @@ ACCEPTING_TURNS = 3
 
 def make_connections(app: web.Application, handlers: web.Server, config: ServerConfig) -> CallbackConnection:
     """Return the factory of connections to an app that has been set up; `handlers` is aiohttp's factory."""
-    # A callback's span is what aiohttp's task runs in.
-    callback = app[CALLBACK] if app[TRACING] is None else None
-    return CallbackConnection(config, handlers, callback, app[METRICS].connections_refused.add_plain)
+    return CallbackConnection(config, handlers, app[CALLBACK], app[METRICS].connections_refused.add_plain)
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:

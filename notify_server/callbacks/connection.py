@@ -18,7 +18,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion11, RawRequestMessage
 
 from notify_server.callbacks.errors import RefusedError
-from notify_server.callbacks.handler import Callback
+from notify_server.callbacks.handler import Callback, content_length
 from notify_server.callbacks.response import Answer
 from notify_server.config import ServerConfig
 
@@ -37,7 +37,7 @@ def body_length(message: RawRequestMessage) -> int | None:
     if "Expect" in headers or "Transfer-Encoding" in headers or "Content-Encoding" in headers:
         return None
     length = headers.get("Content-Length", "")
-    return int(length) if length.isascii() and length.isdigit() else None
+    return content_length(headers) if length.isascii() and length.isdigit() else None
 
 
 class CallbackConnection:
@@ -111,11 +111,13 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answering",
+        "_at",
         "_callback",
         "_choked",
         "_due",
         "_ended",
         "_front",
+        "_held",
         "_later",
         "_lingering",
         "_message",
@@ -138,8 +140,12 @@ class Connection(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._missing = 0
         self._answering = False
-        # What came before its turn; while there is some nothing more is read.
+        # What came before its turn, from `_at` on; while there is some nothing more is read. It is not cut at each
+        # request: a sender that pipelines thousands would have all of it copied each time.
         self._later = b""
+        self._at = 0
+        # Bytes of the body that count in the callback's budget.
+        self._held = 0
         # The caller does not read its answers.
         self._choked = False
         self._lingering = False
@@ -178,12 +184,13 @@ class Connection(asyncio.Protocol):
             return
         if self._answering or self._choked:
             # Sent before the last was answered (RFC 9112 9.3.2): in its turn.
-            self._later += data
+            self._later = self._later[self._at :] + data
+            self._at = 0
             self._pause()
         elif self._message is not None:
-            self._read(data)
+            self._read(data, 0)
         else:
-            self._begin(data)
+            self._begin(data, 0)
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -198,41 +205,48 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _begin(self, data: bytes) -> None:
+    def _begin(self, data: bytes, at: int) -> None:
+        """Read a request that begins at `at`."""
         front = self._front
-        end = data.find(HEAD_END, 0, MAX_HEAD) + len(HEAD_END)
-        if end < len(HEAD_END) or not data.startswith(front.begins):
-            return self._hand_over(data)
-        message = front.read_head(data[:end])
+        end = data.find(HEAD_END, at, at + MAX_HEAD) + len(HEAD_END)
+        if end < len(HEAD_END) or not data.startswith(front.begins, at):
+            return self._hand_over(data[at:])
+        message = front.read_head(data[at:end])
         if message is None or (length := body_length(message)) is None:
-            return self._hand_over(data)
+            return self._hand_over(data[at:])
         self._message = message
         self._missing = length
-        data = data[end:]
         try:
             self._remote = self._callback.admit(message.method, message.headers, message.url, self._peer)
         except RefusedError as refused:
-            self._take(data)
-            self._answering = True
-            self._callback.refuse(message.headers, self._peer, refused, self._reply)
+            self._take(data, end)
+            self._refuse(refused, self._peer)
             return None
-        self._read(data)
+        self._read(data, end)
         if not self._answering:
             self._wait(front.config.body_timeout)
         return None
 
-    def _take(self, data: bytes) -> bytes:
-        """What of the data is the body's."""
-        missing = self._missing
-        if len(data) > missing:
-            data, self._later = data[:missing], data[missing:]
+    def _take(self, data: bytes, at: int) -> bytes:
+        """Return what of the data, from `at` on, is the body's."""
+        end = at + self._missing
+        if len(data) > end:
+            self._later, self._at = data, end
             self._pause()
-        self._missing -= len(data)
-        return data
+        body = data[at:end]
+        self._missing -= len(body)
+        return body
 
-    def _read(self, data: bytes) -> None:
-        data = self._take(data)
+    def _read(self, data: bytes, at: int) -> None:
+        data = self._take(data, at)
         if self._missing:
+            try:
+                self._callback.hold(len(data))
+            except RefusedError as refused:
+                self._parts = []
+                self._refuse(refused, self._remote)
+                return
+            self._held += len(data)
             self._parts.append(data)
             return
         if self._parts:
@@ -243,7 +257,17 @@ class Connection(asyncio.Protocol):
         self._answering = True
         self._callback.receive(self._message.headers, self._remote, data, self._reply)
 
+    def _refuse(self, refused: RefusedError | None, remote: str) -> None:
+        assert self._message is not None
+        self._answering = True
+        self._callback.refuse(self._message.headers, remote, refused, self._reply)
+
+    def _release(self) -> None:
+        self._callback.release(self._held)
+        self._held = 0
+
     def _reply(self, answer: Answer) -> None:
+        self._release()
         front, message = self._front, self._message
         if self._transport is None or self._transport.is_closing() or message is None:
             return
@@ -278,8 +302,8 @@ class Connection(asyncio.Protocol):
             return
         self._transport.resume_reading()
         if self._later:
-            later, self._later = self._later, b""
-            self.data_received(later)
+            later, at, self._later, self._at = self._later, self._at, b"", 0
+            self._begin(later, at)
 
     def _pause(self) -> None:
         if self._transport is not None:
@@ -298,6 +322,9 @@ class Connection(asyncio.Protocol):
     def _leave(self) -> None:
         self._front.open.discard(self)
         self._message = None
+        self._parts = []
+        self._later = b""
+        self._release()
         if self._timer is not None:
             self._timer.cancel()
         if self._front.draining:
@@ -319,8 +346,7 @@ class Connection(asyncio.Protocol):
         elif self._front.loop.time() < self._due:
             self._timer = self._front.loop.call_at(self._due, self._ring)
         elif self._message is not None:
-            self._answering = True
-            self._callback.refuse(self._message.headers, self._remote, None, self._reply)
+            self._refuse(None, self._remote)
         else:
             # What it has not read by now it does not read.
             self._transport.abort()

@@ -9,8 +9,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 class RefusedError(Exception):
-    """A callback that is not accepted. `keep` tells whether its body is worth keeping in `rejection`, and `proven`
-    whether a signature has shown who sent it.
+    """A callback that is not accepted. `keep` tells whether its body is worth keeping in `rejection`, `proven` whether
+    a signature has shown who sent it, and `why` is what the operator should know and the sender should not.
     """
 
     def __init__(
@@ -22,6 +22,7 @@ class RefusedError(Exception):
         headers: dict[str, str] | None = None,
         keep: bool = False,
         proven: bool = False,
+        why: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -31,19 +32,37 @@ class RefusedError(Exception):
         self.headers = headers or {}
         self.keep = keep
         self.proven = proven
+        self.why = why
 
 
 RETRY_AFTER_SECONDS = 5
 
 
-def busy(message: str) -> RefusedError:
-    """503: the same request may succeed later."""
-    return RefusedError(503, "503", message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+def busy(message: str, *, close: bool = False, why: str = "") -> RefusedError:
+    """Return a 503: the same request may succeed later."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} | ({"Connection": "close"} if close else {})
+    return RefusedError(503, "503", message, headers=headers, why=why)
+
+
+def error_body(request_id: str, code: str, message: str) -> bytes:
+    """Return `{"request_id", "code", "msg", "data": null}` as JSON."""
+    return _encode({"request_id": request_id, "code": code, "msg": message, "data": None})
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an exception and of those that led to it.
+
+    They hold the frames that it passed through, and with them the request's body; where such a frame has the exception
+    in a variable the two keep each other alive until the garbage collector comes, which it rarely does here.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def error_response(
     request_id: str, status: int, code: str, message: str, headers: dict[str, str] | None = None
 ) -> web.Response:
     """`{"request_id", "code", "msg", "data": null}` with an HTTP status that says the same."""
-    body = _encode({"request_id": request_id, "code": code, "msg": message, "data": None})
+    body = error_body(request_id, code, message)
     return web.Response(body=body, status=status, content_type="application/json", headers=headers)

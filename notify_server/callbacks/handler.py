@@ -1,15 +1,12 @@
-"""The callback endpoint: who asks, what they send, and an answer once it is durable."""
+"""The decision on a callback: accepted once it is durable, or refused; the same whoever reads the request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from ipaddress import ip_address
+from collections.abc import Callable
 from random import getrandbits
 from typing import TYPE_CHECKING
 
@@ -18,10 +15,10 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from notify_server.callbacks.errors import RefusedError, busy, error_response
-from notify_server.callbacks.rate_limit import RateLimit, source_of
+from notify_server.callbacks.access import SIGNATURE_MESSAGE, Access
+from notify_server.callbacks.errors import RefusedError, busy, error_response, forget_frames
 from notify_server.callbacks.response import AckForm, Answer
-from notify_server.config import Config, IPNetwork
+from notify_server.config import Config
 from notify_server.contract import signature, wire
 from notify_server.contract.envelope import open_envelope
 from notify_server.contract.trace_context import TraceParent, parse_traceparent
@@ -42,65 +39,36 @@ if TYPE_CHECKING:
 log = structlog.get_logger("notify_server.web")
 
 UNSIGNED = "none"
-# The same words for every failed check, so that a caller learns nothing about which one it was.
-SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
 DETAIL_LIMIT = 500
-# A flood is told of once in so long.
-LOUD_SECONDS = 60.0
+# Codings that change the bytes of a body. A name such as "utf-8" in Content-Encoding is a sender's slip.
+COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
+# Bodies that have begun to arrive and are not answered yet may take this much memory, all together.
+MAX_UNANSWERED_BYTES = 256 * 1024**2
+# A longer number than this is no length, and int() refuses thousands of digits.
+MAX_LENGTH_DIGITS = 18
+BOM = b"\xef\xbb\xbf"
 
 
 def new_request_id() -> str:
-    """A UUID (RFC 9562 version 4). It need not be unguessable, so it is spared the system call of `uuid.uuid4`."""
+    """Return a UUID (RFC 9562 version 4) without the system call of `uuid.uuid4`: it need not be unguessable."""
     digits = f"{getrandbits(128) & ~(0xF << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def within(address: str, networks: Sequence[IPNetwork]) -> bool:
-    """Whether the text of an address, IPv4-mapped or not, lies in one of the networks."""
-    try:
-        parsed = ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = parsed.ipv4_mapped if parsed.version == 6 else None
-    return any(parsed in network or (mapped is not None and mapped in network) for network in networks)
-
-
-def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[IPNetwork]) -> str:
-    """Who called: the peer, or the last address in X-Forwarded-For that no trusted proxy stands behind.
-
-    `forwarded_for` has the field's lines in order. A proxy appends the address that called it, so the list is believed
-    from its end, as far as the addresses are trusted proxies; the first other one is the caller, and all before it is
-    what that caller claims.
-    """
-    if not trusted or not within(peer, trusted):
-        return peer
-    address = peer
-    for entry in reversed([part.strip() for line in forwarded_for for part in line.split(",")]):
-        try:
-            # A zone says nothing away from its own machine, and may hold anything.
-            address = str(ip_address(entry.strip("[]").partition("%")[0]))
-        except ValueError:
-            break
-        if not within(address, trusted):
-            break
-    return address
-
-
-@lru_cache(256)
-def _is_json(content_type: str) -> bool:
-    """Whether a Content-Type allows for JSON in UTF-8 (RFC 8259 8.1). A missing one does."""
-    media_type, *parameters = [part.strip().lower() for part in content_type.split(";")]
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
-            return False
-    return media_type in ("", "application/json", "text/json") or (
-        media_type.startswith("application/") and media_type.endswith("+json")
-    )
+def content_length(headers: CIMultiDictProxy[str]) -> int:
+    """Return the Content-Length in bytes, 0 without one; a number that is too long counts as very large."""
+    text = headers.get("Content-Length", "").strip()
+    if not (text.isascii() and text.isdigit()):
+        return 0
+    digits = text.lstrip("0")
+    return int(digits or "0") if len(digits) <= MAX_LENGTH_DIGITS else 10**MAX_LENGTH_DIGITS
 
 
 class Callback:
-    """The handler of the callback path. Both clocks give Unix ms; what is signed is checked against `wall`."""
+    """Decides on each callback. Both clocks give Unix ms; what is signed is checked against `wall`.
+
+    A reader calls `admit` with the head, then `receive` with the body, or `refuse`; `reply` is called once, later.
+    """
 
     def __init__(
         self,
@@ -112,80 +80,105 @@ class Callback:
         tracing: Tracing | None = None,
     ) -> None:
         self._server, self._auth = config.server, config.auth
+        self._access = Access(config.server, config.auth, asyncio.get_running_loop().time)
         self._max_files = config.contract.max_files
         self._backlog_limit = config.verify.backlog_limit
         self._store = store
         self._callbacks = metrics.callbacks
         (self._acks,) = metrics.ack_seconds.series.values()
-        self._rate_limit = RateLimit(self._server.rate_limit) if self._server.rate_limit else None
-        self._loud_at = 0.0
         self._now = now
         self._wall = wall
         self._tracing = tracing
-        # Bodies that were not there with their headers, and are being waited for.
+        # Bodies that aiohttp reads and that were not there with their headers.
         self._arriving = 0
         self._arrived = asyncio.Event()
-        # Bound once: a request pays for its line of debug only when it is written.
+        # Bytes of bodies that have begun to arrive and are not answered yet.
+        self._unanswered = 0
+        # Bound once: a request pays for its debug line only when it is written.
         self._debug = log.bind().debug
-        self._token = config.auth.callback_token.get_secret_value().encode() if config.auth.callback_token else None
         self._ack = AckForm(config.ack)
         self._refusing: set[asyncio.Task[None]] = set()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request to the callback path, whatever its method."""
-        about, caller = self._about(request.headers)
-        if self._tracing is None:
-            return await self._answer(request, about, caller, None)
-        path = self._server.callback_path
-        with self._tracing.callback(about["request_id"], caller, request.method, path, request.remote or "") as span:
-            about["trace_id"] = span.trace_id
-            response = await self._answer(request, about, caller, span)
-            span.answered(response.status)
-            return response
+        """Answer a request that aiohttp has read, whatever its method."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-    async def _answer(
-        self, request: web.BaseRequest, about: dict[str, str], caller: TraceParent | None, span: CallbackSpan | None
-    ) -> web.StreamResponse:
-        started = time.perf_counter()
-        body = b""
-        remote = request.remote or ""
+        def reply(given: Answer) -> None:
+            if not answer.done():
+                answer.set_result(given)
+
+        headers, remote = request.headers, request.remote or ""
+        held = 0
         try:
-            remote = self.admit(request.method, request.headers, request.rel_url, remote)
+            remote = self.admit(request.method, headers, request.rel_url, remote)
             body = await self._read(request)
-            delivery = self._check(request.headers, body, about["request_id"], remote, caller)
-            await self._store.accept(delivery)
+            held = len(body)
         except ConnectionError:
-            # Nobody reads this.
             self.hung_up(remote)
-            return error_response(about["request_id"], 400, "400", "the body is not complete")
-        except Exception as error:
-            return await self._refuse(about, remote, body, error)
-        self._accepted(about, remote, delivery, started)
-        if span is not None:
-            span.accepted(delivery)
-        return self._ack.response(about["request_id"])
+            return error_response(new_request_id(), 400, "400", "the body is not complete")
+        except RefusedError as refused:
+            self.refuse(headers, remote, refused, reply)
+        else:
+            self.receive(headers, remote, body, reply)
+            del body
+        try:
+            return (await answer).response()
+        finally:
+            self.release(held)
+
+    def admit(self, method: str, headers: CIMultiDictProxy[str], url: URL, peer: str) -> str:
+        """Return the caller's address when nothing in the head is a reason to refuse it before its body is read.
+
+        Raises RefusedError.
+        """
+        caller = self._access.caller(headers, peer)
+        if method != "POST":
+            raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
+        if not self._server.takes_callbacks:
+            raise busy("this server takes no callbacks ([server] roles), send it again to one that does")
+        self._access.check(headers, url, caller)
+        if self._store.backlog >= self._backlog_limit:
+            raise busy("too much is waiting to be verified, send it again later")
+        if content_length(headers) > self._server.body_limit_bytes:
+            raise self._too_large()
+        return caller
+
+    def hold(self, size: int) -> None:
+        """Count bytes of a body that has begun to arrive. Raise RefusedError when there are too many altogether."""
+        if self._unanswered + size > MAX_UNANSWERED_BYTES:
+            raise busy("too many large bodies are arriving, send it again later", close=True)
+        self._unanswered += size
+
+    def release(self, size: int) -> None:
+        """Give back bytes that `hold` has counted."""
+        self._unanswered -= size
 
     def receive(
         self, headers: CIMultiDictProxy[str], remote: str, body: bytes, reply: Callable[[Answer], object]
     ) -> None:
-        """Take a request that has been admitted, once its body is there; `reply` is called when it is durable, or
-        refused.
-        """
+        """Take a request that has been admitted, with its body; `reply` is called when it is durable, or refused."""
         started = time.perf_counter()
         about, caller = self._about(headers)
         request_id = about["request_id"]
+        span = None
+        if self._tracing is not None:
+            span, reply = self._traced(self._tracing, about, caller, "POST", remote, reply)
         try:
             delivery = self._check(headers, body, request_id, remote, caller)
         except Exception as error:
-            self._refuse_later(about, remote, body, error, reply)
+            self._refuse(about, remote, body, _refusal(about, remote, error), reply)
             return
 
         def committed(accepted: asyncio.Future[int]) -> None:
             if (error := accepted.exception()) is not None:
-                self._refuse_later(about, remote, body, error, reply)
-            else:
-                self._accepted(about, remote, delivery, started)
-                reply(self._ack.answer(request_id))
+                self._refuse(about, remote, body, _refusal(about, remote, error), reply)
+                return
+            self._acks.observe(time.perf_counter() - started)
+            self._callbacks.add(ACCEPTED)
+            self._debug("accepted", **about, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
+            if span is not None:
+                span.accepted(delivery)
+            reply(self._ack.answer(request_id))
 
         asyncio.ensure_future(self._store.accept(delivery)).add_done_callback(committed)
 
@@ -195,17 +188,42 @@ class Callback:
         remote: str,
         refused: RefusedError | None,
         reply: Callable[[Answer], object],
+        method: str = "POST",
     ) -> None:
-        """Refuse a request that has not been admitted, or (None) whose body is not there in time."""
-        about, _ = self._about(headers)
-        self._refuse_later(about, remote, b"", refused or _late(), reply)
+        """Refuse a request that has not been admitted, or (None) whose body did not arrive in time."""
+        about, caller = self._about(headers)
+        if self._tracing is not None:
+            _, reply = self._traced(self._tracing, about, caller, method, remote, reply)
+        refused = refused or _late()
+        forget_frames(refused)
+        self._refuse(about, remote, b"", refused, reply)
 
     def hung_up(self, remote: str) -> None:
-        """The caller has hung up half-way through its body."""
+        """Note that the caller has hung up half-way through its body."""
         self._debug("hung up", remote=remote)
 
+    def _traced(
+        self,
+        tracing: Tracing,
+        about: dict[str, str],
+        caller: TraceParent | None,
+        method: str,
+        remote: str,
+        reply: Callable[[Answer], object],
+    ) -> tuple[CallbackSpan, Callable[[Answer], object]]:
+        """Start the request's span, which ends with its answer."""
+        span = tracing.callback(about["request_id"], caller, method, self._server.callback_path, remote)
+        about["trace_id"] = span.trace_id
+
+        def reply_and_end(answer: Answer) -> None:
+            span.answered(answer.status)
+            span.end()
+            reply(answer)
+
+        return span, reply_and_end
+
     def _about(self, headers: CIMultiDictProxy[str]) -> tuple[dict[str, str], TraceParent | None]:
-        """What every line of the log has that concerns a request, and the caller's place in a trace."""
+        """Return the fields of every log line that concerns a request, and the caller's place in a trace."""
         about = {"request_id": new_request_id()}
         caller = None
         if "traceparent" in headers:
@@ -214,26 +232,53 @@ class Callback:
                 about["trace_id"] = caller.trace_id
         return about, caller
 
-    def _accepted(self, about: dict[str, str], remote: str, delivery: Delivery, started: float) -> None:
-        self._acks.observe(time.perf_counter() - started)
-        self._callbacks.add(ACCEPTED)
-        self._debug("accepted", **about, remote=remote, batch_id=delivery.batch_id, files=delivery.files)
-
-    def _refuse_later(
+    def _refuse(
         self,
         about: dict[str, str],
         remote: str,
         body: bytes,
-        error: BaseException,
+        refused: RefusedError,
         reply: Callable[[Answer], object],
     ) -> None:
-        async def refuse() -> None:
-            reply(Answer.of(await self._refuse(about, remote, body, error)))
+        # Where a signature is required, anything that comes before its proof may be anybody's.
+        if refused.keep and (refused.proven or self._auth.signature != "required"):
+            task = asyncio.create_task(self._keep_and_refuse(about, remote, body, refused, reply), name="refuse")
+            self._refusing.add(task)
+            task.add_done_callback(self._refusing.discard)
+            task.add_done_callback(log_task_failure)
+        else:
+            # Not at once: pipelined requests would be answered one inside the other.
+            asyncio.get_running_loop().call_soon(reply, self._refused(about, remote, refused))
 
-        task = asyncio.create_task(refuse(), name="refuse")
-        self._refusing.add(task)
-        task.add_done_callback(self._refusing.discard)
-        task.add_done_callback(log_task_failure)
+    async def _keep_and_refuse(
+        self,
+        about: dict[str, str],
+        remote: str,
+        body: bytes,
+        refused: RefusedError,
+        reply: Callable[[Answer], object],
+    ) -> None:
+        detail = refused.message[:DETAIL_LIMIT]
+        rejection = Rejection(self._now(), remote, refused.code, detail, body, about["request_id"])
+        try:
+            await self._store.reject(rejection)
+        except StoreUnavailableError as error:
+            # Not kept, so the sender must not give it up either.
+            log.error("not kept, the store cannot commit", **about, error=str(error))
+            refused = busy("the store cannot commit, send it again")
+        except Exception as error:
+            refused = _failed(about, error)
+        reply(self._refused(about, remote, refused))
+
+    def _refused(self, about: dict[str, str], remote: str, refused: RefusedError) -> Answer:
+        self._callbacks.add(refused.code)
+        # A line for each refusal of a flood would be a flood itself.
+        write = self._debug if refused.status == 429 else log.info
+        if refused.why:
+            about["why"] = refused.why
+            write = log.error if refused.status == 503 else log.warning
+        write("refused", **about, remote=remote, status=refused.status, detail=refused.message)
+        return Answer.of(about["request_id"], refused)
 
     async def drain(self, seconds: float) -> None:
         """Wait until no body is on its way, but no longer than `seconds`: once aiohttp shuts down it reads nothing
@@ -244,66 +289,33 @@ class Callback:
                     self._arrived.clear()
                     await self._arrived.wait()
 
-    def admit(self, method: str, headers: CIMultiDictProxy[str], url: URL, peer: str) -> str:
-        """The caller's address, when nothing of the head is a reason to refuse it before its body is read.
-
-        Raises RefusedError. Only a request that is admitted counts for the rate limit.
-        """
-        server, auth = self._server, self._auth
-        if server.trusted_proxies:
-            peer = client_address(peer, headers.getall("X-Forwarded-For", ()), server.trusted_proxies)
-        if self._rate_limit is not None:
-            self._check_rate(self._rate_limit, peer)
-        if method != "POST":
-            raise RefusedError(405, "405", "only POST is answered here", headers={"Allow": "POST"})
-        if not server.takes_callbacks:
-            raise busy("this server takes no callbacks ([server] roles), send it again to one that does")
-        if auth.callback_networks and not within(peer, auth.callback_networks):
-            raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
-        if self._token is not None and not hmac.compare_digest(_token_of(headers, url), self._token):
-            raise RefusedError(401, "401001", SIGNATURE_MESSAGE)
-        if self._store.backlog >= self._backlog_limit:
-            raise busy("too much is waiting to be verified, send it again later")
-        if int(headers.get("Content-Length", 0)) > server.body_limit_bytes:
-            raise self._too_large()
-        return peer
-
-    def _check_rate(self, limit: RateLimit, peer: str) -> None:
-        now = asyncio.get_running_loop().time()
-        if not (wait := limit.wait(source_of(peer), now)):
-            return
-        if now >= self._loud_at:
-            self._loud_at = now + LOUD_SECONDS
-            log.warning("callbacks beyond [server] rate_limit are answered 429", remote=peer)
-        retry_after = {"Retry-After": str(math.ceil(wait))}
-        raise RefusedError(429, "429", "请求过于频繁 too many requests, send it again later", headers=retry_after)
-
     async def _read(self, request: web.BaseRequest) -> bytes:
-        if "Content-Encoding" in request.headers:
-            raise RefusedError(415, "415", "Content-Encoding: send the body as it is, not compressed")
         if request.content.is_eof():
-            body = await self._read_bounded(request)
-        else:
-            self._arriving += 1
-            try:
-                async with asyncio.timeout(self._server.body_timeout):
-                    body = await self._read_bounded(request)
-            except TimeoutError:
-                raise _late() from None
-            finally:
-                self._arriving -= 1
-                self._arrived.set()
-        return body
+            return await self._read_bounded(request)
+        self._arriving += 1
+        try:
+            async with asyncio.timeout(self._server.body_timeout):
+                return await self._read_bounded(request)
+        except TimeoutError:
+            raise _late() from None
+        finally:
+            self._arriving -= 1
+            self._arrived.set()
 
     async def _read_bounded(self, request: web.BaseRequest) -> bytes:
         limit = self._server.body_limit_bytes
         parts: list[bytes] = []
         size = 0
-        while part := await request.content.readany():
-            size += len(part)
-            if size > limit:
-                raise self._too_large()
-            parts.append(part)
+        try:
+            while part := await request.content.readany():
+                self.hold(len(part))
+                size += len(part)
+                if size > limit:
+                    raise self._too_large()
+                parts.append(part)
+        except BaseException:
+            self.release(size)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _too_large(self) -> RefusedError:
@@ -323,11 +335,14 @@ class Callback:
         remote: str,
         caller: TraceParent | None,
     ) -> Delivery:
-        """The body as a delivery. Raises RefusedError, ContractError, SignatureError."""
-        if not _is_json(content_type := headers.get("Content-Type", "")):
-            raise RefusedError(
-                415, "415", f"Content-Type: must be application/json, not {content_type[:80]}", keep=True
-            )
+        """Return the body as a delivery. Raises RefusedError, ContractError, SignatureError.
+
+        Content-Type is not looked at: the platform's document promises none, and what parses as a notification is one.
+        """
+        codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
+        if codings & COMPRESSIONS:
+            raise RefusedError(415, "415", "Content-Encoding: send the body as it is, not compressed", keep=True)
+        sent, body = body, body.removeprefix(BOM)
         now = self._now()
         nonce = None
         proven_by = UNSIGNED
@@ -337,7 +352,8 @@ class Callback:
             # Nearly every body is bare; what has a file_list of its own is no envelope.
             notification = wire.parse_notification(body, max_files=self._max_files)
         except ContractError as error:
-            problem = error
+            # Without the traceback, whose frames hold the body and, in a variable, the error itself.
+            problem = error.with_traceback(None)
             envelope = open_envelope(body)
         if self._auth.signature != "off" and (envelope is not None or self._auth.signature == "required"):
             if envelope is None:
@@ -355,13 +371,13 @@ class Callback:
                 notification = wire.parse_notification(envelope.notification, max_files=self._max_files)
                 problem = None
             except ContractError as error:
-                problem = error
+                problem = error.with_traceback(None)
         if problem is not None:
-            raise RefusedError(400, "400", str(problem), keep=True, proven=proven_by != UNSIGNED) from problem
+            raise RefusedError(400, "400", str(problem), keep=True, proven=proven_by != UNSIGNED) from None
         return Delivery(
             notification.batch_id,
             notification.api_code,
-            body,
+            sent,
             len(notification.file_list),
             now,
             remote,
@@ -371,29 +387,11 @@ class Callback:
             caller.text if caller is not None else None,
         )
 
-    async def _refuse(self, about: dict[str, str], remote: str, body: bytes, error: BaseException) -> web.Response:
-        request_id = about["request_id"]
-        refused = _refusal(about, remote, error)
-        # Where a signature is required, whatever comes before its proof may be anybody's.
-        if refused.keep and (refused.proven or self._auth.signature != "required"):
-            detail = refused.message[:DETAIL_LIMIT]
-            try:
-                await self._store.reject(Rejection(self._now(), remote, refused.code, detail, body, request_id))
-            except StoreUnavailableError as error:
-                # Not kept, so not to be given up by the sender either.
-                log.error("not kept, the store cannot commit", **about, error=str(error))
-                refused = busy("the store cannot commit, send it again")
-            except Exception as error:
-                refused = _failed(about, error)
-        self._callbacks.add(refused.code)
-        # One of a flood that is kept out is no news.
-        tell = self._debug if refused.status == 429 else log.info
-        tell("refused", **about, remote=remote, status=refused.status, detail=refused.message)
-        return error_response(request_id, refused.status, refused.code, refused.message, refused.headers)
-
 
 def _refusal(about: dict[str, str], remote: str, error: BaseException) -> RefusedError:
-    """How to answer what went wrong; what the operator has to know of it is logged."""
+    """Return how to answer an error. The tracebacks of those that are expected are dropped."""
+    if isinstance(error, RefusedError | ContractError | SignatureError | NonceReusedError | StoreUnavailableError):
+        forget_frames(error)
     match error:
         case RefusedError():
             return error
@@ -401,16 +399,14 @@ def _refusal(about: dict[str, str], remote: str, error: BaseException) -> Refuse
             # An envelope that cannot be opened.
             return RefusedError(400, "400", str(error), keep=True)
         case SignatureError():
-            log.warning("signature refused", **about, remote=remote, error=str(error))
             if error.code == signature.TIMESTAMP_EXPIRED:
-                return RefusedError(403, "403001", "请求时间非法或已过期 timestamp invalid or expired")
-            return RefusedError(401, "401001", SIGNATURE_MESSAGE)
+                message = "请求时间非法或已过期 timestamp invalid or expired"
+                return RefusedError(403, "403001", message, why=str(error))
+            return RefusedError(401, "401001", SIGNATURE_MESSAGE, why=str(error))
         case NonceReusedError():
-            log.warning("nonce refused", **about, remote=remote, error=str(error))
-            return RefusedError(403, "403002", "请勿重复请求 duplicate request")
+            return RefusedError(403, "403002", "请勿重复请求 duplicate request", why=str(error))
         case StoreUnavailableError():
-            log.error("not accepted, the store cannot commit", **about, error=str(error))
-            return busy("the store cannot commit, send it again")
+            return busy("the store cannot commit, send it again", why=str(error))
         case _:
             return _failed(about, error)
 
@@ -421,10 +417,5 @@ def _late() -> RefusedError:
 
 def _failed(about: dict[str, str], error: BaseException) -> RefusedError:
     log.error("a request failed, please report this", **about, exc_info=error)
+    forget_frames(error)
     return RefusedError(500, "500", "系统异常 system error, try again")
-
-
-def _token_of(headers: CIMultiDictProxy[str], url: URL) -> bytes:
-    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
-    presented = credentials.strip() if scheme.lower() == "bearer" else url.query.get("token", "")
-    return presented.encode("utf-8", "surrogatepass")

@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
+from notify_server.callbacks.errors import RefusedError, error_body
 from notify_server.config import AckConfig
 
 REQUEST_ID = "{request_id}"
@@ -19,24 +20,33 @@ NO_CONTENT, RESET_CONTENT = 204, 205
 
 
 class Answer(NamedTuple):
-    """`head` is all of it but the blank line at its end; `closes` asks for the connection to be closed after it."""
+    """A response. `head` is its bytes but for the blank line at the end; `closes` closes the connection after it."""
 
+    status: int
+    fields: Mapping[str, str]
     head: bytes
     body: bytes
     closes: bool = False
 
     @classmethod
-    def of(cls, response: web.Response) -> Self:
-        """What a response of aiohttp's says."""
-        body = response.body
-        assert isinstance(body, bytes)
-        closes = response.headers.get("Connection", "").lower() == "close"
-        fields = {name: value for name, value in response.headers.items() if name != "Connection"}
-        return cls(_head(response.status, fields, len(body), int(time.time())), body, closes)
+    def of(cls, request_id: str, refused: RefusedError) -> Self:
+        """Return the answer to a request that is refused."""
+        body = error_body(request_id, refused.code, refused.message)
+        closes = refused.headers.get("Connection", "").lower() == "close"
+        fields = {"Content-Type": "application/json; charset=utf-8"}
+        fields |= {name: value for name, value in refused.headers.items() if name != "Connection"}
+        return cls(refused.status, fields, _head(refused.status, fields, len(body), int(time.time())), body, closes)
 
     def written(self, *, closes: bool) -> bytes:
-        """All of it, with a word that the connection is closed after it when that is so."""
+        """Return all of its bytes, with a header that the connection is closed when it is."""
         return b"%b%b\r\n%b" % (self.head, b"Connection: close\r\n" if closes else b"", self.body)
+
+    def response(self) -> web.Response:
+        """Return the response for a request that aiohttp has read."""
+        response = web.Response(body=self.body, status=self.status, headers=self.fields)
+        if self.closes:
+            response.force_close()
+        return response
 
 
 class AckForm:
@@ -51,21 +61,14 @@ class AckForm:
         self._head = b""
 
     def answer(self, request_id: str) -> Answer:
-        """The ack of a request."""
-        body = self._body(request_id)
+        """Return the ack of a request."""
+        body = request_id.encode().join(self._parts)
         # Ids are all of one length, and a second sees many acks.
         second = int(time.time())
         if second != self._second:
             self._head = _head(self._status, self._fields, len(body), second)
             self._second = second
-        return Answer(self._head, body)
-
-    def response(self, request_id: str) -> web.Response:
-        """The ack of a request that aiohttp has read."""
-        return web.Response(body=self._body(request_id), status=self._status, headers=self._fields)
-
-    def _body(self, request_id: str) -> bytes:
-        return request_id.encode().join(self._parts)
+        return Answer(self._status, self._fields, self._head, body)
 
 
 def _head(status: int, fields: Mapping[str, str], length: int, second: int) -> bytes:

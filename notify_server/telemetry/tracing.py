@@ -14,7 +14,8 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self
 
 import structlog
 import yarl
@@ -68,8 +69,18 @@ class CallbackSpan:
         self._span.set_attribute("notify_server.api_code", delivery.api_code)
         self._span.set_attribute("notify_server.files", delivery.files)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the span."""
+        self._span.end()
+
     def answered(self, status: int) -> None:
-        """The status of the answer."""
+        """Note the status of the answer."""
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             self._span.set_attribute("error.type", str(status))
@@ -95,11 +106,8 @@ class Tracing:
         """Export in batches to the collector that the environment names, over OTLP/HTTP."""
         return cls(BatchSpanProcessor(OTLPSpanExporter()), version)
 
-    @contextlib.contextmanager
-    def callback(
-        self, request_id: str, parent: TraceParent | None, method: str, route: str, peer: str
-    ) -> Iterator[CallbackSpan]:
-        """The span of a callback, for as long as it is being answered."""
+    def callback(self, request_id: str, parent: TraceParent | None, method: str, route: str, peer: str) -> CallbackSpan:
+        """Start the span of a callback; it lasts until its `end`."""
         known = method in METHODS
         attributes: dict[str, str | int] = {
             "http.request.method": method if known else "_OTHER",
@@ -114,10 +122,7 @@ class Tracing:
         self._callbacks[request_id] = span.get_span_context()
         if len(self._callbacks) > MAX_CALLBACKS_KEPT:
             self._callbacks.popitem(last=False)
-        try:
-            yield CallbackSpan(span)
-        finally:
-            span.end()
+        return CallbackSpan(span)
 
     def probed(self, results: Sequence[FileResult]) -> None:
         """Requests have been made to hosts. They are told of later, or not at all while that cannot keep up."""

@@ -20,9 +20,8 @@ import structlog
 import yarl
 from aiohttp import HttpVersion11, web
 
+from notify_server.callbacks.access import RateLimit, client_address, source_of, within
 from notify_server.callbacks.errors import RefusedError, error_response
-from notify_server.callbacks.handler import client_address, within
-from notify_server.callbacks.rate_limit import RateLimit, source_of
 from notify_server.config import Config
 
 log = structlog.get_logger("notify_server.web")
@@ -157,7 +156,7 @@ class Admin:
     def log_in(self, request: web.Request, token: str, response: web.StreamResponse) -> bool:
         """Give the response the cookie if this is the admin_token; whether it is. Raises RefusedError (429) when this
         source has tried too often."""
-        peer = client_address(request.remote or "", request.headers.getall("X-Forwarded-For", ()), self._trusted)
+        peer = client_address(request.remote or "", request.headers, self._trusted)
         if self._logins.wait(source_of(peer), asyncio.get_running_loop().time()):
             raise RefusedError(429, "429", "too many log-ins, wait a moment", headers={"Retry-After": "1"})
         if self._token is None or not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token):

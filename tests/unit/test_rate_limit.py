@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notify_server.callbacks import rate_limit
-from notify_server.callbacks.rate_limit import RateLimit, source_of
+from notify_server.callbacks import access as rate_limit
+from notify_server.callbacks.access import RateLimit, source_of
 
 SOURCE = "192.0.2.7"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import pytest
 import pytest_asyncio
 from hypothesis import example, given
 from hypothesis import strategies as st
+from multidict import CIMultiDict, CIMultiDictProxy
 
-from notify_server.callbacks.handler import client_address, within
+from notify_server.callbacks.access import client_address, within
+from notify_server.config import IPNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -454,7 +457,7 @@ async def test_an_untrusted_peer_cannot_name_another_caller(start: Start) -> Non
         ([",,,"], "127.0.0.1"),
         (["192.0.2.7\t"], "192.0.2.7"),
         (["\x7f\xff garbage; for=1"], "127.0.0.1"),
-        (["192.0.2.7:8080"], "127.0.0.1"),
+        (["192.0.2.7:8080"], "192.0.2.7"),
     ],
 )
 async def test_behind_trusted_proxies_the_last_address_that_is_none_of_them_is_the_caller(
@@ -497,6 +500,31 @@ STRANGERS = st.ip_addresses().filter(lambda address: not any(address in network 
 LISTS = st.lists(st.one_of(PROXIES, STRANGERS), max_size=6)
 
 
+def client_of(peer: str, lines: list[str], trusted: Sequence[IPNetwork], name: str = "X-Forwarded-For") -> str:
+    return client_address(peer, CIMultiDictProxy(CIMultiDict((name, line) for line in lines)), trusted)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "caller"),
+    [
+        ("X-Forwarded-For", "203.0.113.9:51008", "203.0.113.9"),
+        ("X-Forwarded-For", "[2001:db8::9]:51008", "2001:db8::9"),
+        ("X-Forwarded-For", "[2001:db8::9]", "2001:db8::9"),
+        ("X-Forwarded-For", "2001:db8::9", "2001:db8::9"),
+        ("X-Forwarded-For", "198.51.100.1:1, 203.0.113.9:51008, 10.0.0.2:80", "203.0.113.9"),
+        ("Forwarded", "for=203.0.113.9", "203.0.113.9"),
+        ("Forwarded", 'for="203.0.113.9:51008";proto=https;by=10.0.0.1', "203.0.113.9"),
+        ("Forwarded", 'by=10.0.0.1; For="[2001:db8::9]:51008"', "2001:db8::9"),
+        ("Forwarded", "for=198.51.100.1, for=203.0.113.9, for=10.0.0.2", "203.0.113.9"),
+        ("Forwarded", "for=unknown", "10.0.0.1"),
+        ("Forwarded", "for=_hidden", "10.0.0.1"),
+        ("Forwarded", "proto=https", "10.0.0.1"),
+    ],
+)
+def test_caller_behind_a_proxy_is_found_in_every_spelling(name: str, line: str, caller: str) -> None:
+    assert client_of("10.0.0.1", [line], NETWORKS, name) == caller
+
+
 def is_proxy(text: str) -> bool:
     return within(text, NETWORKS)
 
@@ -504,15 +532,15 @@ def is_proxy(text: str) -> bool:
 @given(peer=STRANGERS, lines=st.lists(st.text(max_size=60)))
 def test_an_untrusted_peer_is_the_caller_whatever_it_says(peer: str, lines: list[str]) -> None:
     if not is_proxy(peer):
-        assert client_address(peer, lines, NETWORKS) == peer
-    assert client_address(peer, lines, ()) == peer
+        assert client_of(peer, lines, NETWORKS) == peer
+    assert client_of(peer, lines, ()) == peer
 
 
 @given(peer=PROXIES, hops=LISTS)
 def test_the_caller_is_the_last_stranger_or_else_the_first_proxy(peer: str, hops: list[str]) -> None:
     strangers = [hop for hop in hops if not is_proxy(hop)]
     expected = strangers[-1] if strangers else (hops or [peer])[0]
-    assert client_address(peer, [",".join(hops)] if hops else [], NETWORKS) == expected
+    assert client_of(peer, [",".join(hops)] if hops else [], NETWORKS) == expected
 
 
 @given(peer=PROXIES, hops=LISTS, cuts=st.lists(st.booleans(), min_size=6, max_size=6))
@@ -523,13 +551,13 @@ def test_how_the_header_is_cut_into_lines_changes_nothing(peer: str, hops: list[
             lines[-1] += f" , {hop}"
         else:
             lines.append(hop)
-    assert client_address(peer, lines, NETWORKS) == client_address(peer, hops, NETWORKS)
+    assert client_of(peer, lines, NETWORKS) == client_of(peer, hops, NETWORKS)
 
 
 @given(peer=PROXIES, claims=st.text(max_size=60), caller=STRANGERS, hops=st.lists(PROXIES, max_size=4))
 def test_what_the_caller_claims_changes_nothing(peer: str, claims: str, caller: str, hops: list[str]) -> None:
     if not is_proxy(caller):
-        assert client_address(peer, [claims, caller, *hops], NETWORKS) == caller
+        assert client_of(peer, [claims, caller, *hops], NETWORKS) == caller
 
 
 @given(peer=PROXIES, lines=st.lists(st.text(alphabet=st.characters(), max_size=60), max_size=5))
@@ -539,7 +567,7 @@ def test_what_the_caller_claims_changes_nothing(peer: str, claims: str, caller: 
 @example("10.0.0.1", ["[[10.0.0.2]]"])
 @example("10.0.0.1", ["\u0661.1.1.1", "\uff11.1.1.1"])
 def test_garbage_never_becomes_an_address(peer: str, lines: list[str]) -> None:
-    caller = client_address(peer, lines, NETWORKS)
+    caller = client_of(peer, lines, NETWORKS)
     assert isinstance(ip_address(caller), IPv4Address | IPv6Address)
     assert caller.isascii()
     assert caller.isprintable()

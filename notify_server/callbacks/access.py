@@ -1,0 +1,173 @@
+"""Who may post a notification: the caller's address, its network, its token and its rate."""
+
+from __future__ import annotations
+
+import hmac
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import IPv6Address, ip_address
+from urllib.parse import unquote_to_bytes
+
+import structlog
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+from notify_server.callbacks.errors import RefusedError
+from notify_server.config import AuthConfig, IPNetwork, ServerConfig
+
+log = structlog.get_logger("notify_server.web")
+
+# The same words for every failed check, so that a caller learns nothing about which one it was.
+SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
+# A flood is logged at most this often.
+LOUD_SECONDS = 60.0
+# Beyond this many sources the ones silent for longest are forgotten, which only favours them.
+MAX_SOURCES = 10_000
+# What one subscriber gets of IPv6 (RFC 6177): who has one address of it has all of them.
+IPV6_PREFIX = 64
+
+# RFC 7239 4: `for=` with a token or a quoted string.
+_FORWARDED_FOR = re.compile(r'(?:^|;)\s*for\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;,"\s]+))', re.IGNORECASE)
+_BRACKETED = re.compile(r"\[([^\]]*)\](?::\d+)?")
+_IPV4_PORT = re.compile(r"(\d+\.\d+\.\d+\.\d+):\d+")
+
+
+class Access:
+    """Decides from the head of a request whether its sender may post. Times are monotonic seconds."""
+
+    def __init__(self, server: ServerConfig, auth: AuthConfig, clock: Callable[[], float]) -> None:
+        self._trusted = server.trusted_proxies
+        self._networks = auth.callback_networks
+        token = auth.callback_token
+        self._token = token.get_secret_value().encode() if token is not None else None
+        self._rate_limit = RateLimit(server.rate_limit) if server.rate_limit else None
+        self._clock = clock
+        self._loud_at = 0.0
+
+    def caller(self, headers: CIMultiDictProxy[str], peer: str) -> str:
+        """Return the address of the caller, behind the trusted proxies. Raise RefusedError (429) beyond its rate."""
+        address = client_address(peer, headers, self._trusted) if self._trusted else peer
+        if self._rate_limit is not None:
+            self._check_rate(self._rate_limit, address)
+        return address
+
+    def check(self, headers: CIMultiDictProxy[str], url: URL, caller: str) -> None:
+        """Raise RefusedError unless the network, the token and the kind of client let the caller in."""
+        if self._networks and not within(caller, self._networks):
+            raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
+        if self._token is not None and not any(
+            hmac.compare_digest(presented, self._token) for presented in _tokens(headers, url)
+        ):
+            raise RefusedError(401, "401001", SIGNATURE_MESSAGE)
+        if "Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            # A page of another site makes its visitor's browser post; the platform is no browser.
+            raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from a web page")
+
+    def _check_rate(self, limit: RateLimit, caller: str) -> None:
+        now = self._clock()
+        if not (wait := limit.wait(source_of(caller), now)):
+            return
+        if now >= self._loud_at:
+            self._loud_at = now + LOUD_SECONDS
+            log.warning("callbacks beyond [server] rate_limit are answered 429", remote=caller)
+        retry_after = {"Retry-After": str(math.ceil(wait))}
+        raise RefusedError(429, "429", "请求过于频繁 too many requests, send it again later", headers=retry_after)
+
+
+def _tokens(headers: CIMultiDictProxy[str], url: URL) -> Iterator[bytes]:
+    """Return the token in each reading of the request: a `+` in an address may be itself or a blank."""
+    scheme, _, credentials = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        yield credentials.strip().encode("utf-8", "surrogatepass")
+        return
+    yield url.query.get("token", "").encode("utf-8", "surrogatepass")
+    for part in url.raw_query_string.split("&"):
+        name, _, value = part.partition("=")
+        if name == "token":
+            yield unquote_to_bytes(value)
+            yield value.encode("utf-8", "surrogatepass")
+            return
+
+
+def within(address: str, networks: Sequence[IPNetwork]) -> bool:
+    """Return whether the text of an address, IPv4-mapped or not, lies in one of the networks."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = parsed.ipv4_mapped if parsed.version == 6 else None
+    return any(parsed in network or (mapped is not None and mapped in network) for network in networks)
+
+
+def client_address(peer: str, headers: CIMultiDictProxy[str], trusted: Sequence[IPNetwork]) -> str:
+    """Return who called: the peer, or the last forwarded address that is no trusted proxy.
+
+    Proxies append the address that called them, so the list is believed from its end, as far as the addresses are
+    trusted proxies; the first other one is the caller, and all before it is what that caller claims. `X-Forwarded-For`
+    counts before `Forwarded` (RFC 7239). Entries may have ports, as those of Azure and IIS do.
+    """
+    if not trusted or not within(peer, trusted):
+        return peer
+    entries = [part for line in headers.getall("X-Forwarded-For", ()) for part in line.split(",")]
+    if not entries:
+        for line in headers.getall("Forwarded", ()):
+            found = (_FORWARDED_FOR.search(element) for element in line.split(","))
+            entries += [match[1] or match[2] or "" if match else "" for match in found]
+    address = peer
+    for entry in reversed(entries):
+        if (parsed := _address_of(entry)) is None:
+            break
+        address = parsed
+        if not within(address, trusted):
+            break
+    return address
+
+
+def _address_of(entry: str) -> str | None:
+    """Return the address of an entry such as `192.0.2.1`, `192.0.2.1:443`, `2001:db8::1` or `[2001:db8::1]:443`."""
+    text = entry.strip()
+    if match := _BRACKETED.fullmatch(text) or _IPV4_PORT.fullmatch(text):
+        text = match[1]
+    try:
+        # A zone is meaningless on another machine, and may hold anything.
+        return str(ip_address(text.partition("%")[0]))
+    except ValueError:
+        return None
+
+
+def source_of(address: str) -> str:
+    """Return the key of an address in the rate limit: itself, the IPv4 address it maps, or the /64 of an IPv6 one."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return f"{IPv6Address(int(parsed) >> 128 - IPV6_PREFIX << 128 - IPV6_PREFIX)}/{IPV6_PREFIX}"
+    return str(parsed)
+
+
+class RateLimit:
+    """At most `rate` a second from one source, and as many at once after a second of silence. Times are monotonic
+    seconds.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._interval = 1.0 / rate
+        # When the source would have used up its rate if it had kept to it. In the order of the last admission.
+        self._used_until: dict[str, float] = {}
+
+    def wait(self, source: str, now: float) -> float:
+        """Admit one and return 0, or return the seconds until one would be admitted."""
+        used_until = max(self._used_until.get(source, now), now) + self._interval
+        # A second ahead at most; what is left of it after adding up fractions is no reason to refuse.
+        ahead = used_until - now - 1.0
+        if ahead > 1e-6:
+            return ahead
+        self._used_until.pop(source, None)
+        self._used_until[source] = used_until
+        if len(self._used_until) > MAX_SOURCES:
+            del self._used_until[next(iter(self._used_until))]
+        return 0.0
