@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from notify_server.callbacks.handler import within
+from notify_server.callbacks.access import within
 from notify_server.config import ServerConfig
 
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
