@@ -171,6 +171,8 @@ def main(keeper: type[Keeper] = Keeper) -> None:
     """Run the process. It ends quietly when the daemon does."""
     # SIGCONT: one that stands still goes on, finishes its transaction and ends.
     follow_daemon(signal.SIGCONT)
+    # Nobody else may read the record, nor lock it.
+    os.umask(0o077)
     freeze_gc()
     with contextlib.suppress(BrokenPipeError, EOFError):
         asyncio.run(keeper(sys.stdin.fileno(), sys.stdout.fileno()).run())

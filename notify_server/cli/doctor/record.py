@@ -55,10 +55,18 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
             f"chown or chmod {directory}, run doctor as the daemon's user, or set [store] url",
         )
         return
-    for file in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", ".lock"))):
+    files = (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", ".lock")))
+    for file in files:
         if file.exists() and not os.access(file, os.R_OK | os.W_OK, effective_ids=True):
             yield problem("directory", f"{file}: {whom} cannot write it", f"chown or chmod {file}")
             return
+    if exposed := [str(file) for file in files if file.exists() and file.stat().st_mode & 0o077]:
+        yield warning(
+            "directory",
+            f"{path}: other users of this machine can read the record, or lock it and so stop callbacks",
+            f"chmod 600 {' '.join(exposed)}",
+        )
+        return
     made = "" if directory == path.parent.absolute() else ", the rest will be made"
     yield ok("directory", f"{directory}: {whom} can write there{made}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import sqlite3
@@ -14,6 +15,7 @@ import structlog
 from notify_server.errors import StoreRefusedError
 from notify_server.model import FileState, Reason, ReportedStatus, Verdict
 from notify_server.store.sql import load_migrations, unfinished
+from notify_server.store.sqlite.lock import PRIVATE
 
 log = structlog.get_logger("notify_server.store")
 
@@ -50,6 +52,9 @@ def connect(path: Path, *, whole: bool = True) -> sqlite3.Connection:
             f"SQLite {sqlite3.sqlite_version} is too old: a Python with SQLite {needed} or newer is needed"
         )
     _check_writable(path)
+    # SQLite gives the WAL the mode of the database, whatever the umask is.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE))
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
     except sqlite3.DatabaseError as error:
@@ -102,6 +107,43 @@ def reserve_log(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute("ROLLBACK")
         connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+
+class FileIdentity:
+    """Notices when the files of an open database are deleted, moved or replaced.
+
+    SQLite keeps writing to files that have no name any more, and what it commits there is lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._paths = [path, path.with_name(path.name + "-wal")]
+        self._known = [_identity(each) for each in self._paths]
+
+    def forget_wal(self) -> None:
+        """Accept another WAL: closing the last connection deletes it."""
+        self._known[1] = None
+
+    def problem(self) -> str | None:
+        """Return the error text when a file is not the one that was opened, None when all are."""
+        for place, (path, known) in enumerate(zip(self._paths, self._known, strict=True)):
+            found = _identity(path)
+            if found == known:
+                continue
+            if known is None:
+                # The WAL comes into being with the first write.
+                self._known[place] = found
+                continue
+            what = "was deleted or moved" if found is None else "was replaced by another file"
+            return f"{path}: {what} while it was in use: put it back, or restart the server to begin with what is there"
+        return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _check_writable(path: Path) -> None:

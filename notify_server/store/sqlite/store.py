@@ -63,7 +63,7 @@ class SqliteStore:
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StoreRefusedError(
                 f"{path.parent}: cannot be created ({error.strerror}): name another directory in [store] url"

@@ -19,7 +19,7 @@ import structlog
 
 from notify_server.errors import NotifyServerError, StoreRefusedError, StoreUnavailableError
 from notify_server.store.batching import Batcher
-from notify_server.store.sqlite.database import connect
+from notify_server.store.sqlite.database import FileIdentity, connect
 from notify_server.store.sqlite.scheduler import JobScheduler
 from notify_server.supervise import let_end, start_task
 
@@ -75,6 +75,8 @@ class Writer:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = connection
+        self._identity = FileIdentity(path)
+        self._problem: str | None = None
         self._loop = asyncio.get_running_loop()
         self._groups: list[Group[Any, Any]] = []
         self._jobs: deque[tuple[Callable[[], object], asyncio.Future[Any]]] = deque()
@@ -185,12 +187,29 @@ class Writer:
             self._scheduler.ran_job(self._loop.time() - began)
 
     def transact(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        """Run the job in a transaction now. Raises what the engine raises."""
-        return self._call(lambda connection: _transact(connection, job))
+        """Run the job in a transaction now. Raises what the engine raises, and StoreUnavailableError when the file has
+        been taken away, so that what was committed to it is lost.
+        """
+        result = self._call(lambda connection: _transact(connection, job))
+        self._check_identity()
+        return result
+
+    def _check_identity(self) -> None:
+        problem = self._identity.problem()
+        if problem != self._problem:
+            self._problem = problem
+            if problem is not None:
+                log.error("callbacks are refused, the record was taken away", error=problem)
+            else:
+                log.info("the record is back", store=str(self._path))
+        if problem is not None:
+            raise StoreUnavailableError(problem)
 
     def _call(self, job: Callable[[sqlite3.Connection], T]) -> T:
         if self._connection is None:
+            self._check_identity()
             self._connection = connect(self._path)
+            self._identity = FileIdentity(self._path)
             log.info("store reopened", store=str(self._path))
         try:
             return job(self._connection)
@@ -199,6 +218,7 @@ class Writer:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.close()
                 self._connection = None
+                self._identity.forget_wal()
             raise
 
     async def close(self) -> None:
