@@ -10,6 +10,9 @@ from typing import NamedTuple
 from notify_server.model import FileResult, FileState, ReportedStatus
 from notify_server.store.base import Expansion, NewFile
 
+# How often identical deliveries may have the unavailable files of a batch probed again.
+PROBE_AGAIN_MS = 10 * 60 * 1000
+
 
 class Known(NamedTuple):
     """A file that the batch has already."""
@@ -25,11 +28,14 @@ class Merge:
     """The changes that an expansion makes to its batch: files added, files replaced (by id), and counts by state.
 
     `restarted` are the replaced files that were pending: results in flight for them speak of the state before.
+    `probed_again_at` is when the delivery arrived that last had unavailable files probed again although it changed
+    nothing; None if none did, or if a FAILED report has come since.
     """
 
-    def __init__(self, batch: int, expansion: Expansion) -> None:
+    def __init__(self, batch: int, expansion: Expansion, probed_again_at: int | None = None) -> None:
         self.batch = batch
         self.expansion = expansion
+        self.probed_again_at = probed_again_at
         self.delta: Counter[FileState] = Counter()
         self.replaced: list[tuple[int, NewFile]] = []
         self.restarted: list[int] = []
@@ -43,9 +49,15 @@ class Merge:
     def settle(self, existing: Iterable[Known]) -> list[NewFile]:
         """Decide about the files that the batch has already; return the files to be added."""
         added = dict(self.files)
-        for known in existing:
-            file = added.pop(known.oss_object_name)
-            if not resets(known.target_url, known.reported_status, file):
+        pairs = [(known, added.pop(known.oss_object_name)) for known in existing]
+        if any(
+            known.state is FileState.UNAVAILABLE and file.reported_status is ReportedStatus.FAILED
+            for known, file in pairs
+        ):
+            # The platform uploads it once more: its next report is worth another look, however soon it comes.
+            self.probed_again_at = None
+        for known, file in pairs:
+            if not resets(known.target_url, known.reported_status, file) and not self._probes_again(known, file):
                 continue
             self.replaced.append((known.id, file))
             self.delta[known.state] -= 1
@@ -54,6 +66,19 @@ class Merge:
                 self.restarted.append(known.id)
         self.delta.update(file.state for file in added.values())
         return list(added.values())
+
+    def _probes_again(self, known: Known, file: NewFile) -> bool:
+        """Return True if a report that changes nothing has an unavailable file probed again: who sends it once more
+        means "look again".
+        """
+        if known.state is not FileState.UNAVAILABLE or file.reported_status is ReportedStatus.FAILED:
+            return False
+        received_at = self.expansion.item.received_at
+        # All files of one delivery, however many expansions it takes, may be probed again.
+        if self.probed_again_at is not None and 0 < abs(received_at - self.probed_again_at) < PROBE_AGAIN_MS:
+            return False
+        self.probed_again_at = received_at
+        return True
 
     @property
     def pending(self) -> int:
@@ -69,7 +94,10 @@ class Merge:
         """Return the parameters of the `batch_expanded` query."""
         item, last = self.expansion.item, self.expansion.last
         counts = (self.delta[state] for state in FileState)
-        return self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id
+        return (
+            *(self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id),
+            self.probed_again_at,
+        )
 
 
 def resets(target_url: str | None, reported_status: ReportedStatus, file: NewFile) -> bool:

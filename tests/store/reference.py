@@ -15,6 +15,9 @@ MAX_ATTEMPT_ROWS = 50
 Row = tuple[object, ...]
 
 
+TEN_MINUTES = 600_000
+
+
 @dataclass
 class File:
     """A file of a batch. `generation` counts how often it has started anew."""
@@ -37,12 +40,13 @@ class File:
             file.oss_object_name, file, file.state, file.reason, now if pending else None, None if pending else now
         )
 
-    def merge(self, file: NewFile, now: int) -> bool:
-        """Whether it starts anew."""
+    def merge(self, file: NewFile, now: int, again: bool = False) -> bool:
+        """Merge a report; return True if the file is reset. `again`: even if it is unavailable and nothing changed."""
         was, reported = self.reported.reported_status, file.reported_status
         if reported is ReportedStatus.FAILED:
             return False
-        if was is ReportedStatus.FINISHED and self.reported.target_url == file.target_url:
+        same = was is ReportedStatus.FINISHED and self.reported.target_url == file.target_url
+        if same and not (again and self.state is FileState.UNAVAILABLE):
             return False
         fresh = File.new(file, now)
         fresh.requests, fresh.generation = self.requests, self.generation + 1
@@ -71,6 +75,7 @@ class Batch:
     deliveries: int = 0
     verdict: Verdict = Verdict.PENDING
     completed_at: int | None = None
+    probed_again_at: int | None = None
     # The item of which more is to come, and no verdict before.
     half_expanded: int | None = None
     files: dict[str, File] = field(default_factory=dict)
@@ -136,9 +141,17 @@ class Reference:
             for file in item.chunks[n]:
                 if file.reported_status is ReportedStatus.FINISHED or file.oss_object_name not in listed:
                     listed[file.oss_object_name] = file
+            lost = {name for name in listed.keys() & batch.files if batch.files[name].state is FileState.UNAVAILABLE}
+            if any(listed[name].reported_status is ReportedStatus.FAILED for name in lost):
+                batch.probed_again_at = None
+            last = batch.probed_again_at
+            again = last is None or last == at or abs(at - last) >= TEN_MINUTES
             for name, file in listed.items():
                 if name in batch.files:
-                    batch.files[name].merge(file, now)
+                    same = batch.files[name].reported.target_url == file.target_url
+                    if name in lost and again and same and file.reported_status is ReportedStatus.FINISHED:
+                        batch.probed_again_at = at
+                    batch.files[name].merge(file, now, again)
                 else:
                     batch.files[name] = File.new(file, now)
             if batch.counts != before:

@@ -298,3 +298,70 @@ async def test_a_delivery_that_lists_a_key_twice_is_a_no_op_when_it_comes_again(
     before = await backend.rows(FILES)
     assert await take_in(store, *files) == []
     assert await backend.rows(FILES) == before
+
+
+# What is reported again while it is unavailable
+
+MINUTE = 60_000
+
+
+async def probe_in_vain(store: Engine, at: int) -> None:
+    """Let a pending file turn out not to be there."""
+    file = await claim_one(store, now=at)
+    await store.record([missing(file, verified_at=at)], at)
+
+
+async def states_after(store: Engine, backend: Backend, at: int, *files: NewFile) -> list[str]:
+    await take_in(store, *files, now=at, received_at=at)
+    return [state for _, _, state in await states(backend)]
+
+
+async def test_identical_delivery_probes_an_unavailable_file_again_at_most_once_in_ten_minutes(
+    store: Engine, backend: Backend
+) -> None:
+    await take_in(store, finished(), received_at=NOW)
+    await probe_in_vain(store, NOW)
+    at = NOW + MINUTE
+    assert await states_after(store, backend, at, finished()) == ["pending"]
+    assert [row[1] for row in await summary(backend)] == ["pending"]
+    file = await claim_one(store, now=at)
+    assert file.attempts == 0
+    await store.record([missing(file, verified_at=at)], at)
+    for minutes in (0.1, 5, 9.99):
+        assert await states_after(store, backend, at + round(minutes * MINUTE), finished()) == ["unavailable"]
+    assert await states_after(store, backend, at + 10 * MINUTE, finished()) == ["pending"]
+
+
+async def test_report_after_failed_probes_an_unavailable_file_again_however_soon_it_comes(
+    store: Engine, backend: Backend
+) -> None:
+    await take_in(store, finished(), received_at=NOW)
+    await probe_in_vain(store, NOW)
+    assert await states_after(store, backend, NOW + 1, finished()) == ["pending"]
+    await probe_in_vain(store, NOW + 2)
+    assert await states_after(store, backend, NOW + 3, finished()) == ["unavailable"]
+    assert await states_after(store, backend, NOW + 4, failed(url=finished().target_url)) == ["unavailable"]
+    assert await states_after(store, backend, NOW + 5, finished()) == ["pending"]
+
+
+async def test_identical_delivery_leaves_files_in_every_other_state_as_they_are(
+    store: Engine, backend: Backend
+) -> None:
+    files = finished("available"), finished("pending"), blocked("blocked"), failed("failed")
+    await take_in(store, *files, received_at=NOW)
+    await store.record([found(file) for file in await claim(store) if "available" in file.target_url], NOW)
+    before = await backend.rows(FILES)
+    for later in (MINUTE, 20 * MINUTE, 40 * MINUTE):
+        await take_in(store, *files, now=NOW + later, received_at=NOW + later)
+        assert await backend.rows(FILES) == before
+
+
+async def test_all_parts_of_one_identical_delivery_probe_their_files_again(store: Engine, backend: Backend) -> None:
+    names = [f"{n}" for n in range(6)]
+    await take_in(store, *map(finished, names), received_at=NOW)
+    await store.record([missing(file) for file in await claim(store)], NOW)
+    item = await deliver(store, 6, received_at=NOW + MINUTE)
+    for start in (0, 2, 4):
+        part = map(finished, names[start : start + 2])
+        await store.expand([chunk(item, *part, last=start == 4)], NOW + MINUTE)
+    assert {state for _, _, state in await states(backend)} == {"pending"}

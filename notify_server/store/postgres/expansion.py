@@ -131,15 +131,18 @@ async def write_expansions(connection: Connection, expansions: Sequence[Expansio
     # All of them now, in the order of their ids: whoever changes files of a batch holds it.
     names = list({(expansion.batch_id, expansion.api_code): None for expansion in expansions})
     rows = await connection.fetch(SQL["batches_named"], *arrays(names, 2))
-    batches = {(batch_id, api_code): id for id, batch_id, api_code in rows}
+    batches = {(batch_id, api_code): id for id, batch_id, api_code, _ in rows}
+    probed_again = {id: at for id, *_, at in rows}
     # Most of the others wait for their files.
     to_judge = list(batches.values())
     pending = 0
     for part in distinct_batches(expansions):
-        merges = [Merge(batches.get((each.batch_id, each.api_code), 0), each) for each in part]
+        ids = [batches.get((each.batch_id, each.api_code), 0) for each in part]
+        merges = [Merge(id, each, probed_again.get(id)) for id, each in zip(ids, part, strict=True)]
         fresh, others = [merge for merge in merges if not merge.batch], [merge for merge in merges if merge.batch]
         await _add(connection, fresh, batches, now)
         await _merge(connection, others, now)
+        probed_again |= {merge.batch: merge.probed_again_at for merge in merges}
         pending += sum(merge.pending for merge in merges)
         to_judge += [merge.batch for merge in fresh if not merge.pending]
     return Expanded(
@@ -156,7 +159,7 @@ async def _add(connection: Connection, merges: Sequence[Merge], batches: dict[tu
     files = [merge.settle(()) for merge in merges]
     rows = []
     for merge in merges:
-        _, *counts, _, notification = merge.batch_row()
+        _, *counts, _, notification, _ = merge.batch_row()
         rows.append((merge.expansion.batch_id, merge.expansion.api_code, *counts, notification))
     for id, batch_id, api_code in await connection.fetch(SQL["batches_insert"], *arrays(rows, 11)):
         batches[batch_id, api_code] = id
@@ -182,7 +185,7 @@ async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> N
         await connection.execute(SQL["files_replace"], *arrays(rows, 8))
         await connection.execute(SQL["leases_restart"], [id for merge in merges for id in merge.restarted])
     await _add_files(connection, added, now)
-    await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 11))
+    await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 12))
 
 
 async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]], now: int) -> None:

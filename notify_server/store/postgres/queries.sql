@@ -143,7 +143,7 @@ RETURNING id, batch_id, api_code;
 
 -- A look at each, and not a join, which for many might come to walk over all batches in their order.
 -- name: batches_named
-SELECT id, batch_id, api_code FROM batch
+SELECT id, batch_id, api_code, probed_again_at FROM batch
 WHERE id = ANY(ARRAY(
     SELECT (SELECT id FROM batch WHERE batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code)
     FROM unnest($1::text[], $2::text[]) AS wanted (batch_id, api_code)
@@ -166,15 +166,17 @@ SET files = files + merged.pending + merged.available + merged.unavailable + mer
     expanding = merged.expanding,
     deliveries = deliveries + CASE WHEN merged.last THEN 1 ELSE 0 END,
     last_notification = merged.notification,
+    probed_again_at = merged.probed_again_at,
     first_received_at = least(first_received_at, merged.received_at),
     last_received_at = greatest(last_received_at, merged.received_at),
     completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,
     verdict = CASE WHEN merged.reopens THEN 'pending' ELSE verdict END
 FROM unnest(
     $1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::boolean[],
-    $9::bigint[], $10::boolean[], $11::bigint[]
+    $9::bigint[], $10::boolean[], $11::bigint[], $12::bigint[]
 ) AS merged (
-    id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification
+    id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification,
+    probed_again_at
 )
 WHERE batch.id = merged.id;
 

@@ -70,14 +70,15 @@ SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: batch_find
 WITH wanted (batch_id, api_code) AS (VALUES :rows)
-SELECT json_group_array(json_array(batch.id, batch.files, batch.batch_id, batch.api_code))
+SELECT json_group_array(json_array(batch.id, batch.files, batch.batch_id, batch.api_code, batch.probed_again_at))
 FROM wanted
 CROSS JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted.api_code;
 
 -- A batch that had its verdict has none again while its files have changed.
 -- name: batch_expanded
 WITH merged (
-    id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification
+    id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification,
+    probed_again_at
 ) AS (VALUES :rows)
 UPDATE batch
 SET files = files + merged.pending + merged.available + merged.unavailable + merged.blocked + merged.upload_failed,
@@ -89,6 +90,7 @@ SET files = files + merged.pending + merged.available + merged.unavailable + mer
     expanding = merged.expanding,
     deliveries = deliveries + merged.last,
     last_notification = merged.notification,
+    probed_again_at = merged.probed_again_at,
     first_received_at = min(first_received_at, merged.received_at),
     last_received_at = max(last_received_at, merged.received_at),
     completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,

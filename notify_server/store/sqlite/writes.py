@@ -36,7 +36,7 @@ _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileS
 
 SQL = load_queries("sqlite")
 
-_decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str]]).decode
+_decode_batches = msgspec.json.Decoder(list[tuple[int, int, str, str, int | None]]).decode
 _decode_recheck = msgspec.json.Decoder(list[tuple[int, int, str, FileState]]).decode
 _decode_existing = msgspec.json.Decoder(list[Known]).decode
 
@@ -274,13 +274,16 @@ def _merge(connection: sqlite3.Connection, expansions: Sequence[Expansion], now:
     times = [expansion.item.received_at for expansion in expansions]
     _insert(connection, "batch_insert", [(*key, time, time) for key, time in zip(keys, times, strict=True)])
     (answer,) = _insert(connection, "batch_find", keys).fetchone()
-    found = {(batch_id, api_code): (id, size) for id, size, batch_id, api_code in _decode_batches(answer)}
+    found = {
+        (batch_id, api_code): (id, size, probed_at)
+        for id, size, batch_id, api_code, probed_at in _decode_batches(answer)
+    }
 
     merges = []
     added: list[tuple[object, ...]] = []
     for key, expansion in zip(keys, expansions, strict=True):
-        id, size = found[key]
-        merge = Merge(id, expansion)
+        id, size, probed_again_at = found[key]
+        merge = Merge(id, expansion, probed_again_at)
         files = merge.settle(_existing(connection, merge) if size else ())
         added += [(id, file.oss_object_name, *columns(file, now)) for file in files]
         for replaced, file in merge.replaced:
