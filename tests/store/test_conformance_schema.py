@@ -28,7 +28,8 @@ PROMISED = {
 # What the project adds of its own.
 ADDED = {
     "notification": "files, request_id, traceparent",
-    "batch": "available, blocked, expanding, files, last_notification, pending, unavailable, upload_failed",
+    "batch": "available, blocked, expanding, files, last_notification, pending, probed_again_at, unavailable,"
+    " upload_failed",
     "attempt": "url",
     "rejection": "request_id",
 }

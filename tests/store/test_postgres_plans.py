@@ -91,7 +91,7 @@ WITH: dict[str, Sequence[Any]] = {
     "batches_named": [[*(f"w{n}" for n in IDS), "nowhere"], ["a"] * (MANY + 1)],
     "batches_lock": [IDS],
     "batches_expanded": [
-        IDS, *[[0] * MANY] * 5, [None] * MANY, [True] * MANY, [NOW] * MANY, [False] * MANY, [1] * MANY,
+        IDS, *[[0] * MANY] * 5, [None] * MANY, [True] * MANY, [NOW] * MANY, [False] * MANY, [1] * MANY, [None] * MANY,
     ],
     "files_existing": [[*IDS, 3], [*(f"k{n % 10}" for n in IDS), "new"]],
     "files_replace": [
