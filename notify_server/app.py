@@ -25,6 +25,7 @@ from notify_server.expansion.expander import Expander
 from notify_server.model import BatchVerdict, FileResult
 from notify_server.operations import Actions
 from notify_server.processes.prober_client import ProberLink, prober_config
+from notify_server.reloading import Live
 from notify_server.store.base import Engine, ExpansionListener, Store
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("notify_server")
 
 CONFIG = web.AppKey("config", Config)
+LIVE = web.AppKey("live", Live)
 CLOCKS: web.AppKey[Clocks] = web.AppKey("clocks")
 GUARD = web.AppKey("guard", Guard)
 RATES = web.AppKey("rates", HostRates)
@@ -89,6 +91,7 @@ def make_app(
     """
     app = web.Application()
     app[CONFIG] = config
+    app[LIVE] = Live(config)
     clocks = app[CLOCKS] = Clocks(wall, now or SteadyClock(wall))
     app[METRICS] = Metrics()
     app[METRICS].watch_survey(lambda: clocks.now() / 1000)
@@ -153,7 +156,7 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
     )
     listener = ExpansionListener(_add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain)
     tasks = [
-        start_task(prune_record(config.retention, store, metrics, now), "prune the record"),
+        start_task(prune_record(app[LIVE], store, metrics, now), "prune the record"),
         start_task(survey_record(app[RECORDS], metrics), "survey the record"),
     ]
     if isinstance(store, SqliteClient):

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from notify_server.config import RetentionConfig
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict
+from notify_server.reloading import Live
 from notify_server.store.base import Store
 from notify_server.store.reading.types import Records
 from notify_server.telemetry.history import Timeline
@@ -31,11 +31,11 @@ SURVEY_SECONDS = 5.0
 SURVEY_SHARE = 0.05
 
 
-async def prune_record(retention: RetentionConfig, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
+async def prune_record(live: Live, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
     """Delete what is older than `[retention]`, in small transactions."""
-    completed_ms = round(retention.completed * 1000)
-    rejections_ms = round(retention.rejections * 1000)
     while True:
+        completed_ms = round(live.retention.completed * 1000)
+        rejections_ms = round(live.retention.rejections * 1000)
         began = time.monotonic()
         try:
             started = began

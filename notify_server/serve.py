@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
-from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from aiohttp import web
-from cryptography.x509 import load_pem_x509_certificates
 
-from notify_server.app import GRACE, METRICS, POOL, STREAM, TRACING, make_app
+from notify_server.app import GRACE, LIVE, METRICS, POOL, STREAM, TRACING, make_app
 from notify_server.callbacks.connection import CallbackConnection
 from notify_server.config import Config, ServerConfig
-from notify_server.errors import ListenError
+from notify_server.listening import Certificate, Listener, listen, listen_when_free
+from notify_server.reloading import Live
+from notify_server.reloading import reload as reload_configuration
 from notify_server.service_manager import ServiceManager
 from notify_server.supervise import start_task, stop_tasks
 from notify_server.waiting import wait_for_store
@@ -33,24 +33,32 @@ def make_connections(app: web.Application, handlers: web.Server, config: ServerC
     return CallbackConnection(config, handlers, app[CALLBACK], app[METRICS].connections_refused.add_plain)
 
 
-async def serve(config: Config, stop: asyncio.Event) -> None:
+class Reload(NamedTuple):
+    """`asked` is set to have the configuration reloaded, which `load` returns; it raises ConfigError."""
+
+    asked: asyncio.Event
+    load: Callable[[], Config]
+
+
+async def serve(config: Config, stop: asyncio.Event, reload: Reload | None = None) -> None:
     """Serve until `stop` is set, then answer what is in progress and go down within shutdown_grace.
 
-    Waits for a database that does not accept connections yet. Raises StoreRefusedError when the store is not safe to
-    open, ListenError when the address cannot be had.
+    Waits for a database that does not accept connections yet, and for a port that another program has. Raises
+    StoreRefusedError when the store is not safe to open, ListenError when the address cannot be had.
     """
     manager = ServiceManager.from_environment()
     heartbeats = start_task(manager.send_heartbeats(), "heartbeats to the service manager")
     try:
-        if await wait_for_store(config, stop, partial(_listen, config.server), manager):
-            await _serve(config, stop, manager)
+        if await wait_for_store(config, stop, partial(listen, config.server), manager):
+            await _serve(config, stop, manager, reload)
     finally:
         await stop_tasks(heartbeats)
     log.info("stopped")
 
 
-async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager) -> None:
+async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager, reload: Reload | None) -> None:
     server = config.server
+    certificate = Certificate(server)
     grace = server.shutdown_grace
     app = make_app(config)
     runner = web.AppRunner(
@@ -75,45 +83,35 @@ async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager) -
             "notify_server_connections", "Connections of callers that are open.", lambda: connections.connections
         )
 
-        listener = await _listen(server, connections)
-        if server.ssl_certificate is not None:
-            ends_at = _certificate_ends(server.ssl_certificate)
+        if certificate.context is not None:
             metrics.gauge(
                 "notify_server_certificate_expiry_timestamp_seconds",
                 "When the certificate in use ends, in Unix time; missing without one.",
-                lambda: ends_at,
+                lambda: certificate.ends_at,
             )
+        listener = await listen_when_free(server, connections, certificate, stop, manager.ready)
+        if listener is None:
+            return
         _announce(config, listener)
         manager.ready("ready for notifications" if server.takes_callbacks else "probing files")
+        reloads = start_task(_reload(app[LIVE], certificate, reload), "reload the configuration") if reload else None
         await stop.wait()
+        if reloads is not None:
+            await stop_tasks(reloads)
         manager.stopping()
         await _drain(config, app, listener, connections)
     finally:
         await runner.cleanup()
 
 
-async def _listen(server: ServerConfig, connections: Callable[[], asyncio.Protocol]) -> asyncio.Server:
-    try:
-        tls = _tls(server)
-        return await asyncio.get_running_loop().create_server(
-            connections,
-            server.host,
-            server.port,
-            ssl=tls,
-            # A handshake is no more patient than the headers are.
-            ssl_handshake_timeout=server.header_timeout if tls is not None else None,
-            backlog=1024,
-        )
-    except OSError as error:
-        raise ListenError(
-            f"cannot listen on {server.host}:{server.port} ({error.strerror or error}): "
-            "free the port, or set [server] host and port"
-        ) from error
+async def _reload(live: Live, certificate: Certificate, reload: Reload) -> None:
+    while True:
+        await reload.asked.wait()
+        reload.asked.clear()
+        reload_configuration(live, certificate, reload.load)
 
 
-async def _drain(
-    config: Config, app: web.Application, listener: asyncio.Server, connections: CallbackConnection
-) -> None:
+async def _drain(config: Config, app: web.Application, listener: Listener, connections: CallbackConnection) -> None:
     grace = config.server.shutdown_grace
     log.info("stopping", grace_seconds=grace)
     app[GRACE].begin()
@@ -130,26 +128,7 @@ async def _drain(
     await asyncio.gather(app[CALLBACK].drain(grace / 4), connections.drain(grace / 4))
 
 
-def _tls(server: ServerConfig) -> ssl.SSLContext | None:
-    if server.ssl_certificate is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(server.ssl_certificate, server.ssl_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ListenError(
-            f"[server] ssl_certificate and ssl_key: cannot be used ({error}): check that they belong together"
-        ) from error
-    return context
-
-
-def _certificate_ends(path: Path) -> float:
-    # The server's own is the first of the chain, and has been loaded by now.
-    return load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc.timestamp()
-
-
-def _announce(config: Config, listener: asyncio.Server) -> None:
+def _announce(config: Config, listener: Listener) -> None:
     scheme = "https" if config.server.ssl_certificate else "http"
     hosts = [address.getsockname()[:2] for address in listener.sockets]
     urls = [

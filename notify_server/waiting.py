@@ -18,13 +18,14 @@ from aiohttp import web
 from notify_server.callbacks.errors import RETRY_AFTER_SECONDS, error_response
 from notify_server.config import Config
 from notify_server.errors import StoreNotReachedError
+from notify_server.listening import Listener
 from notify_server.service_manager import ServiceManager
 
 log = structlog.get_logger("notify_server")
 
 RETRY_SECONDS = 1.0
 
-Listen = Callable[[Callable[[], asyncio.Protocol]], Awaitable[asyncio.Server]]
+Listen = Callable[[Callable[[], asyncio.Protocol]], Awaitable[Listener]]
 
 
 async def wait_for_store(config: Config, stop: asyncio.Event, listen: Listen, manager: ServiceManager) -> bool:

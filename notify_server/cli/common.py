@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from notify_server.errors import NotifyServerError
 
 if TYPE_CHECKING:
+    import ssl
+
     from rich.console import Console
 
     from notify_server.config import Config
@@ -59,6 +61,25 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def trust_only(certificate: Path) -> ssl.SSLContext:
+    """Return a context that trusts the server's own certificate, whoever issued it to whatever name, and no other.
+
+    Raises NotifyServerError.
+    """
+    import ssl
+
+    end = "-----END CERTIFICATE-----"
+    try:
+        # What follows the first are its issuers, which must not be trusted.
+        first = certificate.read_text("utf-8").partition(end)[0] + end
+        context = ssl.create_default_context(cadata=first)
+    except (OSError, ValueError) as error:
+        raise NotifyServerError(f"[server] ssl_certificate {certificate}: cannot be used ({error})") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 async def until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> T:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from yarl import URL
 
-from notify_server.cli.common import EXIT_FAILED, output, read_config, until_signal
+from notify_server.cli.common import EXIT_FAILED, output, read_config, trust_only, until_signal
 from notify_server.config import ENV_PREFIX, Config
 from notify_server.errors import NotifyServerError
 from notify_server.simulator.compare import MAX_DIFFERENCES, Comparison, Tally
@@ -134,23 +134,10 @@ def configured(config: Config, options: Options) -> Daemon:
     if url is None:
         if server.port == 0:
             raise SimulationError("[server] port is 0, which is any free one: name the daemon's address with --url")
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
-        scheme = "https" if server.ssl_certificate else "http"
-        url = str(URL.build(scheme=scheme, host=host, port=server.port, path=server.callback_path))
+        url = server.local_url + server.callback_path
         if server.ssl_certificate:
             tls = trust_only(server.ssl_certificate)
     return Daemon(url, options.store or config.store.path, token.get_secret_value() if token else None, tls)
-
-
-def trust_only(certificate: Path) -> ssl.SSLContext:
-    """Trust exactly this certificate, whoever issued it and whatever it is called: it is the daemon's own."""
-    try:
-        context = ssl.create_default_context(cafile=str(certificate))
-    except OSError as error:
-        raise SimulationError(f"[server] ssl_certificate {certificate}: cannot be used ({error})") from error
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.check_hostname = False
-    return context
 
 
 async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:

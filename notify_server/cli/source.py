@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from notify_server.cli.common import trust_only
 from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
@@ -238,33 +239,6 @@ class Source(NamedTuple):
     itself: Acting | None = None
 
 
-def own_url(config: Config) -> str:
-    """Where the daemon of this configuration answers on this machine."""
-    server = config.server
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
-    scheme = "https" if server.ssl_certificate is not None else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
-
-
-def _trusting(certificate: Path | None) -> ssl.SSLContext | None:
-    """Trust in the daemon's own certificate, whoever issued it to whatever name, and no other. Raises SourceError."""
-    if certificate is None:
-        return None
-    context = ssl.create_default_context(cadata=_first_of(certificate))
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
-
-
-def _first_of(certificate: Path) -> str:
-    end = "-----END CERTIFICATE-----"
-    try:
-        # What follows issued it, and much else.
-        return certificate.read_text("utf-8").partition(end)[0] + end
-    except (OSError, ValueError) as error:
-        raise SourceError(f"[server] ssl_certificate: cannot be read ({error})") from error
-
-
 async def check_record(path: Path, holder_process: str | None) -> None:
     """Raises SourceError or StoreRefusedError unless there is a record at `path` and its schema is of this version."""
     try:
@@ -307,7 +281,8 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
         if running is None:
             yield Source(f"{path}, no daemon has it", records, None, served=False)
             return
-        daemon = Remote(own_url(config), token, _trusting(config.server.ssl_certificate))
+        certificate = config.server.ssl_certificate
+        daemon = Remote(config.server.local_url, token, trust_only(certificate) if certificate else None)
         stack.push_async_callback(daemon.close)
         yield Source(f"{path}, which process {running} has", records, daemon, served=True)
 

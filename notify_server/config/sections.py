@@ -30,7 +30,7 @@ from notify_server.config.values import (
     Text,
     Token,
     check_lease,
-    matching,
+    listen_hosts,
     own_path,
     platform_key,
     share_below_one,
@@ -56,7 +56,7 @@ class Section(BaseModel):
 class ServerConfig(Section):
     """`[server]`: where callbacks arrive. Port 0 takes any free one."""
 
-    host: Annotated[str, PlainValidator(matching(r"[!-~]+", 'an address or a name, like "127.0.0.1"'))] = "127.0.0.1"
+    host: Annotated[str | tuple[str, ...], PlainValidator(listen_hosts)] = "127.0.0.1"
     port: Annotated[int, PlainValidator(whole(0, 65535))] = 8080
     callback_path: Annotated[str, PlainValidator(own_path)] = "/notify"
     body_limit_bytes: Annotated[int, PlainValidator(whole(1024, 1024**3))] = 8 * 1024**2
@@ -70,6 +70,23 @@ class ServerConfig(Section):
     max_connections: Count = 1000
     rate_limit: Annotated[int, PlainValidator(whole(0))] = 0
     roles: Annotated[tuple[Role, ...], AfterValidator(some_and_each_once)] = ("callbacks", "probes")
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses to listen on; `::` stands for both families."""
+        return (self.host,) if isinstance(self.host, str) else self.host
+
+    @property
+    def local_host(self) -> str:
+        """The address of this machine that a program on it reaches the server at."""
+        return "127.0.0.1" if self.hosts[0] in ("0.0.0.0", "::") else self.hosts[0]  # noqa: S104
+
+    @property
+    def local_url(self) -> str:
+        """The address that a program on this machine reaches the server at."""
+        scheme = "https" if self.ssl_certificate is not None else "http"
+        host = self.local_host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def takes_callbacks(self) -> bool:

@@ -5,6 +5,7 @@ A parser raises ValueError with one line that says what is wrong and what to wri
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import re
@@ -106,6 +107,24 @@ def token(value: object) -> SecretStr:
     if not isinstance(plain, str) or not re.fullmatch(r"[!-~]{8,}", plain):
         raise ValueError("must be at least 8 printable ASCII characters, without spaces")
     return SecretStr(plain)
+
+
+def listen_hosts(value: object) -> str | tuple[str, ...]:
+    """An address or a name to listen on, or a list of them; in the environment also as JSON or between commas."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            decoded = json.loads(value)
+            value = decoded if isinstance(decoded, list) else value
+    elif isinstance(value, str) and "," in value:
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        if not value or len(set(map(str, value))) < len(value):
+            raise ValueError("must have at least one entry, and none twice")
+        return tuple(map(_listen_host, value))
+    return _listen_host(value)
+
+
+_listen_host = matching(r"[!-+\--Z^-~]+", 'an address or a name, like "127.0.0.1"')
 
 
 def own_path(value: object) -> str:

@@ -131,6 +131,13 @@ def set_up_logging(config: LogConfig, *, background: bool = False) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
 
 
+def set_level(level: str) -> None:
+    """Write nothing less important than this from now on."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+
+
 def _is_journal(environ: Mapping[str, str], descriptor: int) -> bool:
     """Return True when the descriptor is the stream to journald that systemd names in JOURNAL_STREAM, and not what
     somebody has redirected it to (systemd.exec(5)).

@@ -383,17 +383,29 @@ async def test_a_configuration_that_is_not_there_or_no_toml_is_refused(tmp_path:
     assert line.startswith("config.toml, line 1: ")
 
 
-async def test_a_port_in_use_is_refused_with_what_to_do(tmp_path: Path) -> None:
+async def test_a_server_waits_for_a_port_in_use_and_says_so_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        write_config(tmp_path, server={"port": port})
-        ended = await start_and_fail(tmp_path)
-    assert ended.code == 1
-    *log, line = ended.stderr.splitlines()
-    assert line.startswith(f"notify_server: cannot listen on 127.0.0.1:{port}")
-    assert "free the port" in line
-    # A new database is worth a line of the log; there is no other.
-    assert len(log) <= 1
+        daemon = Daemon(tmp_path, {"server": {"port": port}})
+        starting = asyncio.create_task(daemon.start())
+        line = await daemon.line("waiting for the port")
+        assert line["level"] == "warning"
+        assert line["error"].startswith(f"cannot listen on 127.0.0.1, port {port} (")
+        assert "free the port" in line["error"]
+    await starting
+    assert daemon.callback == f"http://127.0.0.1:{port}/notify"
+    assert sum(line["event"] == "waiting for the port" for line in daemon.lines) == 1
+    assert await daemon.terminate() == 0
+
+
+async def test_a_server_that_waits_for_its_port_stops_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        daemon = Daemon(tmp_path, {"server": {"port": taken.getsockname()[1]}})
+        starting = asyncio.create_task(daemon.start())
+        await daemon.line("waiting for the port")
+        assert await daemon.terminate() == 0
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
 
 
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from notify_server.cli.common import trust_only
 from notify_server.cli.main import app
-from notify_server.cli.simulate import Options, configured, run, show, trust_only
+from notify_server.cli.simulate import Options, configured, run, show
 from notify_server.config import AuthConfig, Config, ServerConfig, StoreConfig
 from notify_server.contract.object_key import decode_object_key
 from notify_server.contract.wire import parse_notification, unknown_fields

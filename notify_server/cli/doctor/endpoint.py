@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import socket
 import ssl
 import stat
 import tomllib
@@ -17,6 +16,7 @@ from cryptography import x509
 from pydantic import SecretStr
 
 from notify_server.cli.doctor.findings import ASK_SECONDS, Finding, Subject, ok, problem, warning
+from notify_server.listening import bind_sockets
 
 CERTIFICATE_SOON = timedelta(days=14)
 
@@ -24,21 +24,17 @@ CERTIFICATE_SOON = timedelta(days=14)
 def check_listen(subject: Subject) -> Iterator[Finding]:
     server = subject.config.server
     if server.port == 0:
-        yield ok("listen", f"{server.host}, any free port")
+        yield ok("listen", f"{', '.join(server.hosts)}, any free port")
         return
-    place = f"{server.host}:{server.port}"
+    place = ", ".join(f"{host}:{server.port}" for host in server.hosts)
     mend = "free the port, or set [server] host and port"
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
+    local = server.local_host
     try:
         answer = _ask_healthz(local, server.port, tls=server.ssl_certificate is not None)
     except ConnectionRefusedError:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
+            for each in bind_sockets(server.hosts, server.port):
+                each.close()
         except OSError as error:
             yield problem("listen", f"{place} cannot be listened on ({error.strerror or error})", mend)
         else:
@@ -120,7 +116,8 @@ def _has_password(url: str) -> bool:
 
 
 def check_exposure(subject: Subject) -> Iterator[Finding]:
-    auth, host = subject.config.auth, subject.config.server.host
+    auth, hosts = subject.config.auth, subject.config.server.hosts
+    host = " and ".join(hosts)
     if not subject.config.server.takes_callbacks:
         yield ok("exposure", f"listens on {host}, and takes no callbacks")
         return
@@ -133,10 +130,7 @@ def check_exposure(subject: Subject) -> Iterator[Finding]:
         )
         if there
     ]
-    try:
-        loopback = ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
+    loopback = all(map(_is_loopback, hosts))
     if protected or loopback:
         yield ok("exposure", f"listens on {host}, protected by {', '.join(protected) or 'loopback'}")
     else:
@@ -145,3 +139,10 @@ def check_exposure(subject: Subject) -> Iterator[Finding]:
             f"listens on {host}: anyone who reaches it can post notifications",
             'set [auth] callback_token, callback_networks, or signature = "required"',
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
