@@ -795,7 +795,7 @@ def test_options_that_contradict_each_other_are_refused(given: dict[str, object]
     [
         ("127.0.0.1", "http://127.0.0.1:8080/notify"),
         ("0.0.0.0", "http://127.0.0.1:8080/notify"),
-        ("::", "http://[::1]:8080/notify"),
+        ("::", "http://127.0.0.1:8080/notify"),
         ("fd00::1", "http://[fd00::1]:8080/notify"),
         ("notify.internal", "http://notify.internal:8080/notify"),
     ],
