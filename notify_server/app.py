@@ -232,6 +232,7 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         None if pool is None else lambda: pool.alive,
         app[DRAINING].is_set,
         config.server.takes_callbacks,
+        (lambda: False) if pool is None else lambda: pool.is_short,
     )
     timeline = Timeline(metrics, now=now, backlog=lambda: store.backlog, in_flight=lambda: _in_flight(pool))
     state = RuntimeState(

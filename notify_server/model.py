@@ -209,7 +209,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
 
     `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards. A GET asks for the
-    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers.
+    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers. `address_limit` is
+    how many requests of this prober may dial one address and port at a time (0: any number).
     """
 
     id: int
@@ -220,6 +221,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     fresh: bool = False
     keep: bool = True
     ranged: bool = True
+    address_limit: int = 0
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -230,7 +232,8 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Phases are durations in milliseconds, None when the phase did not take place; `total_ms` is always there.
     `content_length` is the length of the whole object, also for an answer to a ranged GET.
     `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
-    `shortage` is true when this machine had no port or descriptor left, so that nothing was sent.
+    `shortage` is true when this machine had no port or descriptor left, so that nothing was sent; `crowded` when as
+    many requests as allowed were under way to the address, which is `remote_addr` then.
     """
 
     id: int
@@ -251,6 +254,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     location: str | None = None
     refused: bool = False
     shortage: bool = False
+    crowded: bool = False
 
 
 class AttemptRow(msgspec.Struct, frozen=True, array_like=True, gc=False):

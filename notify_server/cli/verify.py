@@ -162,6 +162,11 @@ class InMemoryQueue:
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         for result in results:
+            if result.next_attempt_at is not None and result.attempts == result.file.attempts:
+                # Postponed: the host that a redirect led to rests.
+                delay = max(0, result.next_attempt_at - now) / 1000
+                asyncio.get_running_loop().call_later(delay, self._put_back, result.file)
+                continue
             elapsed = result.elapsed_ms
             self._settle(
                 Outcome(
@@ -178,6 +183,10 @@ class InMemoryQueue:
             )
             self._note(result)
         return []
+
+    def _put_back(self, file: DueFile) -> None:
+        self.release([file])
+        self.add_hosts({file.host})
 
     def _note(self, result: FileResult) -> None:
         """Give up a host that cannot be reached: the pool would ask it again and again, ever more seldom, for hours."""

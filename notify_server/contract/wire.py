@@ -39,8 +39,8 @@ class _KnownFields(Notification, frozen=True, forbid_unknown_fields=True):
 _decode_nothing_unknown = msgspec.json.Decoder(_KnownFields).decode
 
 # RFC 3986, 3.1 and 3.2: the scheme is case-insensitive, and the authority ends at the first "/", "?" or "#".
-# What the authority holds is for the guard to judge.
-_has_http_authority = re.compile(r"https?://[^/?#]", re.IGNORECASE | re.ASCII).match
+# What the authority holds is for the guard to judge, and the guard trims blanks and a BOM around the address.
+_has_http_authority = re.compile(r"[ \t\r\n\ufeff]*https?://[^/?#]", re.IGNORECASE | re.ASCII).match
 
 _NOTIFICATION_FIELDS: Final = frozenset(Notification.__struct_fields__)
 _ENTRY_FIELDS: Final = frozenset(FileEntry.__struct_fields__)

@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import Any
 
 import msgspec
 import pycurl
 
 from notify_server.model import Evidence, Reason, Request
+from notify_server.processes.prober_headers import NO_ANSWER, STATUS_LINE, read_headers, status_of
 from notify_server.processes.prober_protocol import ProberConfig, Ready
 from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.verify.guard import Guard
 
-# Longer values are cut: they are kept to be read by people.
-VALUE_LIMIT = 255
-# One more than `Guard.follow` takes: of an address that is too long, the beginning must not be followed.
-LOCATION_LIMIT = 8193
 # Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
 # wake-up, whatever is in it. But no more than for half of what is in flight, so that the daemon judges one half, and
 # sends new requests, while we ask for the other: otherwise each waits for the other.
@@ -67,106 +62,16 @@ _REASONS = {
 # What connect() says when this machine has no port, descriptor or memory left.
 _SHORTAGES = frozenset({errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-_KEPT = frozenset(
-    {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
-)
-# C0, DEL and C1: nothing that a terminal, a log or a spreadsheet acts on.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_CONTENT_RANGE = re.compile(rb"bytes\s+(?:\d+-\d+|\*)/(\d{1,18})\s*$", re.IGNORECASE)
-
-
-def sanitise(value: bytes, limit: int = VALUE_LIMIT) -> str:
-    """A stranger's header value as text that is safe to keep: UTF-8 or replaced, no control characters, cut at
-    `limit`.
-    """
-    text = value.decode("utf-8", "replace").strip()[:limit]
-    return text if text.isascii() and text.isprintable() else _CONTROL.sub("\ufffd", text)
-
-
-class Answer(NamedTuple):
-    """The fields of a final response that are kept."""
-
-    content_length: int | None
-    content_type: str | None
-    etag: str | None
-    last_modified: str | None
-    retry_after: str | None
-    location: str | None
-
-
-_NO_ANSWER = Answer(None, None, None, None, None, None)
-_STATUS_LINE = b"HTTP/"
-
-
-def read_headers(lines: Sequence[bytes]) -> Answer:
-    """What is kept of the header lines that libcurl passed on. Interim (1xx) responses before the last one do not
-    count.
-
-    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
-    answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
-    """
-    status_line = b""
-    fields: dict[bytes, bytes] = {}
-    contradicted = False
-    # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined what continues a field.
-    for line in lines:
-        head, colon, value = line.partition(b":")
-        name = _name(head)
-        if name is None:
-            continue
-        if name is _STATUS_LINE:
-            status_line, fields, contradicted = line, {}, False
-        elif not colon:
-            continue
-        elif name not in fields:
-            fields[name] = value
-        elif name == b"content-length":
-            contradicted |= fields[name].strip() != value.strip()
-    content_range, location = fields.get(b"content-range"), fields.get(b"location")
-    if content_range is not None or _status(status_line) in (b"206", b"416"):
-        whole = _CONTENT_RANGE.match((content_range or b"").strip())
-        length = int(whole[1]) if whole else None
-    else:
-        length = None if contradicted else _length(fields.get(b"content-length", b""))
-    return Answer(
-        length,
-        _text(fields.get(b"content-type")),
-        _text(fields.get(b"etag")),
-        _text(fields.get(b"last-modified")),
-        _text(fields.get(b"retry-after")),
-        sanitise(location, LOCATION_LIMIT) if location is not None else None,
-    )
-
-
-@lru_cache(maxsize=512)
-def _name(head: bytes) -> bytes | None:
-    """What a header line says before its colon: the name of a field that is kept, in lower case, or _STATUS_LINE. The
-    names that a host sends are always the same.
-    """
-    if head.startswith(_STATUS_LINE):
-        return _STATUS_LINE
-    name = head.rstrip(b" \t").lower()
-    return name if name in _KEPT else None
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else sanitise(value)
-
-
-def _status(line: bytes) -> bytes:
-    return (*line.split(None, 2), b"", b"")[1]
-
-
-def _length(value: bytes) -> int | None:
-    digits = value.strip()
-    return int(digits) if digits.isdigit() and len(digits) <= 18 else None
-
 
 class Handle:
     """One libcurl easy handle, used for one request after the other; its connections belong to the multi handle."""
 
-    def __init__(self, config: ProberConfig, guard: Guard) -> None:
+    def __init__(self, config: ProberConfig, guard: Guard, under_way: Counter[tuple[str, int]]) -> None:
         self._guard = guard
+        # Requests under way by the address and port dialled, of all handles; and those that this one has dialled.
+        self._under_way = under_way
+        self._places: list[tuple[str, int]] = []
+        self._crowded = ""
         self._lines: list[bytes] = []
         self._body_bytes = 0
         self._body_limit = 1
@@ -177,6 +82,7 @@ class Handle:
         self._interim = False
         self._complete = False
         self._manner: tuple[object, ...] = ()
+        self._sets_target = False
         self.request: Request | None = None
         self.curl = curl = pycurl.Curl()
         curl.handle = self
@@ -201,12 +107,17 @@ class Handle:
         self._body_bytes = 0
         self._refused = None
         self._shortage = False
+        self._crowded = ""
         self._dialled = False
         self._behind = False
         self._interim = False
         self._complete = False
         curl = self.curl
-        curl.setopt(pycurl.URL, request.url)
+        curl.setopt(pycurl.URL, url := request.url)
+        if self._sets_target or "%" in url:
+            # libcurl since 8.20 rewrites percent escapes, which breaks signed addresses. The option cannot be unset.
+            self._sets_target = True
+            curl.setopt(pycurl.REQUEST_TARGET, url[url.index("/", len("https://")) :])
         # Most requests are like the last one but for their address.
         manner = (
             request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep, request.ranged
@@ -237,21 +148,28 @@ class Handle:
         if refused is not None:
             self._refused = refused
             return int(pycurl.SOCKET_BAD)
+        limit, place = self.request.address_limit if self.request is not None else 0, peer[:2]
+        if limit and self._under_way[place] >= limit:
+            self._crowded = peer[0]
+            return int(pycurl.SOCKET_BAD)
         try:
             opened = socket.socket(family, kind, protocol)
-        except OSError:
-            # No descriptor is left.
-            self._shortage = True
+            # pycurl duplicates the descriptor, and keeps it to itself when it cannot.
+            os.close(os.dup(opened.fileno()))
+        except OSError as error:
+            self._shortage = error.errno in _SHORTAGES
             return int(pycurl.SOCKET_BAD)
         self._dialled = True
+        self._under_way[place] += 1
+        self._places.append(place)
         return opened
 
     def _header(self, line: bytes) -> int | None:
         if self._complete:
             return None  # Trailers, after the body.
         self._lines.append(line)
-        if line.startswith(_STATUS_LINE):
-            status = _status(line)
+        if line.startswith(STATUS_LINE):
+            status = status_of(line)
             self._interim = status.startswith(b"1")
             # A bad answer on a connection that was used before does not count, and it may be what the server sent late
             # after the answer before. This request's own answer is then still to come, so the connection is given up:
@@ -274,7 +192,9 @@ class Handle:
         status = curl.getinfo(pycurl.RESPONSE_CODE)
         # Once the headers are complete the question is answered; what happens to the body makes no difference.
         answered = self._complete and 200 <= status <= 599
-        remote_addr = curl.getinfo(pycurl.PRIMARY_IP) or None
+        self._forget_places()
+        crowded = self._crowded if error is not None and not answered else ""
+        remote_addr = crowded or curl.getinfo(pycurl.PRIMARY_IP) or None
         # On a connection, and nothing was dialled for it: it had carried another answer before.
         reused = remote_addr is not None and not self._dialled and self._refused is None
         dns = connect = tls = first_byte = None
@@ -289,7 +209,7 @@ class Handle:
             begin = tls_end or connect_end
         if self._lines and (first_byte_end := curl.getinfo(pycurl.STARTTRANSFER_TIME_T)):
             first_byte = max(0, first_byte_end - begin) / 1000
-        answer = read_headers(self._lines) if answered else _NO_ANSWER
+        answer = read_headers(self._lines) if answered else NO_ANSWER
         os_error = curl.getinfo(pycurl.OS_ERRNO) if error == pycurl.E_COULDNT_CONNECT else 0
         return Evidence(
             request.id,
@@ -304,8 +224,16 @@ class Handle:
             curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
             *answer,
             os_error == errno.ECONNREFUSED,
-            self._shortage or os_error in _SHORTAGES,
+            not answered and (self._shortage or os_error in _SHORTAGES),
+            bool(crowded),
         )
+
+    def _forget_places(self) -> None:
+        for place in self._places:
+            self._under_way[place] -= 1
+            if not self._under_way[place]:
+                del self._under_way[place]
+        self._places.clear()
 
     def _failure(self, error: int | None, *, reached: bool) -> Reason:
         if error is None:
@@ -327,6 +255,7 @@ class Prober:
         self._input = Input(source, self._output)
         self._multi = pycurl.CurlMulti()
         self._idle: list[Handle] = []
+        self._under_way: Counter[tuple[str, int]] = Counter()
         self._busy = 0
         self._evidence: list[Evidence] = []
         self._flush_at = 0.0
@@ -371,7 +300,7 @@ class Prober:
         return patience
 
     def _start(self, request: Request) -> None:
-        handle = self._idle.pop() if self._idle else Handle(self._config, self._guard)
+        handle = self._idle.pop() if self._idle else Handle(self._config, self._guard, self._under_way)
         try:
             handle.start(request)
         except (ValueError, pycurl.error):

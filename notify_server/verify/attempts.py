@@ -6,8 +6,9 @@ An attempt is in flight in memory only: after a crash, or when a prober dies, it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -25,30 +26,41 @@ from notify_server.model import (
 )
 from notify_server.processes.prober_client import ProberLink
 from notify_server.verify import policy
+from notify_server.verify.capacity import Capacity
 from notify_server.verify.connectivity import Outages
 from notify_server.verify.guard import Guard
-from notify_server.verify.hosts import Host
+from notify_server.verify.hosts import Address, Host, port_of
 from notify_server.verify.recorder import Recorder
 
 log = structlog.get_logger("notify_server.verify")
 
 # A file that was in flight when this many probers died may be what kills them: it is charged an attempt.
 MAX_DEATHS = 5
+# How long a host rests when this machine was short of something, and an address at which too much was under way.
+SHORTAGE_SECONDS = 1.0
+CROWDED_SECONDS = 0.25
 
 
 class Flight:
     """An attempt under way on one file."""
 
     __slots__ = (
-        "ask", "began_cut_off", "deadline", "doubted", "file", "host", "link", "on_trial", "requests", "sent_at"
+        "address", "ask", "began_cut_off", "deadline", "doubted", "file", "host", "is_stranger", "link", "on_trial",
+        "requests", "sent_at", "settings", "waits_since",
     )  # fmt: skip
 
     def __init__(self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, *, cut_off: bool) -> None:
         self.file = file
+        # What an answer means is for the file's host to say; the host of the request under way has the slot.
+        self.settings = host.settings
         self.host = host
         self.ask = ask
         self.deadline = now + host.settings.timeout
-        self.on_trial = host.on_trial
+        # The scarce slots that it takes, and the address that it counts at.
+        self.on_trial = False
+        self.is_stranger = False
+        self.address: Address | None = None
+        self.waits_since = now
         # True if it began during an outage of this machine, so that its failure to reach a host is not charged.
         self.began_cut_off = cut_off
         self.link: ProberLink | None = None
@@ -70,6 +82,9 @@ class Slots(Protocol):
     def give_back(self, flights: Sequence[Flight]) -> None:
         """Free the slots, and return the files to the store: due as before, no attempt spent."""
 
+    def move(self, flight: Flight) -> None:
+        """Exchange the slot for one at the host of the flight's next request, as soon as there is one."""
+
     def rest(self, host: Host, until: float) -> None:
         """Send nothing to the host until then."""
 
@@ -81,13 +96,12 @@ class Slots(Protocol):
 
 
 class Attempts:
-    """Owns the flights. `hosts` are those that the scheduler remembers, by name."""
+    """Owns the flights."""
 
     def __init__(
         self,
         guard: Guard,
         config: VerifyConfig,
-        hosts: Mapping[str, Host],
         recorder: Recorder,
         slots: Slots,
         *,
@@ -96,7 +110,6 @@ class Attempts:
     ) -> None:
         self._guard = guard
         self._config = config
-        self._hosts = hosts
         self._recorder = recorder
         self._slots = slots
         self._now = now
@@ -104,6 +117,8 @@ class Attempts:
         self._flights: dict[int, Flight] = {}
         self._last_id = 0
         self._deaths: dict[int, int] = {}
+        self._addresses: WeakValueDictionary[tuple[str, str], Address] = WeakValueDictionary()
+        self.capacity = Capacity(config.concurrency)
         self.outages: Outages[Doubted] = Outages(
             count=lambda doubted: self._end(*doubted, self._now()),
             give_back=lambda doubted: slots.give_back([flight for flight, _, _ in doubted]),
@@ -144,6 +159,7 @@ class Attempts:
             ask.fresh or not flight.host.reuse,
             flight.host.reuse,
             ask.ranged,
+            settings.per_host_concurrency,
         )
 
     def on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
@@ -155,6 +171,9 @@ class Attempts:
             flight = self._flights.pop(item.id, None)
             if flight is None:
                 continue
+            if item.shortage or item.crowded:
+                self._not_sent(flight, item, now)
+                continue
             outcome = self._judge(flight, item, now)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
@@ -162,6 +181,10 @@ class Attempts:
                     self._end(flight, outcome, item, at)
                 continue
             flight.ask = outcome
+            if outcome.target.host != flight.host.name:
+                # Each hop is a request to a host of its own.
+                self._slots.move(flight)
+                continue
             again.append(self.request(flight, link, now, at))
         if again:
             link.send(again)
@@ -170,7 +193,7 @@ class Attempts:
 
     def _judge(self, flight: Flight, item: Evidence, now: float) -> policy.NextRequest | policy.Conclusion:
         last = flight.file.attempts >= len(self._config.retry_schedule)
-        settings = flight.host.settings
+        settings = flight.settings
         outcome = policy.judge(flight.ask, item, settings, self._guard.follow, last=last)
         if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
             if outcome.method == flight.ask.method:
@@ -183,7 +206,9 @@ class Attempts:
         """Keep the request as an attempt row, and note what it shows of the host."""
         host, ask = flight.host, flight.ask
         if item.status is not None:
-            host.answered()
+            host.answered(time.monotonic())
+        if item.remote_addr is not None and item.remote_addr != host.dialled:
+            self._learn_address(host, item.remote_addr)
         self.outages.heard(ask.target, item)
         if isinstance(outcome, policy.NextRequest) and outcome.fresh and not ask.fresh:
             flight.doubted = item
@@ -256,10 +281,7 @@ class Attempts:
 
     def _slow_down(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence, at: int) -> bool:
         """Return whether the attempt does not count, because the host has asked for fewer requests."""
-        now = time.monotonic()
-        # A redirect's target is a host of its own, with a rate of its own.
-        name = flight.ask.target.host
-        host = flight.host if name == flight.host.name else self._hosts.get(name, flight.host)
+        now, host = time.monotonic(), flight.host
         if not conclusion.busy:
             if item.status is not None:
                 host.served(now)
@@ -271,8 +293,44 @@ class Attempts:
         if not was_paced:
             log.warning("host asks for fewer requests, it is paced", host=host.name, rate=round(host.rate or 0.0, 1))
         self._slots.rest(host, host.rest_until)
-        self._slots.give_back([flight])
+        if host.name == flight.file.host:
+            self._slots.give_back([flight])
+        else:
+            # Claimed again at once, it would only be redirected here again.
+            self.postpone(flight, host.rest_until - now)
+            self._slots.free(flight)
         return True
+
+    def postpone(self, flight: Flight, seconds: float) -> None:
+        """Record that the file is due in so many seconds, with the jitter of retries. No attempt is spent."""
+        file, at = flight.file, self._now()
+        wait_ms = round(1000 * max(0.0, seconds) * (1 + self._config.jitter * self._chance()))
+        none = (None,) * 9
+        self._recorder.add(FileResult(file, FileState.PENDING, None, file.attempts, at + wait_ms, *none))
+
+    def _not_sent(self, flight: Flight, item: Evidence, now: float) -> None:
+        """Give back a file for which nothing was sent: this machine is short of something, or too much is under way
+        at the address.
+        """
+        host = flight.host
+        if item.crowded and item.remote_addr is not None:
+            address = self._learn_address(host, item.remote_addr)
+            address.not_before = max(address.not_before, now + CROWDED_SECONDS)
+            self._slots.give_back([flight])
+            return
+        if self.capacity.lower(now, len(self._flights)):
+            log.warning("this machine is short of ports or descriptors: fewer files are probed at a time")
+        host.pause(now + SHORTAGE_SECONDS)
+        self._slots.rest(host, host.rest_until)
+        self._slots.give_back([flight])
+
+    def _learn_address(self, host: Host, remote_addr: str) -> Address:
+        key = (remote_addr, port_of(host.name))
+        address = self._addresses.get(key)
+        if address is None:
+            address = self._addresses[key] = Address()
+        host.dialled, host.address = remote_addr, address
+        return address
 
     def _is_doubted(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence) -> bool:
         """Return whether the attempt does not count yet, because this machine may be cut off."""

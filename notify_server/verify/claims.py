@@ -28,6 +28,9 @@ MIN_SMALL_AHEAD_SHARES = 64
 LOOK_HOSTS = 1000
 LOOK_SECONDS = 1.0
 MAX_HOSTS = 10_000
+# Of these, hosts that have not answered lately; and hosts whose last answer is remembered after they were evicted.
+MAX_STRANGERS = MAX_HOSTS // 2
+MAX_ANSWERED = 10_000
 HOSTS_A_CLAIM = 64
 # Resolution and horizon of the due times that are remembered.
 DUE_STEP_MS = 50
@@ -87,6 +90,8 @@ class Claims:
         # How long a host may answer every request with "too many" until its files are charged for it.
         self._busy_seconds = busy_seconds
         self.hosts: dict[str, Host] = {}
+        self._strangers = 0
+        self._answered_at: dict[str, float] = {}
         # Hosts that may have more to claim.
         self._hungry: dict[str, Host] = {}
         self._look_after = ""
@@ -125,14 +130,37 @@ class Claims:
                 self._work.clear()
             await self._wait_for_work()
 
-    def _feed(self, name: str) -> None:
+    def host(self, name: str) -> Host | None:
+        """Return the host of this name, None if as many hosts as possible are remembered already."""
         host = self.hosts.get(name)
         if host is None:
-            if len(self.hosts) >= MAX_HOSTS:
-                return  # A later look finds it.
+            answered_at = self._answered_at.get(name)
+            if len(self.hosts) >= MAX_HOSTS or (answered_at is None and self._strangers >= MAX_STRANGERS):
+                return None
             host = self.hosts[name] = Host(name, self._config.for_host(hostname_of(name)), self._busy_seconds)
             host.limit = self._limit_of(name, host.settings)
-        self._hungry[name] = host
+            if answered_at is None:
+                self._strangers += 1
+            else:
+                host.answered_at = answered_at
+        return host
+
+    def _feed(self, name: str) -> None:
+        host = self.host(name)
+        if host is not None:  # Otherwise a later look finds it.
+            self._hungry[name] = host
+
+    def _evict(self) -> None:
+        """Forget the hosts that are idle, but not when they answered."""
+        now = time.monotonic()
+        for name in [name for name, host in self.hosts.items() if host.idle(now) and name not in self._hungry]:
+            host = self.hosts.pop(name)
+            self._answered_at.pop(name, None)
+            if not host.is_stranger(now):
+                self._answered_at[name] = host.answered_at
+        for name in list(self._answered_at)[: max(0, len(self._answered_at) - MAX_ANSWERED)]:
+            del self._answered_at[name]
+        self._strangers = sum(host.is_stranger(now) for host in self.hosts.values())
 
     async def _wait_for_work(self) -> None:
         timeout = self._look_at - time.monotonic()
@@ -161,9 +189,7 @@ class Claims:
             else:
                 self.due_at(entry.next_attempt_at)
         self._share_out()
-        moment = time.monotonic()
-        for name in [name for name, host in self.hosts.items() if host.idle(moment) and name not in self._hungry]:
-            del self.hosts[name]
+        self._evict()
 
     def _share_out(self) -> None:
         """Apply this daemon's share of each host, which changes when other daemons come and go."""

@@ -78,6 +78,9 @@ _PLAIN = re.compile(rf"([Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9.:\[\]_-]+)(/(?:[{_RAW
 _SPLIT = re.compile(r"([Hh][Tt][Tt][Pp][Ss]?://[^/?#]*)([^#]*)(?:#.*)?", re.DOTALL).fullmatch
 _ORIGIN = re.compile(r"(https?)://(\[[^\[\]@]+\]|[^\[\]@:\\]+)(?::([0-9]*))?", re.ASCII | re.IGNORECASE).fullmatch
 _ENCODE = re.compile(rf"[^{_RAW}%]+|%(?![0-9A-Fa-f]{{2}})").sub
+# What copying leaves around an address, trimmed as the WHATWG URL Standard does (4.4); and a BOM. Other control
+# characters, which the standard trims too, are left by no editor and make an address invalid.
+_AROUND = " \t\r\n\ufeff"
 _UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
 # Wider than RFC 3986 3.1, as yarl's: no relative reference may have a colon in its first segment (4.2) anyway.
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+:").match
@@ -154,6 +157,8 @@ class Guard:
         it goes nowhere), PORT_NOT_ALLOWED, HOST_NOT_ALLOWED, PRIVATE_ADDRESS (a literal, in any spelling, that
         `check_address` refuses, or a name under `localhost`, RFC 6761 6.3).
 
+        Blanks, tabs, line ends and a BOM around the address are trimmed.
+
         INVALID_URL: a scheme other than http and https, userinfo, no host, a backslash, space or control character in
         the authority, a control character or lone surrogate anywhere, a port that is not 1 to 65535, an IPv6 zone, a
         name that is not one for the DNS (labels of 1 to 63, 253 characters in all, letters, digits, hyphens and
@@ -167,7 +172,7 @@ class Guard:
             return _INVALID
         if plain := _PLAIN(url):
             origin, rest = plain.groups()
-        elif not _UNREADABLE(url) and (parts := _SPLIT(url)):
+        elif not _UNREADABLE(url := url.strip(_AROUND)) and (parts := _SPLIT(url)):
             origin, rest = parts.groups()
             rest = _ENCODE(_percent_encode, rest)
             if not rest.startswith("/"):
@@ -190,7 +195,7 @@ class Guard:
         `location` is the field's value decoded as UTF-8. BAD_REDIRECT when it leads to no http or https address at
         all: another scheme, an unreadable text, one of more than 8,192 characters. All else is `examine`'s to say.
         """
-        location = location.strip(" \t")  # RFC 9110 5.5: not part of the value
+        location = location.strip(_AROUND)
         base = self.examine(url).url
         if not base or len(location) > _URL_LIMIT or _UNREADABLE(location):
             return _BAD_REDIRECT

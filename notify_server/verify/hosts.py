@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from asyncio import TimerHandle
 from collections import deque
+from typing import Any
 
 from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile, HostView
@@ -39,6 +40,10 @@ MAX_RATE = 5000.0
 BURST_SECONDS = 0.005
 
 
+# A host that has not answered for this long, or never, is a stranger.
+LATELY = 300.0
+
+
 def hostname_of(host: str) -> str:
     """The host name in a `Target.host`: without its port, and without an IPv6 address's brackets."""
     if host.startswith("["):
@@ -46,14 +51,31 @@ def hostname_of(host: str) -> str:
     return host.partition(":")[0] if host.count(":") == 1 else host
 
 
+def port_of(host: str) -> str:
+    """Return the port in a `Target.host`, empty when it is the scheme's default."""
+    return host.removeprefix("[").removeprefix(hostname_of(host)).removeprefix("]").removeprefix(":")
+
+
+class Address:
+    """A dialled address and port. Names that share it share its limit and interval."""
+
+    __slots__ = ("__weakref__", "in_flight", "not_before", "waiting")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        # When the next request may start, in monotonic seconds; and hosts whose turn came while it was at its limit.
+        self.not_before = 0.0
+        self.waiting: deque[Host] = deque()
+
+
 class Host:
     """Times are monotonic seconds. The pool keeps one for every host it has files of, and drops it when it is idle."""
 
     __slots__ = (
         "_busy_seconds", "_busy_since", "_failures", "_grown_at", "_last_rate", "_next_start", "_opened", "_refusals",
-        "_served",
-        "_slowed_at", "_window_start", "exhausted", "in_flight", "in_turn", "limit", "low", "name", "open_until",
-        "prober", "proven", "queue", "rate", "rest_until", "reuse", "settings", "timer",
+        "_served", "_slowed_at", "_window_start", "address", "answered_at", "dialled", "exhausted", "hops", "in_flight",
+        "in_turn", "limit", "low", "name", "open_until", "prober", "queue", "rate", "rest_until", "reuse", "settings",
+        "timer",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: HostSettings, busy_seconds: float = BUSY_SECONDS) -> None:
@@ -75,8 +97,12 @@ class Host:
         self.in_turn = False
         self.prober = 0
         self.timer: TimerHandle | None = None
-        # True once the host has answered anything.
-        self.proven = False
+        self.answered_at = float("-inf")
+        # Attempts on files of other hosts that a redirect led here, waiting for a slot (attempts.Flight).
+        self.hops: deque[Any] = deque()
+        # The address that was dialled last, as text and as what is shared with its other names.
+        self.dialled = ""
+        self.address: Address | None = None
         self.open_until = 0.0
         # Requests a second, None when the host is not paced; and the end of the rest that it asked for.
         self.rate: float | None = None
@@ -101,6 +127,10 @@ class Host:
     def rests(self, now: float) -> bool:
         """Return whether nothing is sent now: the circuit is open, or the host has asked for a rest."""
         return now < self.rest_until or (self.on_trial and now < self.open_until)
+
+    def rest_ends(self) -> float:
+        """Return when the host's rest ends, which may be in the past."""
+        return max(self.rest_until, self.open_until) if self.on_trial else self.rest_until
 
     def circuit(self, now: float) -> CircuitState:
         """The state of the circuit."""
@@ -128,11 +158,23 @@ class Host:
         """An attempt is over, whatever came of it."""
         self.in_flight -= 1
 
-    def answered(self) -> None:
+    def answered(self, now: float) -> None:
         """Close the circuit: the host has answered something."""
         self._failures = 0
         self._opened = 0
-        self.proven = True
+        self.answered_at = now
+
+    def is_stranger(self, now: float) -> bool:
+        """Return whether the host has not answered lately, so that it shares its slots with others of the kind."""
+        return now - self.answered_at > LATELY
+
+    def pause(self, until: float) -> None:
+        """Let the host rest until then, for a reason that is not its own."""
+        self.rest_until = max(self.rest_until, until)
+
+    def delay_start(self, until: float) -> None:
+        """Start nothing before then."""
+        self._next_start = max(self._next_start, until)
 
     def served(self, now: float) -> None:
         """Count a request that the host did not refuse for their number, and let its rate grow."""
@@ -184,7 +226,7 @@ class Host:
             self.circuit(now),
             round(max(0.0, self.open_until - now), 3) if self.on_trial else 0.0,
             self.in_flight,
-            len(self.queue),
+            len(self.queue) + len(self.hops),
             self.limit,
             None if self.rate is None else round(self.rate, 1),
             round(max(0.0, self.rest_until - now), 3),
@@ -197,4 +239,4 @@ class Host:
             self.open_until + self.settings.circuit_rest if self._failures else 0.0,
             self.rest_until + MAX_BUSY_REST_UNNAMED if self.rate is not None else 0.0,
         )
-        return not (self.queue or self.in_flight or self.timer or now < remembered)
+        return not (self.queue or self.hops or self.in_flight or self.timer or now < remembered)

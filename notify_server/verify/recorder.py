@@ -27,8 +27,8 @@ MAX_RETRY_SECONDS = 1.0
 class Recorder:
     """Holds results until the store has committed them, and retries as long as it cannot.
 
-    `on_recorded` gets every batch, `on_verdicts` the verdicts it led to, and `on_written` is called at the end of each
-    batch; `more_expected` says whether waiting may fill a batch.
+    `on_recorded` gets the attempts of every batch (not what was postponed), `on_verdicts` the verdicts it led to, and
+    `on_written` is called at the end of each batch; `more_expected` says whether waiting may fill a batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Recorder:
             return False
         finally:
             self._recording = 0
-        self._on_recorded(batch)
+        self._on_recorded([result for result in batch if result.attempts > result.file.attempts])
         if verdicts:
             self._on_verdicts(verdicts)
         self._on_written(batch)

@@ -18,6 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import structlog
+
 from notify_server.config import HostSettings, VerifyConfig
 from notify_server.model import BatchVerdict, FileResult, Request
 from notify_server.processes.prober_client import ProberLink
@@ -25,17 +27,69 @@ from notify_server.store.base import FileQueue
 from notify_server.verify.attempts import Attempts, Flight
 from notify_server.verify.claims import Claims
 from notify_server.verify.guard import Guard
-from notify_server.verify.hosts import BUSY_SECONDS, Host, hostname_of
+from notify_server.verify.hosts import BUSY_SECONDS, Address, Host, hostname_of
 from notify_server.verify.recorder import Recorder
+
+log = structlog.get_logger("notify_server.verify")
 
 # Keep a host on its prober (warm connections) unless another has 8 fewer requests.
 LOAD_APART = 8
-# The part of all slots that hosts on trial may have together: dead hosts, however many, leave the rest to others.
+# The parts of all slots that hosts on trial, and hosts that have not answered lately, may have together: dead and
+# silent hosts, however many, leave the rest to others.
 TRIAL_SHARE = 4
+STRANGER_SHARE = 2
+# Attempts that may wait at hosts which redirects lead to, for each slot; and how long each may wait there.
+HOPS_PER_SLOT = 4
+HOP_SECONDS = 2.0
 # The time between two attempts while this machine is cut off.
 TRIAL_SECONDS = 0.25
 # Timers of the event loop have a resolution of 1 ms, and must not fire before their time.
 TIMER_SLACK = 0.002
+
+
+class Share:
+    """Slots that hosts of a kind have together, and the hosts of this kind that wait for one."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._waiting: deque[Host] = deque()
+        self._oldest_next = True
+        self.flights = 0
+
+    @property
+    def is_full(self) -> bool:
+        """True while every slot is taken."""
+        return self.flights >= self._slots
+
+    def wait(self, host: Host) -> None:
+        """Let the host wait for a slot."""
+        host.in_turn = True
+        self._waiting.append(host)
+
+    def take_waiting(self) -> list[Host]:
+        """Remove and return as many hosts as there are free slots, by turns the oldest and the newest: many hosts that
+        keep silent delay the one that comes after them by no more than it takes to free a slot or two.
+        """
+        taken: list[Host] = []
+        for _ in range(min(len(self._waiting), self._slots - self.flights)):
+            taken.append(self._waiting.popleft() if self._oldest_next else self._waiting.pop())
+            self._oldest_next = not self._oldest_next
+        return taken
+
+
+def link_for(host: Host, links: Sequence[ProberLink], outgoing: Mapping[ProberLink, Sequence[Request]]) -> ProberLink:
+    """Return the prober that has the host's connections, unless another has much less to do. Those in `outgoing` have
+    a free slot; `links` are all of them.
+    """
+
+    def load(link: ProberLink) -> int:
+        return link.busy + len(outgoing[link])
+
+    idlest, last = min(outgoing, key=load), links[host.prober]
+    if last in outgoing and load(last) <= load(idlest) + LOAD_APART:
+        return last
+    host.prober = links.index(idlest)
+    return idlest
 
 
 class Scheduler:
@@ -61,12 +115,13 @@ class Scheduler:
         self._now = now
         # What one prober may have in flight: the living do not take over what the dead had.
         self._slots_a_prober = -(-config.concurrency // max(1, len(links)))
-        self._trial_slots = max(1, config.concurrency // TRIAL_SHARE)
 
         # Hosts that may start a file now, in the order of their turns.
         self._turns: deque[Host] = deque()
-        self._trial_waiting: deque[Host] = deque()
-        self._trial_flights = 0
+        self._trials = Share(max(1, config.concurrency // TRIAL_SHARE))
+        self._strangers = Share(max(1, config.concurrency // STRANGER_SHARE))
+        # Attempts that wait at a host which a redirect has led to.
+        self._hops = 0
         # Hosts whose turn came during an outage, and when the next of them may be tried.
         self._parked: deque[Host] = deque()
         self._parked_timer: asyncio.TimerHandle | None = None
@@ -94,7 +149,7 @@ class Scheduler:
             on_written=self._on_written,
             more_expected=lambda: len(self.attempts) > 0,
         )
-        self.attempts = Attempts(guard, config, self.hosts, self.recorder, self, now=now, chance=chance)
+        self.attempts = Attempts(guard, config, self.recorder, self, now=now, chance=chance)
         self._is_cut_off = self.attempts.outages.is_cut_off
 
     # Lifetime
@@ -103,6 +158,9 @@ class Scheduler:
         """Start nothing more."""
         self._stopping = True
         self._claims.finish()
+        for host in self.hosts.values():
+            self._store.release([flight.file for flight in host.hops])
+            host.hops.clear()
         self._check_drained()
 
     async def drain(self) -> None:
@@ -124,7 +182,7 @@ class Scheduler:
 
     def _ready(self, host: Host) -> None:
         """Give the host a turn as soon as it may have one."""
-        if host.in_turn or not host.queue:
+        if host.in_turn or not (host.queue or host.hops):
             return
         moment = host.ready_at()
         if moment is None:
@@ -138,7 +196,7 @@ class Scheduler:
 
     def _on_time(self, host: Host) -> None:
         host.timer = None
-        if host.queue:
+        if host.queue or host.hops:
             self._ready(host)
             self.pump()
         else:
@@ -147,22 +205,25 @@ class Scheduler:
 
     def pump(self) -> None:
         """Start files, one per host and turn, as long as there are slots."""
-        for _ in range(min(len(self._trial_waiting), self._trial_slots - self._trial_flights)):
-            waiting = self._trial_waiting.popleft()
-            waiting.in_turn = False
-            self._ready(waiting)
+        for share in (self._trials, self._strangers):
+            for waiting in share.take_waiting():
+                waiting.in_turn = False
+                self._ready(waiting)
         if self._stopping or not self._turns:
             return
         now, at = time.monotonic(), self._now()
         links = [link for link in self._links if link.alive and link.busy < self._slots_a_prober]
         outgoing: dict[ProberLink, list[Request]] = {link: [] for link in links}
-        slots, recorder = self._config.concurrency, self.recorder
+        if self.attempts.capacity.recover(now):
+            log.info("this machine has ports and descriptors again")
+        slots, recorder = self.attempts.capacity.limit, self.recorder
         while self._turns and links and len(self.attempts) < slots and recorder.has_room:
             host = self._turns.popleft()
             host.in_turn = False
             moment = host.ready_at()
-            if not host.queue or moment is None or moment > now:
+            if not (host.queue or host.hops) or moment is None or moment > now:
                 self._ready(host)
+                self._wake(host.address)
                 continue
             if self._hold_back(host, now):
                 continue
@@ -175,13 +236,27 @@ class Scheduler:
 
     def _hold_back(self, host: Host, now: float) -> bool:
         """Return whether the host has to wait for a slot of a kind that is scarce; it keeps its place among those."""
-        if host.on_trial and self._trial_flights >= self._trial_slots:
-            host.in_turn = True
-            self._trial_waiting.append(host)
+        address = host.address
+        if address is not None:
+            if address.in_flight >= host.settings.per_host_concurrency:
+                host.in_turn = True
+                address.waiting.append(host)
+                return True
+            if address.not_before > now:
+                host.delay_start(address.not_before)
+                self._ready(host)
+                return True
+        share = self._trials if host.on_trial and self._trials.is_full else None
+        if share is None and self._strangers.is_full and host.is_stranger(now):
+            share = self._strangers
+        if share is not None:
+            share.wait(host)
+            self._wake(address)
             return True
         if self._is_cut_off(hostname_of(host.name)):
             if now < self._trial_at:
                 self._park(host)
+                self._wake(address)
                 return True
             self._trial_at = now + TRIAL_SECONDS
         return False
@@ -189,29 +264,31 @@ class Scheduler:
     def _start(
         self, host: Host, now: float, at: int, links: list[ProberLink], outgoing: dict[ProberLink, list[Request]]
     ) -> None:
-        file = host.queue.popleft()
+        cut_off = self._is_cut_off(hostname_of(host.name))
         host.start(now)
-        flight = self.attempts.begin(file, host, now, cut_off=self._is_cut_off(hostname_of(host.name)))
-        self._trial_flights += flight.on_trial
+        if host.hops:
+            flight: Flight = host.hops.popleft()
+            self._hops -= 1
+            flight.deadline += now - flight.waits_since
+            flight.began_cut_off = cut_off
+        else:
+            flight = self.attempts.begin(host.queue.popleft(), host, now, cut_off=cut_off)
+        if host.on_trial:
+            flight.on_trial = True
+            self._trials.flights += 1
+        if host.is_stranger(now):
+            flight.is_stranger = True
+            self._strangers.flights += 1
+        if (address := host.address) is not None:
+            flight.address = address
+            address.in_flight += 1
+            if host.settings.per_host_interval:
+                address.not_before = now + host.settings.per_host_interval
         if (refusal := flight.ask.target.refusal) is not None:
             self.attempts.refuse(flight, refusal, at)
             return
-        link = links[0] if len(links) == 1 else self._link_for(host, links, outgoing)
+        link = links[0] if len(links) == 1 else link_for(host, self._links, outgoing)
         outgoing[link].append(self.attempts.request(flight, link, now, at))
-
-    def _link_for(
-        self, host: Host, links: Sequence[ProberLink], outgoing: Mapping[ProberLink, Sequence[Request]]
-    ) -> ProberLink:
-        """Return the prober that has the host's connections, unless another has much less to do."""
-
-        def load(link: ProberLink) -> int:
-            return link.busy + len(outgoing[link])
-
-        idlest, last = min(links, key=load), self._links[host.prober]
-        if last in outgoing and load(last) <= load(idlest) + LOAD_APART:
-            return last
-        host.prober = self._links.index(idlest)
-        return idlest
 
     # The end of an attempt (attempts.Slots)
 
@@ -220,9 +297,46 @@ class Scheduler:
         host = flight.host
         host.end()
         if flight.on_trial:
-            self._trial_flights -= 1
+            flight.on_trial = False
+            self._trials.flights -= 1
+        if flight.is_stranger:
+            flight.is_stranger = False
+            self._strangers.flights -= 1
+        if (address := flight.address) is not None:
+            flight.address = None
+            address.in_flight -= 1
+            self._wake(address)
         self._ready(host)
         self._check_drained()
+
+    def _wake(self, address: Address | None) -> None:
+        """Give a turn to the next host that waits for a slot at the address, passing over those without work."""
+        while address is not None and address.waiting:
+            host = address.waiting.popleft()
+            host.in_turn = False
+            self._ready(host)
+            if host.in_turn:
+                return
+
+    def move(self, flight: Flight) -> None:
+        """Exchange the slot for one at the host of the flight's next request, as soon as there is one.
+
+        Without a place to wait the file is postponed: claimed again at once, it would only be redirected here again.
+        """
+        self.free(flight)
+        if self._stopping:
+            self._store.release([flight.file])
+            return
+        now = time.monotonic()
+        host = self._claims.host(flight.ask.target.host)
+        rest = 0.0 if host is None else max(0.0, host.rest_ends() - now)
+        if host is None or rest > HOP_SECONDS or self._hops >= HOPS_PER_SLOT * self._config.concurrency:
+            self.attempts.postpone(flight, max(rest, HOP_SECONDS))
+            return
+        flight.host, flight.waits_since = host, now
+        host.hops.append(flight)
+        self._hops += 1
+        self._ready(host)
 
     def give_back(self, flights: Sequence[Flight]) -> None:
         """Free the slots, and return the files to the store: due as before, no attempt spent."""
@@ -241,6 +355,9 @@ class Scheduler:
         """Send nothing to the host until then."""
         if host.queue:
             self._claims.release_queue(host)
+        while host.hops:
+            self._hops -= 1
+            self.attempts.postpone(host.hops.popleft(), until - time.monotonic())
         host.exhausted = True
         if host.timer is not None:
             host.timer.cancel()

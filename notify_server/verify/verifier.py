@@ -109,6 +109,11 @@ class Verifier:
         """The number of files whose attempt is under way."""
         return len(self._scheduler.attempts)
 
+    @property
+    def is_short(self) -> bool:
+        """True while this machine has too few ports or descriptors."""
+        return self._scheduler.attempts.capacity.is_short
+
     def circuits(self) -> dict[str, float]:
         """Return how many of the remembered hosts are in each state."""
         now = time.monotonic()

@@ -21,7 +21,8 @@ CHECK_SECONDS = 0.8
 
 class Health:
     """`probers_up` tells whether every prober runs, and is None on a node that has none; `draining` tells whether the
-    daemon is on its way out, `takes_callbacks` whether they are taken here at all.
+    daemon is on its way out, `takes_callbacks` whether they are taken here at all, `is_short` whether this machine has
+    too few ports or descriptors for the probes.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Health:
         probers_up: Callable[[], bool] | None,
         draining: Callable[[], bool],
         takes_callbacks: bool,
+        is_short: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -39,6 +41,7 @@ class Health:
         self._probers_up = probers_up
         self._draining = draining
         self._takes_callbacks = takes_callbacks
+        self._is_short = is_short
         self._checking: asyncio.Future[None] | None = None
         self._store_state = ""
         self._checked_at = float("-inf")
@@ -61,6 +64,9 @@ class Health:
         if not self._takes_callbacks:
             state["callbacks"] = "not taken here, see [server] roles"
         ready = all(part == "ok" for part in state.values())
+        if self._is_short():
+            # Callbacks are accepted all the same; files are probed more slowly.
+            state["machine"] = "short of ports or descriptors, fewer files are probed at a time"
         return web.Response(
             body=msgspec.json.encode({"ready": ready, **state}),
             status=200 if ready else 503,

@@ -102,7 +102,7 @@ def test_the_circuit_opens_with_exactly_the_last_of_so_many_failures() -> None:
 def test_an_answer_in_between_starts_the_count_again() -> None:
     host = a_host()
     fail(host, FAILURES_TO_OPEN - 1)
-    host.answered()
+    host.answered(NOW)
     assert fail(host, FAILURES_TO_OPEN) == [False] * (FAILURES_TO_OPEN - 1) + [True]
 
 
@@ -147,7 +147,7 @@ def test_a_circuit_says_which_state_it_is_in() -> None:
     host.failed(NOW, 20.0)
     assert host.circuit(NOW + 2.9) is CircuitState.OPEN
     assert host.circuit(NOW + 3.0) is CircuitState.HALF_OPEN
-    host.answered()
+    host.answered(NOW)
     assert host.circuit(NOW + 3.0) is CircuitState.CLOSED
 
 
@@ -162,7 +162,7 @@ def test_a_failure_before_the_circuit_opens_delays_nothing() -> None:
 def test_one_answer_closes_the_circuit_at_once() -> None:
     host = a_host()
     fail(host, FAILURES_TO_OPEN * 3)
-    host.answered()
+    host.answered(NOW)
     assert not host.on_trial
     assert not host.rests(NOW)
     ready = host.ready_at()
@@ -190,7 +190,7 @@ def test_each_rest_without_an_answer_in_between_is_twice_as_long_up_to_the_longe
         rests.append(host.open_until - now)
         now = host.open_until
     assert rests == pytest.approx([1, 2, 4, 8, 16, 32, REST_LONGEST, REST_LONGEST])
-    host.answered()
+    host.answered(NOW)
     fail(host, FAILURES_TO_OPEN, now=now, seconds=0.0)
     assert host.open_until == pytest.approx(now + MIN_REST)
 
@@ -340,7 +340,7 @@ def test_a_host_with_files_waiting_or_in_flight_is_not_idle() -> None:
 
 async def test_a_host_with_a_timer_is_not_idle() -> None:
     host = a_host()
-    host.timer = asyncio.get_running_loop().call_later(3600, host.answered)
+    host.timer = asyncio.get_running_loop().call_later(3600, host.end)
     assert not host.idle(NOW)
     host.timer.cancel()
     host.timer = None

@@ -40,6 +40,7 @@ def test_a_prober_loads_nothing_of_the_daemons() -> None:
     allowed = {
         "processes",
         "processes.prober",
+        "processes.prober_headers",
         "processes.prober_protocol",
         "processes.frames",
         "processes.worker",

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from notify_server.model import Reason
-from notify_server.processes.prober import LOCATION_LIMIT, VALUE_LIMIT, Answer, read_headers, sanitise
+from notify_server.processes.prober_headers import LOCATION_LIMIT, VALUE_LIMIT, Answer, read_headers, sanitise
 from notify_server.verify.guard import Guard
 
 NOTHING = Answer(None, None, None, None, None, None)

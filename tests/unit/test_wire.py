@@ -162,7 +162,7 @@ def test_an_address_with_an_http_scheme_and_an_authority_is_left_to_the_guard(ur
         "ftp://h/",
         "httpss://h/",
         "xhttp://h/",
-        " http://h/",
+        "\x0bhttp://h/",
         "javascript:alert(1)",
         "ſhttp://h",
     ],
