@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).parent.parent
 ROWS = 90
 LAST_ROW = 135
-OPERATION = "I"
+REAL_USE = "I"
 # Of each group, the first row: the groups follow one another without a gap.
 GROUPS = {"A": 1, "B": 33, "C": 41, "D": 51, "E": 57, "F": 69, "G": 79, "H": 85}
 
@@ -56,8 +56,8 @@ def test_every_row_is_there_once_in_its_order_and_group() -> None:
     assert numbers == sorted(set(numbers))
     assert numbers[-1] <= LAST_ROW
     assert {group: min(row.number for row in TABLE if row.group == group) for group in GROUPS} == GROUPS
-    assert {row.group for row in TABLE} == {*GROUPS, OPERATION}
-    assert all((row.group == OPERATION) == (row.number > ROWS) for row in TABLE)
+    assert {row.group for row in TABLE} == {*GROUPS, REAL_USE}
+    assert all((row.group == REAL_USE) == (row.number > ROWS) for row in TABLE)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row.number))
