@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from notify_server.model import Request
+from notify_server.model import Evidence, Request
 from tests.support.daemon import Config, Daemon
 from tests.support.origin import SILENCE, Answer, Hit, Origin
 from tests.support.prober import Prober
@@ -164,12 +164,12 @@ async def test_request_beyond_the_limit_of_an_address_is_not_sent(origin: Origin
         Request(number, "HEAD", origin.url(f"/{number}"), 10_000, 10_000, address_limit=3) for number in range(1, 11)
     ]
     prober.send(requests)
-    crowded = []
+    crowded: list[Evidence] = []
     while len(crowded) < 7:
         crowded += await prober.receive()
     assert all(evidence.crowded and evidence.remote_addr == "127.0.0.1" for evidence in crowded)
     gate.set()
-    answered = []
+    answered: list[Evidence] = []
     while len(answered) < 3:
         answered += await prober.receive()
     assert {evidence.status for evidence in answered} == {200}
