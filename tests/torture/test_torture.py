@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.torture import crash, fsync, nodes, soak, stop
+from tests.torture import crash, fsync, hang, nodes, soak, stop
 from tests.torture.__main__ import PARTS, Part, arguments, load, report, run_part
 from tests.torture.figures import Figure, Setting
 
@@ -36,6 +36,14 @@ async def test_three_stops_under_load_cut_off_no_request_and_burn_no_attempt(tmp
     figures = await stop.run(Setting(seed, 0.06, tmp_path))
     assert not_met(figures) == []
     assert figures[0].counts["stops"] == 3
+
+
+async def test_children_and_nodes_that_hang_under_load_are_replaced_and_lose_nothing(tmp_path: Path, seed: int) -> None:
+    figures = await hang.run(Setting(seed, 0.1, tmp_path))
+    # How fast it answers is a figure of `make torture`, where nothing else keeps the machine busy.
+    assert [figure for figure in not_met(figures) if not figure.name.startswith(("slowest", "SIGTERM"))] == []
+    exits = next(figure for figure in figures if figure.name.startswith("SIGTERM"))
+    assert (exits.counts["exits"], exits.counts["left"]) == (3, 0)
 
 
 async def test_one_of_two_nodes_that_is_killed_under_load_loses_nothing_and_the_other_records_its_files_once(
