@@ -16,6 +16,7 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from notify_server.config import LogConfig
+from notify_server.supervise import start_task
 from notify_server.telemetry.logging import set_up_logging
 from notify_server.web import health
 
@@ -101,11 +102,27 @@ async def test_it_is_not_ready_while_the_store_cannot_commit(
     assert (answer.status, answer.json["store"]) == (200, "ok")
 
 
+async def test_readiness_names_a_long_task_that_has_ended(start: Start) -> None:
+    daemon = await start()
+    assert (await daemon.get("/readyz")).status == 200
+
+    async def returns() -> None:
+        pass
+
+    await asyncio.wait([start_task(returns(), "lease of this node")])
+    answer = await daemon.get("/readyz")
+    assert answer.status == 503
+    assert answer.json["tasks"] == "ended, restart the server: lease of this node"
+
+
 async def test_asking_often_whether_it_is_ready_costs_one_write(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "FRESH_SECONDS", 60.0)
     daemon = await start()
     answers = await asyncio.gather(*(daemon.get("/readyz") for _ in range(20)))
-    assert {answer.status for answer in answers} == {200}
+    # A disk that is slow for a moment is "not ready" until its write is done.
+    await daemon.eventually(lambda: daemon.count("heartbeat") == 1)
+    answers += await asyncio.gather(*(daemon.get("/readyz") for _ in range(20)))
+    assert {answer.status for answer in answers[20:]} == {200}
     ((first,),) = daemon.rows("SELECT checked_at FROM heartbeat")
     assert (await daemon.get("/readyz")).status == 200
     assert daemon.rows("SELECT checked_at FROM heartbeat") == [(first,)]
