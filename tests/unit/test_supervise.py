@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from weakref import WeakKeyDictionary
 
 import pytest
 import structlog
 
+from notify_server import supervise
 from notify_server.supervise import Grace, ended_tasks, let_end, start_task, stop_tasks
 
 STOPPED = "a part of the daemon has stopped, restart it"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The loop, and with it what has ended on it, may be shared with other tests.
+    monkeypatch.setattr(supervise, "_ended", WeakKeyDictionary())
 
 
 async def forever() -> None:

@@ -10,11 +10,13 @@ import logging
 import os
 import signal
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from notify_server import supervise
 from notify_server.config import LogConfig
 from notify_server.supervise import start_task
 from notify_server.telemetry.logging import set_up_logging
@@ -102,7 +104,9 @@ async def test_it_is_not_ready_while_the_store_cannot_commit(
     assert (answer.status, answer.json["store"]) == (200, "ok")
 
 
-async def test_readiness_names_a_long_task_that_has_ended(start: Start) -> None:
+async def test_readiness_names_a_long_task_that_has_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The loop, and with it what has ended on it, is shared with other tests.
+    monkeypatch.setattr(supervise, "_ended", WeakKeyDictionary())
     daemon = await start()
     assert (await daemon.get("/readyz")).status == 200
 
