@@ -65,7 +65,7 @@ def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False
         try:
             converted[name] = msgspec.convert(value, wanted)
         except msgspec.ValidationError as error:
-            if schema.get("pattern") == REASON_PATTERN and isinstance(value, str):
+            if isinstance(value, str) and _is_reason(schema):
                 raise _wrong(f"{name}: {unknown_reason(value)}") from error
             raise _wrong(f"{name}: must be {_description(schema)}") from error
     return kind(**converted)
@@ -90,6 +90,10 @@ def _schema(kind: Any) -> dict[str, Any]:
 
     found: dict[str, Any] = resolved(schema)
     return found
+
+
+def _is_reason(schema: Mapping[str, Any]) -> bool:
+    return any(choice.get("pattern") == REASON_PATTERN for choice in schema.get("anyOf", [schema]))
 
 
 def _description(schema: Mapping[str, Any]) -> str:
