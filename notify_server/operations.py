@@ -1,7 +1,7 @@
-"""What people do about the record: ask for files anew, take what was refused after all, delete what is old.
+"""Actions on the record: recheck files, reprocess rejected notifications, delete old data.
 
-The same for the API of a running daemon and for the command line beside it. Each goes on in small transactions, so that
-callbacks do not wait for it, and for ACTION_SECONDS: what is left then is told, and done by asking again.
+The API of a running server and the command line share them. Each works in small transactions, so that callbacks are
+not delayed, and stops after ACTION_SECONDS with `more` set; the next call does the rest.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Time = Annotated[datetime, Meta(tz=True, description="RFC 3339, with an offset o
 
 
 class ActionRefusedError(NotifyServerError):
-    """What was asked for cannot be done as it is; the text says why, and what to do."""
+    """An action cannot be done as requested; the text says why, and what to do."""
 
 
 class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which files to ask for anew: one file, whatever its state; or those of a batch, or those that fail for a reason
-    (at a host), and of these the ones in `states`. With `dry_run` they are only counted.
+    """Which files to recheck: one file in any state; or the files of a batch, or those with a reason (at a host), that
+    are in one of `states`. With `dry_run` they are only counted.
     """
 
     file: Id | None = None
@@ -59,35 +59,35 @@ class Recheck(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rechecked(Struct, frozen=True):
-    """How many files were (or with `dry_run` would be) asked for anew; with `more` there are some left."""
+    """The number of files queued for a recheck (with `dry_run`: to be queued). `more` is true when some are left."""
 
     files: int
     more: bool = False
 
 
 class Prune(Struct, frozen=True, forbid_unknown_fields=True):
-    """What to delete: batches completed, and rejections received, before a time; by default what [retention] says."""
+    """What to delete: batches completed and rejections received before a time; by default according to [retention]."""
 
     completed_before: Time | None = None
     rejections_before: Time | None = None
 
 
 class Pruned(Struct, frozen=True):
-    """How many rows were deleted; with `more` there are some left."""
+    """The number of deleted rows. `more` is true when some are left."""
 
     rows: int
     more: bool = False
 
 
 class Replayed(Struct, frozen=True):
-    """The delivery that a rejection has become."""
+    """The delivery that a reprocessed rejection was accepted as."""
 
     delivery: int
     request_id: str
 
 
 class Actions:
-    """`now` gives Unix ms; `add_hosts` is told the hosts that have files to be asked for."""
+    """Runs the actions. `now` gives Unix ms; `add_hosts` gets the hosts of rechecked files."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Actions:
         self._add_hosts = add_hosts
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
-        """Ask for files anew; None when there is no such file or batch. Raises ActionRefusedError."""
+        """Recheck files. Returns None for an unknown file or batch. Raises ActionRefusedError."""
         if wanted.reason is not None and (wrong := unknown_reason(wanted.reason)) is not None:
             raise ActionRefusedError(f"reason: {wrong}")
         if wanted.file is not None:
@@ -123,7 +123,7 @@ class Actions:
             raise ActionRefusedError("file, batch or reason: name one of them, to say which files")
         if wanted.batch is not None and await self._records.batch(wanted.batch) is None:
             return None
-        # What is asked for anew becomes pending, and must not be met again.
+        # Rechecked files become pending, so pending ones come first: no file is rechecked twice.
         states = sorted(set(wanted.states), key=lambda state: (state is not FileState.PENDING, state))
         filters = [FileFilter(wanted.batch, state, wanted.reason, wanted.host) for state in states]
         if wanted.dry_run:
@@ -141,7 +141,7 @@ class Actions:
         return Rechecked(files)
 
     async def _count(self, wanted: FileFilter) -> int:
-        """How many of these files Store.recheck does not leave as they are."""
+        """Count the files that Store.recheck would change."""
         if wanted.state is FileState.UPLOAD_FAILED or wanted.reason == Reason.INVALID_URL:
             return 0
         number = await self._records.count(wanted)
@@ -155,8 +155,9 @@ class Actions:
         return restart.files
 
     async def replay(self, id: int) -> Replayed | None:
-        """Take a refused body after all, now that more is allowed, or this program knows better; None when there is no
-        such rejection. Whoever sent it had been let in. Raises ActionRefusedError when it would be refused again.
+        """Validate a rejected body again and accept it as a new delivery. Its sender was authorized when it came.
+
+        Returns None for an unknown rejection. Raises ActionRefusedError when the body is still invalid.
         """
         rejection, body = await self._records.rejection(id), await self._records.rejected_body(id)
         if rejection is None or body is None:
@@ -186,7 +187,7 @@ class Actions:
         return Replayed(taken, delivery.request_id)
 
     async def prune(self, wanted: Prune) -> Pruned:
-        """Delete what is old."""
+        """Delete old data."""
         if wanted.completed_before is None and wanted.rejections_before is None:
             completed = self._now() - round(self._retention.completed * 1000)
             rejections = self._now() - round(self._retention.rejections * 1000)
@@ -213,5 +214,5 @@ def unknown_reason(reason: str) -> str | None:
 
 
 def to_ms(moment: datetime | None) -> int | None:
-    """A time as the tables have it."""
+    """Convert a time to Unix ms, as the tables have it."""
     return None if moment is None else round(moment.timestamp() * 1000)

@@ -1,4 +1,4 @@
-"""The record as text for other programs: CSV that is safe to open in a spreadsheet, and NDJSON."""
+"""Formats files as CSV that is safe to open in a spreadsheet, and as NDJSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from notify_server.store.reading.types import FileItem
 
 COLUMNS = FileItem.__struct_fields__
-# A cell that begins with one of these is a formula to a spreadsheet (OWASP, CSV injection).
+# A spreadsheet runs cells that begin with one of these as formulas (OWASP, CSV injection).
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
 
 
@@ -28,12 +28,12 @@ def _cell(value: object) -> object:
 
 
 def csv_header() -> bytes:
-    """The line with the names of the columns."""
+    """Return the header line."""
     return (",".join(COLUMNS) + "\r\n").encode()
 
 
 def csv_lines(files: Iterable[FileItem]) -> bytes:
-    """A line for each file (RFC 4180). What a spreadsheet would take for a formula has an apostrophe before it."""
+    """Return a line for each file (RFC 4180). Cells that look like formulas to a spreadsheet begin with an apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([_cell(getattr(file, column)) for column in COLUMNS] for file in files)
@@ -41,5 +41,5 @@ def csv_lines(files: Iterable[FileItem]) -> bytes:
 
 
 def ndjson_lines(files: Iterable[FileItem]) -> bytes:
-    """A JSON object for each file, one a line."""
+    """Return a JSON object for each file, one per line."""
     return b"".join(msgspec.json.encode(file) + b"\n" for file in files)

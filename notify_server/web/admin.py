@@ -1,8 +1,8 @@
-"""Who may look at the record and act on it: whoever has the admin_token, as a Bearer or through a log-in; without one,
-whoever is on this machine.
+"""Authorizes access to the dashboard and the API: by the admin_token, as a Bearer or through a log-in; without one,
+only from this machine.
 
-A log-in is a cookie that proves itself: when it ends, and a MAC that only the admin_token makes. Nothing of it is
-stored, so it holds on every node, and changing the token ends them all.
+The session cookie holds its expiry and a MAC keyed by the admin_token. No session is stored, so it is valid on every
+node, and changing the token ends all sessions.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COOKIE = "notify_server_session"
 CSRF_FIELD = "csrf"
 CSRF_HEADER = "X-CSRF-Token"
 SESSION_SECONDS = 12 * 3600
-# Log-ins a second from one source: a person needs one, and a program that guesses needs many.
+# Log-in attempts per second and source, against guessing.
 LOGINS_A_SECOND = 3
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOCAL_NAMES = frozenset({"localhost", "localhost."})
-# What proxies add. One that adds nothing, as nginx unless it is told to, still speaks HTTP/1.0 to us.
+# Headers that proxies add. A proxy that adds none, like nginx by default, speaks HTTP/1.0.
 _FORWARDED = re.compile(
     "forwarded|via|x-forwarded-.+|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip", re.IGNORECASE
 )
@@ -62,12 +62,12 @@ def _host_of(request: web.Request) -> str:
 
 
 class Admin:
-    """`now` gives Unix ms."""
+    """Checks requests against the admin_token and issues session cookies. `now` gives Unix ms."""
 
     def __init__(self, config: Config, now: Callable[[], int]) -> None:
         token = config.auth.admin_token
         self._token = token.get_secret_value().encode() if token is not None else None
-        # Without a token nobody logs in, and nobody can know the key.
+        # Without a token there are no sessions; the random key cannot be guessed.
         self._key = hmac.digest(self._token or secrets.token_bytes(), b"notify_server log-in", hashlib.sha256)
         self._trusted = config.server.trusted_proxies
         self._secure = config.server.ssl_certificate is not None
@@ -76,11 +76,11 @@ class Admin:
 
     @property
     def needs_login(self) -> bool:
-        """Whether there is an admin_token, so that a browser has to log in."""
+        """True when there is an admin_token, so that browsers have to log in."""
         return self._token is not None
 
     def guard(self, handler: Handler) -> Handler:
-        """The handler, for those who are let in; others are answered as the API answers."""
+        """Wrap a handler so that unauthorized requests get the API's error answer."""
 
         async def guarded(request: web.Request) -> web.StreamResponse:
             request_id = str(uuid4())
@@ -94,9 +94,9 @@ class Admin:
         return guarded
 
     def check(self, request: web.Request, csrf: str | None = None) -> None:
-        """Raises RefusedError unless the request may look, and, where its method is not safe, act.
+        """Raise RefusedError unless the request may read and, when its method is not safe, act.
 
-        `csrf` is the token of a form; a script sends it in a header.
+        `csrf` is the token of a form; scripts send it in a header.
         """
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if self._token is None:
@@ -119,7 +119,7 @@ class Admin:
             raise RefusedError(403, "403", f"{CSRF_HEADER}: is missing or stale, load the page again")
 
     def _check_local(self, request: web.Request) -> None:
-        # Whoever comes through a proxy, or under a name that a page of another site has made point here, is not local.
+        # Requests through a proxy are not local, nor are those to a foreign name (DNS rebinding).
         peer, host = request.remote or "", _host_of(request)
         forwarded = (
             within(peer, self._trusted)
@@ -131,31 +131,29 @@ class Admin:
 
     @staticmethod
     def _check_not_embedded(request: web.Request) -> None:
-        """A page of another site may lead here, but neither fetch nor frame what is here (W3C Fetch Metadata)."""
-        led = (
+        """Raise RefusedError when another site's page fetches or frames this (W3C Fetch Metadata); links are fine."""
+        is_link = (
             request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
         )
-        if not led and not _is_same_site(request):
-            raise RefusedError(403, "403", "other sites cannot look at this")
+        if not is_link and not _is_same_site(request):
+            raise RefusedError(403, "403", "other sites cannot read this")
 
     def check_same_site(self, request: web.Request) -> None:
-        """Raises RefusedError when a page of another site has made the browser send this. Programs send neither of the
-        headers that tell.
-        """
+        """Raise RefusedError when a page of another site sent this. Programs send neither of the headers checked."""
         origin = request.headers.get("Origin")
-        # Browsers tell the site on https and on this machine only. A proxy may have changed the host.
+        # Browsers send Sec-Fetch-Site to https and loopback only, and a proxy may have changed the host.
         if "Sec-Fetch-Site" in request.headers:
             same = _is_same_site(request)
         else:
             same = origin is None or origin.partition("://")[2] == request.host
         if not same:
-            raise RefusedError(403, "403", "requests from other sites are not taken")
+            raise RefusedError(403, "403", "requests from other sites are refused")
 
     # Log-in
 
     def log_in(self, request: web.Request, token: str, response: web.StreamResponse) -> bool:
-        """Give the response the cookie if this is the admin_token; whether it is. Raises RefusedError (429) when this
-        source has tried too often."""
+        """Return True and set the session cookie if this is the admin_token. Raises RefusedError (429) when the source
+        has tried too often."""
         peer = client_address(request.remote or "", request.headers, self._trusted)
         if self._logins.wait(source_of(peer), asyncio.get_running_loop().time()):
             raise RefusedError(429, "429", "too many log-ins, wait a moment", headers={"Retry-After": "1"})
@@ -177,11 +175,11 @@ class Admin:
 
     @staticmethod
     def log_out(response: web.StreamResponse) -> None:
-        """Take the cookie away."""
+        """Delete the session cookie."""
         response.del_cookie(COOKIE, path="/", httponly=True, samesite="Strict")
 
     def logged_in(self, request: web.Request) -> bool:
-        """Whether the request has a cookie of ours that has not ended."""
+        """Return True when the request has a valid session cookie."""
         if self._token is None:
             return False
         ends, _, mac = request.cookies.get(COOKIE, "").partition(".")
@@ -192,13 +190,13 @@ class Admin:
         return hmac.compare_digest(presented, expected) and self._now() < int(ends) * 1000
 
     def csrf(self, request: web.Request) -> str:
-        """What forms and scripts of a page send back, so that it is known to be ours."""
+        """Return the CSRF token, which the forms and scripts of this session send back."""
         return self._mac(f"csrf {request.cookies.get(COOKIE, '')}")
 
     def _came_by_tls(self, request: web.Request) -> bool:
-        """Whether a trusted proxy says that the browser spoke TLS to it."""
-        told = request.headers.get("X-Forwarded-Proto", "").strip().lower()
-        return told == "https" and within(request.remote or "", self._trusted)
+        """Return True when a trusted proxy says that the browser used TLS."""
+        scheme = request.headers.get("X-Forwarded-Proto", "").strip().lower()
+        return scheme == "https" and within(request.remote or "", self._trusted)
 
     def _mac(self, text: str) -> str:
         return hmac.new(self._key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""For load balancers and monitors: is it alive, and can it accept."""
+"""Answers load balancers and monitors: liveness, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from notify_server.store.base import Store
 from notify_server.supervise import ended_tasks
 from notify_server.telemetry.metrics import Metrics
 
-# An answer is good for this long, so that asking often costs the store nothing.
+# Cache the store's state for this long, so that frequent probes do not load it.
 FRESH_SECONDS = 1.0
 # An orchestrator that gets no answer in time does not learn the reason either.
 CHECK_SECONDS = 0.8
 
 
 class Health:
-    """`probers_up` tells whether every prober runs, and is None on a node that has none; `draining` tells whether the
-    daemon is on its way out, `takes_callbacks` whether they are taken here at all, `is_short` whether this machine has
-    too few ports or descriptors for the probes.
+    """Checks the store and the probers. `probers_up` is None on a node without probers; `draining` returns True during
+    shutdown; `takes_callbacks` is False on a node that only probes; `is_short` returns True when this
+    machine has too few ports or descriptors for the probes.
     """
 
     def __init__(
@@ -47,14 +47,13 @@ class Health:
         self._checked_at = float("-inf")
 
     async def healthz(self, request: web.Request) -> web.Response:
-        """200 as long as the event loop turns."""
+        """Answer 200 as long as the event loop runs."""
         return web.Response(text="ok\n")
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """200 when a callback would be accepted, and its files probed if that is done here, else 503; the body says
-        what is amiss.
+        """Answer 200 when callbacks are accepted and their files probed, else 503; the body names the failing part.
 
-        A node that probes only is never ready: who asks is about to send it callbacks.
+        A node that only probes is never ready: the probe comes from a load balancer that would send callbacks.
         """
         state = {"store": await self._check_store(), "server": "draining" if self._draining() else "ok"}
         if self._probers_up is not None:
@@ -74,12 +73,12 @@ class Health:
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """The Prometheus exposition."""
+        """Answer with the Prometheus metrics."""
         body, content_type = self._metrics.render()
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _check_store(self) -> str:
-        """Return what a write has shown within CHECK_SECONDS; requests that come together share one write."""
+        """Return the result of a test write within CHECK_SECONDS; concurrent requests share one write."""
         if self._checking is None and asyncio.get_running_loop().time() - self._checked_at >= FRESH_SECONDS:
             self._checking = asyncio.ensure_future(self._ping())
             self._checking.add_done_callback(self._checked)

@@ -19,9 +19,9 @@ DEFAULT_LANGUAGE = "en"
 
 
 class Texts:
-    """What pages say in one language: `texts("count.files", n=3)`. Values are escaped; `n` chooses singular or plural.
+    """The texts of one language: `texts("count.files", n=3)`. Values are escaped; `n` selects singular or plural.
 
-    Raises KeyError when there is no such text.
+    Raises KeyError for an unknown key.
     """
 
     def __init__(self, language: str) -> None:
@@ -36,7 +36,7 @@ class Texts:
         return text.format(**values) if values else text
 
     def age(self, seconds: float) -> str:
-        """A duration, as long as people count it in: `12 s`, `5 min`, `3 h`, `9 d`."""
+        """Format a duration in its largest unit: `12 s`, `5 min`, `3 h`, `9 d`."""
         if seconds < 60:
             return f"{max(seconds, 0.0):.0f} s"
         if seconds < 3600:
@@ -46,7 +46,7 @@ class Texts:
         return self("unit.days", n=int(seconds // 86_400))
 
     def reason(self, reason: str | None, part: str, state: FileState | None = None) -> str:
-        """What a reason means (`what`), or what to do about it (`next`)."""
+        """Return what a reason means (part `what`) or what to do about it (part `next`)."""
         if reason is None:
             key = FileState.UPLOAD_FAILED.value if state is FileState.UPLOAD_FAILED else "none"
         elif f"reason.{reason}.{part}" in self.by_key:
@@ -68,7 +68,7 @@ LANGUAGES: Mapping[str, Texts] = {language: Texts(language) for language in ("en
 
 
 def texts_for(request: web.Request) -> Texts:
-    """In the language that was chosen here, else in the one that the browser likes best (RFC 9110 12.5.4)."""
+    """Return the texts in the language of the cookie, otherwise in the one the browser prefers (RFC 9110 12.5.4)."""
     chosen = request.cookies.get(LANGUAGE_COOKIE, "")
     if chosen in LANGUAGES:
         return LANGUAGES[chosen]

@@ -1,4 +1,4 @@
-"""The API's description (OpenAPI 3.1), made from the endpoints and the types that they take and give."""
+"""Builds the OpenAPI 3.1 document from the table of endpoints and their types."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import msgspec
 ERROR = {
     "type": "object",
     "title": "Error",
-    "description": "What every refusal looks like: the platform's response convention.",
+    "description": "Every error has this shape, which is the platform's response convention.",
     "properties": {
         "request_id": {"type": "string", "format": "uuid"},
-        "code": {"type": "string", "description": "The status, or a more precise code."},
-        "msg": {"type": "string", "description": "What is wrong, by the name of the parameter, and what to do."},
+        "code": {"type": "string", "description": "The HTTP status, or a more precise code."},
+        "msg": {"type": "string", "description": "The parameter that is wrong, and what to do."},
         "data": {"type": "null"},
     },
     "required": ["request_id", "code", "msg", "data"],
@@ -44,7 +44,7 @@ class Endpoint(NamedTuple):
 
     @property
     def route(self) -> str:
-        """The path as aiohttp takes it."""
+        """The path in aiohttp's syntax."""
         return re.sub(r"{(\w+)}", r"{\1:[0-9]{1,19}}", self.path)
 
     @property
@@ -100,7 +100,7 @@ def document(
         "info": {
             "title": "notify_server",
             "version": version,
-            "description": "What was delivered, what is known of it, and what to do about it. Times are UTC.",
+            "description": "Delivered batches and files, check results, and actions. Times are UTC.",
         },
         "paths": paths,
         "components": {
@@ -118,24 +118,24 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
     else:
         content = {"application/json": {"schema": of_type[id(endpoint.answer)]}}
     responses: dict[str, Any] = {
-        "200": {"description": "The answer.", "content": content},
-        "400": {"description": "A parameter is wrong; msg names it.", "content": refused},
+        "200": {"description": "Success.", "content": content},
+        "400": {"description": "Invalid parameter; msg names it.", "content": refused},
         "401": {"description": "The admin_token is missing or wrong.", "content": refused},
-        "403": {"description": "Not from here.", "content": refused},
-        "405": {"description": "Not with this method; Allow tells which.", "content": refused},
-        "503": {"description": "The record cannot be read or changed now, try again.", "content": refused},
+        "403": {"description": "Not allowed from this origin.", "content": refused},
+        "405": {"description": "Method not allowed; see Allow.", "content": refused},
+        "503": {"description": "The database is temporarily unavailable; retry.", "content": refused},
     }
     if endpoint.body is not None:
-        responses["408"] = {"description": "The body did not come in time.", "content": refused}
+        responses["408"] = {"description": "The body did not arrive in time.", "content": refused}
         responses["413"] = {"description": "The body is too large.", "content": refused}
         responses["415"] = {"description": "The body is not JSON.", "content": refused}
     if endpoint.parameters or endpoint.body is not None:
-        responses["404"] = {"description": "There is none with this id.", "content": refused}
+        responses["404"] = {"description": "No row has this id.", "content": refused}
     return responses
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter that is not there is null; one that is there has a value."""
+    """Drop null from a parameter's schema: null only means that it is absent."""
     choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
     if not choices:
         return schema

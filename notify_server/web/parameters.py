@@ -1,6 +1,4 @@
-"""Parameters of an address and bodies of JSON as the types they are to have. What is wrong with one is said by its
-name, in words for whoever typed it.
-"""
+"""Converts query parameters and JSON bodies to structs. Errors name the parameter and say what it must be."""
 
 from __future__ import annotations
 
@@ -18,19 +16,19 @@ from notify_server.operations import REASON_PATTERN, unknown_reason
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-# As many digits as any number has that a database can hold.
+# The digits of the largest number that a database can hold.
 _NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 
 def from_query(query: MultiMapping[str], kind: type[T]) -> T:
-    """The parameters of an address. Raises RefusedError naming the one that is wrong."""
+    """Convert the parameters of a URL. Raises RefusedError that names the wrong one."""
     if twice := next((name for name in query if len(query.getall(name)) > 1), None):
-        raise _wrong(f"{twice}: may be given once only")
+        raise _wrong(f"{twice}: may be given only once")
     return convert(dict(query), kind, from_text=True)
 
 
 def from_json(body: bytes, kind: type[T]) -> T:
-    """A body, which is an object. Raises RefusedError naming the field that is wrong."""
+    """Convert a body, which must be an object. Raises RefusedError that names the wrong field."""
     try:
         values = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -41,13 +39,13 @@ def from_json(body: bytes, kind: type[T]) -> T:
 
 
 def refuse_all(names: Iterable[str]) -> None:
-    """Where there are no parameters. Raises RefusedError when there is one."""
+    """Raise RefusedError when there is any parameter."""
     for name in names:
         raise _wrong(f"{name}: is not a parameter here, there are none")
 
 
 def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False) -> T:
-    """Values as the fields of a struct; with `from_text` numbers are text. Raises RefusedError naming what is wrong."""
+    """Convert values to a struct; with `from_text` numbers are text. Raises RefusedError that names the wrong value."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in values:
         if name not in fields:
@@ -72,7 +70,7 @@ def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False
 
 
 def _given(kind: Any) -> Any:
-    """The type of what is there: a parameter cannot be null."""
+    """Drop None from a type: a parameter that is present is not null."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     return Union[tuple(choice for choice in get_args(kind) if choice is not NoneType)]  # noqa: UP007
@@ -97,7 +95,7 @@ def _is_reason(schema: Mapping[str, Any]) -> bool:
 
 
 def _description(schema: Mapping[str, Any]) -> str:
-    """What the schema asks for."""
+    """Describe the values that a schema accepts."""
     if "anyOf" in schema:
         return " or ".join(_description(choice) for choice in schema["anyOf"])
     if "enum" in schema:

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page needs it: operations with their parameters, and types with their fields."""
+"""Turns the OpenAPI document into what the reference page shows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-# What an example asks for, by the name of the parameter.
+# Values of the examples, by the name of the parameter.
 _SAMPLES = {"reason": "http_404", "q": "b452c50b"}
 _BODIES = {"recheck": {"batch": 1, "dry_run": True}}
 
 
 class Type(NamedTuple):
-    """What a value is: a word, or the name of a type of the document; `many` of them, or perhaps null."""
+    """The type of a value: a word or a type of the document, possibly a list of it, possibly null."""
 
     word: str
     is_reference: bool = False
@@ -33,7 +33,7 @@ class Field(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What can be asked for; `path` of the example has its parameters filled in, `data` is what it posts."""
+    """An operation. `example` is its path with sample parameters, `data` the sample body."""
 
     id: str
     method: str
@@ -56,7 +56,7 @@ class Described(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """All of it."""
+    """The content of the page."""
 
     read: list[Operation]
     act: list[Operation]
@@ -64,7 +64,7 @@ class Reference(NamedTuple):
 
 
 def reference(document: Mapping[str, Any]) -> Reference:
-    """Read an OpenAPI document that `openapi.document` has made."""
+    """Read a document made by `openapi.document`."""
     operations = [
         _operation(method.upper(), path, operation)
         for path, methods in document["paths"].items()

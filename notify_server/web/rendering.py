@@ -1,7 +1,7 @@
-"""How pages are made: templates, the two languages, files that pages load, and the headers that keep pages harmless.
+"""Renders pages: templates, static files, and security headers.
 
-Whatever was stored came from strangers. Templates escape all of it, show it isolated from the text around it, and make
-links of nothing but http and https addresses; and should that ever fail, the policy lets no script but our own run.
+Stored text is untrusted. Templates escape it, isolate its text direction, and link only http and https URLs; and the
+content security policy allows no script but our own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POLICY = (
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-# A bar never shows a share narrower than this, in percent: one missing file of ten thousand is what matters.
+# Min width of a bar's segment in percent, so that one missing file of ten thousand is visible.
 _LEAST_SHARE = 1.5
 
 
@@ -38,7 +38,7 @@ _LEAST_SHARE = 1.5
 
 
 class Static:
-    """The files, in memory. Their addresses hold a digest of all of them, so that browsers may keep them for ever."""
+    """The static files, in memory. Their URLs contain a digest of all files, so browsers may cache them for ever."""
 
     def __init__(self, folder: Path = HERE / "static") -> None:
         served = [path for path in sorted(folder.rglob("*")) if path.suffix in (".css", ".js", ".svg")]
@@ -46,7 +46,7 @@ class Static:
         self.version = hashlib.sha256(b"\0".join(self.files.values())).hexdigest()[:12]
 
     def answer(self, version: str, name: str) -> web.Response | None:
-        """The file, or None when there is none of this name."""
+        """Return the file, or None when no file has this name."""
         content = self.files.get(name)
         if content is None:
             return None
@@ -65,7 +65,7 @@ class Static:
 
 
 class Segment(NamedTuple):
-    """A part of a bar: percent."""
+    """A segment of a bar; `start` and `width` are percent."""
 
     name: str
     start: float
@@ -73,7 +73,7 @@ class Segment(NamedTuple):
 
 
 def bar(parts: Sequence[tuple[str, float]]) -> list[Segment]:
-    """A bar of these parts, by their amounts; what is there at all can be seen."""
+    """Divide a bar in proportion to the amounts; every amount above zero stays visible."""
     whole = sum(amount for _, amount in parts)
     widths = [(name, max(100 * amount / whole, _LEAST_SHARE)) for name, amount in parts if amount > 0]
     scale = 100 / sum(width for _, width in widths) if widths else 1.0
@@ -85,7 +85,7 @@ def bar(parts: Sequence[tuple[str, float]]) -> list[Segment]:
 
 
 def milliseconds(value: float | None) -> str:
-    """`0.4 ms`, `12 ms`, `3.4 s`."""
+    """Format milliseconds: `0.4 ms`, `12 ms`, `3.4 s`."""
     if value is None:
         return "–"
     if value < 1000:
@@ -94,7 +94,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """`512 B`, `12.1 kB`, `3.4 MB`."""
+    """Format bytes: `512 B`, `12.1 kB`, `3.4 MB`."""
     if value is None:
         return "–"
     amount = float(value)
@@ -106,22 +106,22 @@ def size(value: int | None) -> str:
 
 
 def iso(moment: datetime) -> str:
-    """For programs: `2026-11-23T03:04:18.774Z`."""
+    """Format a time for programs: `2026-11-23T03:04:18.774Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def utc(moment: datetime) -> str:
-    """For people: `2026-11-23 03:04:18 UTC`."""
+    """Format a time for people: `2026-11-23 03:04:18 UTC`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def is_link(address: str | None) -> bool:
-    """Whether a browser may be led there: an http or https address without anything that is not printable."""
+    """Return True for an http or https URL of printable characters, which a page may link to."""
     return address is not None and bool(re.match("https?://[^/?#]", address, re.I)) and address.isprintable()
 
 
 def setup(app: web.Application) -> None:
-    """Give the application its templates."""
+    """Install the templates in the application."""
     environment = aiohttp_jinja2.setup(
         app,
         loader=jinja2.FileSystemLoader(HERE / "templates"),
@@ -154,10 +154,10 @@ def page(
     images: bool = False,
     prefix: str = "",
 ) -> web.Response:
-    """A page, or a part of one. With `images` it may show pictures of strangers."""
+    """Render a page or a part of one. With `images` it may load pictures from any host."""
     text = aiohttp_jinja2.render_string(template, request, dict(context))
     return web.Response(
-        # What was asked for may hold what is no character; it is shown all the same.
+        # A query may contain lone surrogates.
         body=with_prefix(text, prefix).encode("utf-8", "backslashreplace"),
         status=status,
         content_type="text/html",
@@ -167,6 +167,6 @@ def page(
 
 
 def page_headers(*, images: bool = False) -> dict[str, str]:
-    """What goes with every page and every redirect of ours."""
+    """Return the headers of every page and redirect."""
     policy = _POLICY.format(images=" https: http:" if images else "")
     return {**_HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": policy}

@@ -1,4 +1,4 @@
-"""What happens, as it happens, to whoever listens: Server-Sent Events (HTML Standard, 9.2)."""
+"""Publishes live events to listeners as Server-Sent Events (HTML Standard, 9.2)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import msgspec
 
-# Listeners at a time: each costs a connection.
+# Max listeners: each holds a connection.
 MAX_LISTENERS = 64
-# Events that a listener may be behind; then it is cut off, and its browser connects again.
+# Max events queued for a listener; beyond that it is disconnected, and its browser reconnects.
 MAX_BEHIND = 256
 
 
 class Stream:
-    """Events go to all who listen; nobody is waited for."""
+    """Sends each event to all listeners without waiting for any."""
 
     def __init__(self) -> None:
         self._listeners: set[asyncio.Queue[bytes | None]] = set()
@@ -23,11 +23,11 @@ class Stream:
 
     @property
     def full(self) -> bool:
-        """Whether nobody more may listen: there are as many as there may be, or it is closed."""
+        """True when no listener can be added: MAX_LISTENERS are connected, or the stream is closed."""
         return self._closed or len(self._listeners) >= MAX_LISTENERS
 
     def publish(self, event: str, data: object) -> None:
-        """Send an event; `data` becomes JSON."""
+        """Send an event; `data` is encoded as JSON."""
         if not self._listeners:
             return
         message = b"event: %s\ndata: %s\n\n" % (event.encode(), msgspec.json.encode(data))
@@ -39,7 +39,7 @@ class Stream:
 
     @contextmanager
     def listen(self) -> Iterator[AsyncIterator[bytes]]:
-        """The events from now on, each as the bytes to send."""
+        """Yield the events from now on, encoded for sending."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._listeners.add(queue)
         try:
@@ -48,7 +48,7 @@ class Stream:
             self._listeners.discard(queue)
 
     def close(self) -> None:
-        """End every listener's events, after those that are on their way, for good."""
+        """Disconnect all listeners after their queued events, and accept no more."""
         self._closed = True
         for queue in list(self._listeners):
             self._end(queue)

@@ -306,7 +306,7 @@ async def test_an_action_that_another_site_asks_for_is_refused_even_with_cookie_
     sent = {name: value.format(host="here.example") for name, value in headers.items()}
     sent |= {CSRF_HEADER: await browser.csrf(), "Host": "here.example"}
     answer = await browser.ask("POST", "/act", sent)
-    assert answer.refusal(403, "403") == "requests from other sites are not taken"
+    assert answer.refusal(403, "403") == "requests from other sites are refused"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ async def test_another_site_may_lead_here_but_not_fetch_or_frame(open_browser: A
     for mode, dest in (("navigate", "iframe"), ("navigate", "object"), ("no-cors", "image"), ("no-cors", "script"),
                        ("cors", "empty")):  # fmt: skip
         headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": dest}
-        assert (await browser.ask("GET", "/page", headers)).refusal(403, "403") == "other sites cannot look at this"
+        assert (await browser.ask("GET", "/page", headers)).refusal(403, "403") == "other sites cannot read this"
     headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
     assert (await browser.ask("GET", "/page", headers)).status == 200
 

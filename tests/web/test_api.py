@@ -289,7 +289,7 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
         ("batches?limit=1e2", "limit: must be a whole number from 1 to 1000"),
         ("batches?limit=%EF%BC%91", "limit: must be a whole number from 1 to 1000"),
         ("batches?limit=", "limit: must be a whole number from 1 to 1000"),
-        ("batches?limit=1&limit=2", "limit: may be given once only"),
+        ("batches?limit=1&limit=2", "limit: may be given only once"),
         ("batches?limti=1", "limti: is not a parameter here, did you mean limit?"),
         ("batches?order=id", "order: is not a parameter here, there are verdict, api_code, batch_id, received_from, "
          "received_before, cursor, limit"),

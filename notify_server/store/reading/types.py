@@ -1,7 +1,7 @@
-"""What people and programs look at: the record as types, and what every store can tell of it.
+"""The read side of the record: its types, and the calls that every engine answers.
 
-Nothing here changes anything. Every call is one short read; pages follow keys, so that the last costs what the first
-does. Times are UTC. The same types make the JSON of the API, its OpenAPI document and the dashboard.
+Every call is one short read. Pages follow keys, so that the last page costs as much as the first. Times are UTC. The
+JSON of the API, its OpenAPI document and the dashboard use the same types.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from notify_server.model import FileState, ReportedStatus, Verdict
 
 T = TypeVar("T")
 
-Limit = Annotated[int, Meta(ge=1, le=1000, description="The most items in the answer.")]
-Cursor = Annotated[str, Meta(max_length=2000, description="`next` of the page before; the first page has none.")]
+Limit = Annotated[int, Meta(ge=1, le=1000, description="Max items in the answer.")]
+Cursor = Annotated[str, Meta(max_length=2000, description="`next` of the previous page; omit it for the first page.")]
 
 
 class Page(Struct, Generic[T], frozen=True):
-    """Some items, and where the next ones begin; `next` is null on the last page.
+    """Items and the cursor of the next page; `next` is null on the last page.
 
-    A page may hold fewer items than asked for, even none, and have a next one: it has looked at as many as it may.
+    A page may have fewer items than its limit, even none, and still have a next one: a page scans a bounded number of
+    rows.
     """
 
     items: list[T]
@@ -30,7 +31,7 @@ class Page(Struct, Generic[T], frozen=True):
 
 
 class BatchItem(Struct, frozen=True):
-    """A batch, and how many of its files are in each state."""
+    """A batch and the number of its files in each state."""
 
     id: int
     batch_id: str
@@ -49,7 +50,7 @@ class BatchItem(Struct, frozen=True):
 
 
 class DeliveryItem(Struct, frozen=True):
-    """A delivery as it came: `signature` is `none`, or the fingerprint of the key that proved it."""
+    """A delivery. `signature` is `none`, or the fingerprint of the key that verified it."""
 
     id: int
     received_at: datetime
@@ -61,13 +62,13 @@ class DeliveryItem(Struct, frozen=True):
 
 
 class BatchDetail(BatchItem, frozen=True):
-    """A batch with its latest delivery, as long as that is kept."""
+    """A batch with its latest delivery, unless that is deleted by retention."""
 
     last_delivery: DeliveryItem | None = None
 
 
 class FileItem(Struct, frozen=True):
-    """A file: what the platform reported, and what is known of it."""
+    """A file: what the platform reported, and the check result."""
 
     id: int
     batch: int
@@ -93,7 +94,7 @@ class FileItem(Struct, frozen=True):
 
 
 class AttemptItem(Struct, frozen=True):
-    """A request made for a file; `url` is null when it was the file's target_url. Phases are milliseconds."""
+    """A request made for a file. `url` is null when it was the file's target_url. Phases are in milliseconds."""
 
     id: int
     started_at: datetime
@@ -110,13 +111,13 @@ class AttemptItem(Struct, frozen=True):
 
 
 class FileDetail(FileItem, frozen=True):
-    """A file with the requests made for it, the latest last; at most the 50 that are kept."""
+    """A file with its requests, newest last; at most 50 are kept."""
 
     requests: list[AttemptItem] = []
 
 
 class FailureGroup(Struct, frozen=True):
-    """How many files of a host are in a state for a reason. Those still pending have failed at least once."""
+    """The number of files with the same reason, host and state. Pending ones have failed at least once."""
 
     reason: str
     host: str
@@ -125,7 +126,7 @@ class FailureGroup(Struct, frozen=True):
 
 
 class HostBacklog(Struct, frozen=True):
-    """What waits for a host, and when its first file is due."""
+    """The pending files of a host, and when the first is due."""
 
     host: str
     pending: int
@@ -133,7 +134,7 @@ class HostBacklog(Struct, frozen=True):
 
 
 class RejectionItem(Struct, frozen=True):
-    """A refused body that was kept: the code and text of the answer, and how many bytes it has."""
+    """A rejected notification: the code and text of the answer, and the size of its body in bytes."""
 
     id: int
     received_at: datetime
@@ -151,7 +152,7 @@ class RejectionDetail(RejectionItem, frozen=True):
 
 
 class Totals(Struct, frozen=True):
-    """The whole record in numbers: batches by verdict, their files by state, and what else is kept."""
+    """Totals of the record: batches by verdict, files by state, rejections."""
 
     batches: int
     batches_pending: int
@@ -168,14 +169,14 @@ class Totals(Struct, frozen=True):
 
 
 class Found(Struct, frozen=True):
-    """What a search has found: batches whose batch_id begins with the text, and files whose key is the text."""
+    """Search results: batches whose batch_id begins with the text, and files whose key is the text."""
 
     batches: list[BatchItem]
     files: list[FileItem]
 
 
 class BatchFilter(Struct, frozen=True):
-    """Which batches. Times are Unix ms, `before` not included; what is None does not count."""
+    """Filters of batches. Times are Unix ms, `received_before` is exclusive; None is no filter."""
 
     verdict: Verdict | None = None
     api_code: str | None = None
@@ -185,7 +186,7 @@ class BatchFilter(Struct, frozen=True):
 
 
 class FileFilter(Struct, frozen=True):
-    """Which files, of one batch (`batch`), or of all; what is None does not count."""
+    """Filters of files, of one batch or of all; None is no filter."""
 
     batch: int | None = None
     state: FileState | None = None
@@ -194,45 +195,45 @@ class FileFilter(Struct, frozen=True):
 
 
 class Records(Protocol):
-    """What a store tells. Every call raises StoreUnavailableError when the record cannot be read now, or not in time;
-    a cursor that is not one of ours raises ValueError."""
+    """Reads the record. Every call raises StoreUnavailableError when the record cannot be read now or in time, and
+    ValueError for a cursor that it did not return."""
 
     async def close(self) -> None:
-        """Close once the calls under way have ended."""
+        """Close after the calls in progress."""
 
     async def totals(self) -> Totals:
-        """The record in numbers. Costs a walk over the batches."""
+        """Return the totals. Scans all batches."""
 
     async def batches(self, wanted: BatchFilter, cursor: str | None, limit: int) -> Page[BatchItem]:
-        """Batches, the latest first."""
+        """Return batches, newest first."""
 
     async def batch(self, id: int) -> BatchDetail | None:
-        """One batch by its `id`."""
+        """Return a batch by its `id`."""
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         """Return files. Their order follows the filter: those of a batch by key; those with a reason by host and state;
         pending ones by host and due time; all others by id."""
 
     async def count(self, wanted: FileFilter) -> int:
-        """How many files that is. Costs what it counts."""
+        """Count files. Scans what it counts, unless only a batch or a state is given."""
 
     async def file(self, id: int) -> FileDetail | None:
-        """One file by its `id`."""
+        """Return a file by its `id`."""
 
     async def failures(self, limit: int) -> list[FailureGroup]:
-        """What fails, the largest groups first. Costs a walk over what fails."""
+        """Return unconfirmed files by reason, host and state, largest group first. Scans all of them."""
 
     async def backlog(self, limit: int) -> list[HostBacklog]:
-        """Hosts with pending files, those with most of them first. Costs a walk over what is pending."""
+        """Return hosts with pending files, most files first. Scans all pending files."""
 
     async def rejections(self, cursor: str | None, limit: int) -> Page[RejectionItem]:
-        """Refused bodies, the latest first."""
+        """Return rejections, newest first."""
 
     async def rejection(self, id: int) -> RejectionDetail | None:
-        """One rejection by its `id`."""
+        """Return a rejection by its `id`."""
 
     async def rejected_body(self, id: int) -> bytes | None:
-        """The body of a rejection as it came."""
+        """Return the body of a rejection as received."""
 
     async def search(self, text: str, limit: int) -> Found:
-        """Batches by the beginning of their batch_id, and files by their whole key, in the latest batches."""
+        """Return batches by the beginning of their batch_id, and files of the newest batches by their whole key."""

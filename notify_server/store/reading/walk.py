@@ -20,7 +20,7 @@ MAX_SCANNED_ROWS = 50_000
 
 # States that only some files are in; the condition is that of the index file_missing.
 MISSING = (FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
-IS_MISSING = "state IN ('unavailable', 'blocked', 'upload_failed')"
+IS_MISSING = "state <> 'pending' AND state <> 'available'"
 
 _INTEGERS = {"id", "first_received_at", "next_attempt_at"}
 
