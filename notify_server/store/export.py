@@ -33,7 +33,7 @@ def csv_header() -> bytes:
 
 
 def csv_lines(files: Iterable[FileItem]) -> bytes:
-    """Return a line for each file (RFC 4180). Cells that look like formulas to a spreadsheet begin with an apostrophe."""
+    """Return a line for each file (RFC 4180). An apostrophe precedes what a spreadsheet would take for a formula."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([_cell(getattr(file, column)) for column in COLUMNS] for file in files)
