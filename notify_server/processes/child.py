@@ -24,7 +24,7 @@ log = structlog.get_logger("notify_server")
 READ_BYTES = 1 << 20
 MIN_RESTART_SECONDS = 0.05
 MAX_RESTART_SECONDS = 5.0
-# Silence is counted in ticks of the daemon's own loop: while the daemon itself stands still, nobody is silent.
+# Silence is counted in ticks of the daemon's loop: time in which the daemon itself stands still does not count.
 TICK_SECONDS = 0.2
 # Whoever waits for an answer is refused after SILENT_TICKS; the process is killed after HUNG_TICKS.
 SILENT_TICKS = 3

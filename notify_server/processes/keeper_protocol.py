@@ -34,7 +34,7 @@ class KeeperConfig(msgspec.Struct, frozen=True):
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True):
-    """Whether the database could be opened: `refused` is the error when not."""
+    """The result of opening the database: `refused` is the error, None when it is open."""
 
     refused: str | None
     backlog: int

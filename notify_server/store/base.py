@@ -110,7 +110,7 @@ class FileQueue(Protocol):
 
 
 class Editable(Protocol):
-    """What people change in the record, through the daemon or beside it."""
+    """The verbs by which people change the record, through the daemon or beside it."""
 
     def accept(self, delivery: Delivery) -> Awaitable[int]:
         """Write a delivery to the inbox and return its id.

@@ -1,4 +1,4 @@
-"""Reads the SQL that lies beside this package: numbered migrations, and named blocks of queries."""
+"""Loads the SQL files of the engines: numbered migrations, and named queries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Migration(NamedTuple):
 
 @cache
 def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
-    """The named blocks of `store/<dialect>/<name>.sql`, without their comments and closing semicolon."""
+    """Return the named queries of `store/<dialect>/<name>.sql`, without comments and closing semicolons."""
     text = (files(__package__) / dialect / f"{name}.sql").read_text(encoding="utf-8")
     parts = _NAME.split(text)[1:]
     return {
@@ -35,7 +35,7 @@ def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
 
 @cache
 def load_migrations(dialect: str) -> tuple[Migration, ...]:
-    """The numbered scripts of `store/<dialect>/`, `0001_initial.sql` first, without a gap."""
+    """Return the migrations of `store/<dialect>/` in order. Raises ValueError when their numbers have a gap."""
     folder = files(__package__) / dialect
     found = sorted(
         Migration(int(entry.name[:4]), entry.name.removesuffix(".sql"), entry.read_text(encoding="utf-8"))
@@ -49,14 +49,14 @@ def load_migrations(dialect: str) -> tuple[Migration, ...]:
 
 @cache
 def expand_rows(query: str, columns: int, rows: int) -> str:
-    """The query with `:rows` spelled out as `rows` rows of `columns` parameters."""
+    """Replace `:rows` in the query by `rows` rows of `columns` parameters."""
     row = "(" + ",".join("?" * columns) + ")"
     return query.replace(":rows", ",".join([row] * rows))
 
 
 def check_version(place: str, dialect: str, present: int) -> None:
-    """Raises StoreRefusedError unless the schema of the record at `place`, whose version is `present`, is the one that
-    this program knows.
+    """Raise StoreRefusedError unless `present`, the schema version of the record at `place`, is the one that this
+    program knows.
     """
     known = len(load_migrations(dialect))
     if present > known:
@@ -71,7 +71,7 @@ def check_version(place: str, dialect: str, present: int) -> None:
 
 
 def unfinished(place: str, source: str) -> StoreRefusedError:
-    """What to tell of a copy that is not whole: it has a table `copying`, which names its source."""
+    """Return the error for an unfinished copy, whose table `copying` names its source."""
     return StoreRefusedError(
         f"{place}: is an unfinished copy of {source}: finish it with the same `notify-server copy` that began it"
     )

@@ -247,7 +247,7 @@ def _insert(
     """Run a `:rows` query with at most _ROWS rows, and `more` parameters behind them, in one step.
 
     Rows of NULLs are added, which the queries leave out: one statement for every number of rows would mostly be
-    prepared anew, which costs as much as it does, or fill the memory if it were kept.
+    prepared again, which costs as much as running it, or fill the memory if it were kept.
     """
     columns = len(rows[0])
     size = _SIZES[bisect_left(_SIZES, len(rows))]
