@@ -35,6 +35,7 @@ from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.host_rates import HostRates
 from notify_server.telemetry.metrics import Metrics, tracing_wanted
 from notify_server.verify.guard import Guard
+from notify_server.verify.own_networks import own_networks
 from notify_server.verify.shares import limit_of
 from notify_server.verify.verifier import Verifier
 from notify_server.web import rendering
@@ -100,7 +101,10 @@ def make_app(
     app[STREAM] = Stream()
     app[ADMIN] = Admin(config, clocks.now)
     app[RATES] = HostRates()
-    app[GUARD] = Guard(config.verify.allowed_hosts, config.verify.allowed_networks, config.verify.allowed_ports)
+    verify = config.verify
+    app[GUARD] = Guard(
+        verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports, verify.refused_networks, own_networks()
+    )
     app.cleanup_ctx.extend([_traces, _record, _verification, _web])
     rendering.setup(app)
     add_routes(app, config.server.callback_path)

@@ -34,6 +34,7 @@ from notify_server.model import BatchVerdict, DueFile, FileResult, FileState, Ho
 from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.telemetry.logging import set_up_logging
 from notify_server.verify.guard import Guard
+from notify_server.verify.own_networks import own_networks
 from notify_server.verify.policy import CONNECTION_FAILURES
 from notify_server.verify.verifier import Verifier
 
@@ -347,7 +348,9 @@ def run(urls: Sequence[str], list_file: str | None, config_path: Path | None, *,
 async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None, as_json: bool) -> int:
     # One attempt: what it shows is what there is to tell.
     verify = config.verify.model_copy(update={"retry_schedule": ()})
-    guard = Guard(verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports)
+    guard = Guard(
+        verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports, verify.refused_networks, own_networks()
+    )
     listing = InMemoryQueue(guard)
     links = [ProberLink(prober_config(config.verify)) for _ in range(verify.processes)]
     pool = Verifier(

@@ -220,7 +220,9 @@ class VerifyConfig(HostSettings):
     allowed_hosts: tuple[HostPattern, ...] = ()
     allowed_networks: Networks = ()
     allowed_ports: tuple[Port, ...] = (80, 443)
+    refused_networks: Networks = ()
     user_agent: HeaderValue = Field(default_factory=_user_agent)
+    referer: HeaderValue | None = None
     ca_file: ReadableFile | None = None
     hosts: Mapping[HostPattern, HostSettings] = Field(default_factory=dict)
 

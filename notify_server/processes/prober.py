@@ -89,6 +89,8 @@ class Handle:
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.USERAGENT, config.user_agent)
         curl.setopt(pycurl.CAINFO, config.ca_file)
+        if config.referer:
+            curl.setopt(pycurl.REFERER, config.referer)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
         # The environment's proxies would do the dialling in our place, unguarded.
         curl.setopt(pycurl.PROXY, "")
@@ -263,7 +265,13 @@ class Prober:
         self._decode = msgspec.msgpack.Decoder(list[Request]).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._config = msgspec.msgpack.decode(self._input.first(), type=ProberConfig)
-        self._guard = Guard(self._config.allowed_hosts, self._config.allowed_networks, self._config.allowed_ports)
+        self._guard = Guard(
+            self._config.allowed_hosts,
+            self._config.allowed_networks,
+            self._config.allowed_ports,
+            self._config.refused_networks,
+            self._config.own_networks,
+        )
         self._multi.setopt(pycurl.M_MAXCONNECTS, min(max(self._config.concurrency * 2, MIN_KEPT), MAX_KEPT))
         self._output.send(self._encode(Ready(pycurl.version_info()[1])))
 

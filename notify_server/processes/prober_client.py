@@ -15,6 +15,7 @@ from notify_server.config import VerifyConfig
 from notify_server.model import Evidence, Request
 from notify_server.processes.child import Child, module, ticks
 from notify_server.processes.prober_protocol import ProberConfig, Ready
+from notify_server.verify.own_networks import own_networks
 
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
@@ -119,6 +120,9 @@ def prober_config(verify: VerifyConfig) -> ProberConfig:
         verify.user_agent,
         str(verify.ca_file or system_certificates()),
         -(-verify.concurrency // verify.processes),
+        [str(network) for network in verify.refused_networks],
+        own_networks(),
+        verify.referer or "",
     )
 
 

@@ -16,6 +16,9 @@ class ProberConfig(msgspec.Struct, frozen=True):
     user_agent: str
     ca_file: str
     concurrency: int
+    refused_networks: list[str] = []
+    own_networks: list[str] = []
+    referer: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):

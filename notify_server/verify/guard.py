@@ -98,19 +98,28 @@ _BAD_REDIRECT = Target("", "", "", Reason.BAD_REDIRECT)
 
 
 class Guard:
-    """What may be dialled. Immutable, hashable, picklable; compares by its three settings.
+    """What may be dialled. Immutable, hashable, picklable; compares by its settings.
 
     `allowed_hosts`: `example.com`, or `*.example.com` for its subdomains at any depth (not itself); empty means any.
     `allowed_networks`: networks or addresses to be dialled although they are private; strict, as in `10.0.0.0/8`.
-    `allowed_ports`: empty means any. Raises ValueError, one line naming the entry, when one of them cannot be read.
+    `allowed_ports`: empty means any.
+    `refused_networks`: never to be dialled, whatever is allowed. `own_networks`: this machine's, private like those of
+    the registries, so that `allowed_networks` opens them.
+
+    Raises ValueError, one line naming the entry, when one of them cannot be read.
 
     A name's answers are judged by `check_address` alone: an allowed host with a private address is still refused.
     """
 
-    __slots__ = ("_judge_dial", "_judge_origin", "allowed_hosts", "allowed_networks", "allowed_ports")
+    __slots__ = (
+        "_judge_dial", "_judge_origin", "allowed_hosts", "allowed_networks", "allowed_ports", "own_networks",
+        "refused_networks",
+    )  # fmt: skip
     allowed_hosts: tuple[str, ...]
     allowed_networks: tuple[IPv4Network | IPv6Network, ...]
     allowed_ports: frozenset[int]
+    refused_networks: tuple[IPv4Network | IPv6Network, ...]
+    own_networks: tuple[IPv4Network | IPv6Network, ...]
     _judge_origin: Callable[[str], Target]
     _judge_dial: Callable[[str, int], Reason | None]
 
@@ -119,11 +128,15 @@ class Guard:
         allowed_hosts: Iterable[str] = (),
         allowed_networks: Iterable[str | IPv4Network | IPv6Network] = (),
         allowed_ports: Iterable[int] = (),
+        refused_networks: Iterable[str | IPv4Network | IPv6Network] = (),
+        own_networks: Iterable[str | IPv4Network | IPv6Network] = (),
     ) -> None:
         set_once = super().__setattr__
         set_once("allowed_hosts", tuple(map(_pattern, allowed_hosts)))
         set_once("allowed_networks", tuple(_network(entry) for entry in allowed_networks))
         set_once("allowed_ports", frozenset(_port(entry) for entry in allowed_ports))
+        set_once("refused_networks", tuple(_network(entry) for entry in refused_networks))
+        set_once("own_networks", tuple(_network(entry) for entry in own_networks))
         # A cache of its own, so that a call need not hash the settings too.
         set_once("_judge_origin", lru_cache(_CACHED)(self._examine_origin))
         set_once("_judge_dial", lru_cache(_CACHED)(self._check_dial))
@@ -135,7 +148,13 @@ class Guard:
         raise AttributeError(f"a guard cannot be changed: {name}")
 
     def _settings(self) -> tuple[object, ...]:
-        return self.allowed_hosts, self.allowed_networks, self.allowed_ports
+        return (
+            self.allowed_hosts,
+            self.allowed_networks,
+            self.allowed_ports,
+            self.refused_networks,
+            self.own_networks,
+        )
 
     def __eq__(self, other: object) -> bool:
         return self._settings() == other._settings() if isinstance(other, Guard) else NotImplemented
@@ -233,11 +252,13 @@ class Guard:
             parsed = ip_address(address)
         except ValueError:
             return Reason.PRIVATE_ADDRESS
-        return None if _is_public(parsed) or self._has_hole(parsed) else Reason.PRIVATE_ADDRESS
+        if _is_within(parsed, self.refused_networks):
+            return Reason.PRIVATE_ADDRESS
+        is_public = _is_public(parsed) and not _is_within(parsed, self.own_networks)
+        return None if is_public or self._has_hole(parsed) else Reason.PRIVATE_ADDRESS
 
     def _has_hole(self, address: IPv4Address | IPv6Address) -> bool:
-        forms = (address, _embedded(address))
-        return any(form in network for network in self.allowed_networks for form in forms if form is not None)
+        return _is_within(address, self.allowed_networks)
 
     def _examine_origin(self, origin: str) -> Target:
         """Judge `scheme://authority`; of the target returned, `url` is the canonical origin."""
@@ -293,6 +314,12 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
         if address not in _GLOBAL_UNICAST:
             return False
     return not any(address in network for network in _REFUSED)
+
+
+def _is_within(address: IPv4Address | IPv6Address, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    """Return whether one of the networks holds the address, or the IPv4 address that it carries."""
+    forms = [form for form in (address, _embedded(address)) if form is not None]
+    return any(form in network for network in networks for form in forms)
 
 
 def _embedded(address: IPv4Address | IPv6Address) -> IPv4Address | None:

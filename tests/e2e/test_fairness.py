@@ -72,6 +72,13 @@ async def test_blanks_and_a_byte_order_mark_around_a_target_url_are_trimmed(tmp_
     assert sorted(hit.path for hit in origin.hits) == ["/a", "/b", "/c"]
 
 
+async def test_referer_is_sent_when_it_is_configured(tmp_path: Path, origin: Origin) -> None:
+    async with Daemon(tmp_path, only({"referer": "https://www.example.com/"})) as daemon:
+        await daemon.settle("b", [origin.url("/a")])
+    (hit,) = origin.hits
+    assert {name.lower(): value for name, value in hit.headers.items()}["referer"] == "https://www.example.com/"
+
+
 # -- each hop is its own host's ---
 
 
