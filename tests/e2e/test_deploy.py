@@ -31,7 +31,7 @@ from notify_server.config import Config, load_config
 from tests.bench.servers import running, tool
 from tests.support.daemon import Daemon, Finished, clean_environment
 from tests.support.notification import batch_body, finished
-from tests.support.origin import Origin
+from tests.support.origin import SILENCE, Origin
 from tests.support.postgres import fetch, new_schema
 from tests.support.postgres_faults import eventually
 from tests.support.waiting import free_port
@@ -294,6 +294,19 @@ async def test_what_the_image_holds_serves_and_its_health_check_tells_whether_it
     assert not await healthy()
 
 
+async def test_docker_stop_ends_a_server_that_waits_for_a_silent_host_in_order(tmp_path: Path) -> None:
+    """Row 133."""
+    assert Dockerfile.read().of(-1, "STOPSIGNAL") == ["SIGTERM"]
+    docker_stop_seconds = 10.0
+    assert Config().server.shutdown_grace < docker_stop_seconds
+    async with Origin() as origin, Daemon(tmp_path) as daemon:
+        origin.default = SILENCE
+        await daemon.deliver("b", [finished(origin.url(f"/{n}"), f"{n}") for n in range(50)])
+        await origin.reached(20)
+        # Docker sends SIGKILL then.
+        assert await daemon.terminate(seconds=docker_stop_seconds) == 0
+
+
 # --- Compose ---
 
 
@@ -360,6 +373,7 @@ def test_the_servers_believe_nginx_alone_and_nginx_leads_to_the_servers(compose:
         assert environment_of(services[name])["NOTIFY_SERVER__SERVER__TRUSTED_PROXIES"] == addresses["nginx"]
         assert "ports" not in services[name]
     assert "ports" not in services["postgres"]
+    assert f"location = {Config().server.callback_path} {{" in NGINX
     upstream = re.findall(r"^\s+server (\w+):(\d+)", NGINX, re.MULTILINE)
     assert upstream == [(name, str(Config().server.port)) for name in NODES]
     ((published),) = services["nginx"]["ports"]
@@ -493,6 +507,28 @@ async def test_a_server_that_is_killed_behind_nginx_costs_no_notification_and_ca
         status, headers, answer = await post(caller, front, batch_body("last", []))
         assert (status, answer["code"], answer["data"], headers["Retry-After"]) == (503, "503", None, "5")
         assert TOKEN not in front.logs()
+
+
+async def test_a_server_that_hangs_behind_nginx_is_left_out_and_every_callback_is_acked(
+    tmp_path: Path, caller: aiohttp.ClientSession
+) -> None:
+    """Row 131."""
+    url = await new_schema()
+    async with behind_nginx(tmp_path, url) as (front, daemons):
+        daemons[0].send(signal.SIGSTOP)
+        acked = []
+        for n in range(60):
+            status, _, answer = await post(caller, front, batch_body(f"b{n}", []))
+            assert status == 200, answer
+            acked.append(f"b{n}")
+        kept = {batch for (batch,) in await fetch(url, "SELECT batch_id FROM notification")}
+        assert kept == set(acked)
+        # The log counts the requests that the server has kept waiting.
+        tried_twice = re.findall(r"([0-9.:]+, [0-9.:]+) (\d+, \d+)$", front.logs(), re.MULTILINE)
+        hung = f"127.0.0.1:{port_of(daemons[0])}"
+        assert {(addresses.partition(",")[0], states) for addresses, states in tried_twice} == {(hung, "504, 200")}
+        assert len(tried_twice) < len(acked) // 4
+        daemons[0].send(signal.SIGCONT)
 
 
 async def test_the_rest_of_the_server_is_reached_through_nginx_as_without_it(
