@@ -565,6 +565,22 @@ async def test_without_a_token_it_is_open_on_loopback_alone(site: Site, tmp_path
                     assert 'admin_token = "…"' in await answer.text()
 
 
+async def test_a_stopped_server_is_seen_on_every_page(site: Site, tmp_path: Path) -> None:
+    async with Daemon(tmp_path) as daemon, context(site.browser) as visitor:
+        await daemon.deliver("stopped", [site.origin.url("/gone")])
+        overview = await watched(visitor, daemon.callback.removesuffix("/notify"))
+        await overview.go("/")
+        await expect(overview.page.locator("#live")).to_have_text("live")
+        batch = await watched(visitor, overview.base)
+        await batch.go("/ui/batches/1")
+        assert await daemon.terminate() == 0
+        await expect(overview.page.get_by_role("alert")).to_contain_text("Disconnected since")
+        await expect(overview.page.locator("body")).to_have_class("stale")
+        await batch.page.bring_to_front()
+        await batch.page.get_by_role("button", name="Recheck missing files").click()
+        await expect(batch.page.get_by_text("The server does not respond. Nothing was changed.")).to_be_visible()
+
+
 @asynccontextmanager
 async def chromium_page(site: Site, daemon: Daemon) -> AsyncIterator[Watched]:
     """A page of another daemon's."""
