@@ -18,6 +18,7 @@ from aiohttp import web
 
 from notify_server.background import prune_record, publish_verdicts, sample_time_series, survey_record
 from notify_server.callbacks.handler import Callback
+from notify_server.callbacks.response import SERVER_NAME
 from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, HostSettings, version
 from notify_server.errors import StoreUnavailableError
@@ -44,7 +45,7 @@ from notify_server.web.api.endpoints import HttpApi
 from notify_server.web.api.handlers import Api
 from notify_server.web.api.types import RuntimeState
 from notify_server.web.dashboard.dashboard import Dashboard
-from notify_server.web.health import Health
+from notify_server.web.health import Handler, Health
 from notify_server.web.routes import CALLBACK, DASHBOARD, DRAINING, HEALTH, HTTP_API, add_routes
 from notify_server.web.stream import Stream
 
@@ -105,6 +106,7 @@ def make_app(
     app[GUARD] = Guard(
         verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports, verify.refused_networks, own_networks()
     )
+    app.on_response_prepare.append(_name_server)
     app.cleanup_ctx.extend([_traces, _record, _verification, _web])
     rendering.setup(app)
     add_routes(app, config.server.callback_path)
@@ -152,12 +154,14 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
     _watch_probing(metrics, pool, links)
     if pool is not None:
         await pool.start()
-    metrics.build_info(
-        version=version(),
-        python=platform.python_version(),
-        sqlite=sqlite3.sqlite_version,
-        libcurl=next((link.libcurl for link in links if link.libcurl), ""),
-    )
+    versions = {
+        "version": version(),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "libcurl": next((link.libcurl for link in links if link.libcurl), ""),
+    }
+    # Strangers learn no versions.
+    metrics.build_info(**versions if config.auth.admin_token is not None else {})
     listener = ExpansionListener(_add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain)
     tasks = [
         start_task(prune_record(app[LIVE], store, metrics, now), "prune the record"),
@@ -237,6 +241,8 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         app[DRAINING].is_set,
         config.server.takes_callbacks,
         (lambda: False) if pool is None else lambda: pool.is_short,
+        # Open without a configured token, so that a scraper of a new installation works.
+        app[ADMIN].guard if config.auth.admin_token is not None else _let_in,
     )
     timeline = Timeline(metrics, now=now, backlog=lambda: store.backlog, in_flight=lambda: _in_flight(pool))
     state = RuntimeState(
@@ -255,6 +261,15 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
     task = start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")
     yield
     await stop_tasks(task)
+
+
+def _let_in(handler: Handler) -> Handler:
+    return handler
+
+
+async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the program without its version, which aiohttp would add."""
+    response.headers["Server"] = SERVER_NAME
 
 
 def _in_flight(pool: Verifier | None) -> int:

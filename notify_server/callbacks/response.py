@@ -9,12 +9,13 @@ from http import HTTPStatus
 from typing import NamedTuple, Self
 
 from aiohttp import web
-from aiohttp.http import SERVER_SOFTWARE
 
 from notify_server.callbacks.errors import RefusedError, error_body
 from notify_server.config import AckConfig
 
 REQUEST_ID = "{request_id}"
+# Without a version, which helps only those who look for a weakness of one.
+SERVER_NAME = "notify_server"
 # RFC 9110 8.6, 15.3.5, 15.3.6: the one has neither a body nor its length, the other has none.
 NO_CONTENT, RESET_CONTENT = 204, 205
 
@@ -74,6 +75,6 @@ class AckForm:
 def _head(status: int, fields: Mapping[str, str], length: int, second: int) -> bytes:
     reason = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     size = {"Content-Length": str(length)} if status != NO_CONTENT else {}
-    date = {"Date": formatdate(second, usegmt=True), "Server": SERVER_SOFTWARE}
+    date = {"Date": formatdate(second, usegmt=True), "Server": SERVER_NAME}
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in {**fields, **size, **date}.items())]
     return "".join(f"{line}\r\n" for line in lines).encode()

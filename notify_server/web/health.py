@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
@@ -12,6 +12,8 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.store.base import Store
 from notify_server.supervise import ended_tasks
 from notify_server.telemetry.metrics import Metrics
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Cache the store's state for this long, so that frequent probes do not load it.
 FRESH_SECONDS = 1.0
@@ -34,6 +36,7 @@ class Health:
         draining: Callable[[], bool],
         takes_callbacks: bool,
         is_short: Callable[[], bool] = lambda: False,
+        guard: Callable[[Handler], Handler] = lambda handler: handler,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -42,6 +45,7 @@ class Health:
         self._draining = draining
         self._takes_callbacks = takes_callbacks
         self._is_short = is_short
+        self._exposition = guard(self._render)
         self._checking: asyncio.Future[None] | None = None
         self._store_state = ""
         self._checked_at = float("-inf")
@@ -72,8 +76,11 @@ class Health:
             content_type="application/json",
         )
 
-    async def metrics(self, request: web.Request) -> web.Response:
-        """Answer with the Prometheus metrics."""
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        """Return the Prometheus exposition, to those whom the guard lets in."""
+        return await self._exposition(request)
+
+    async def _render(self, request: web.Request) -> web.StreamResponse:
         body, content_type = self._metrics.render()
         return web.Response(body=body, headers={"Content-Type": content_type})
 

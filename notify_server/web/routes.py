@@ -44,7 +44,7 @@ async def _readyz(request: web.Request) -> web.Response:
     return await request.app[HEALTH].readyz(request)
 
 
-async def _metrics(request: web.Request) -> web.Response:
+async def _metrics(request: web.Request) -> web.StreamResponse:
     return await request.app[HEALTH].metrics(request)
 
 

@@ -240,8 +240,8 @@ async def test_the_metrics_count_connections_and_those_turned_away(tmp_path: Pat
 
 
 async def test_the_metrics_tell_the_versions_in_use(tmp_path: Path) -> None:
-    async with Daemon(tmp_path) as daemon:
-        _, text = await get(daemon, "/metrics")
+    async with Daemon(tmp_path, {"auth": {"admin_token": ADMIN_TOKEN}}) as daemon:
+        _, text = await get(daemon, "/metrics", Authorization=f"Bearer {ADMIN_TOKEN}")
         ((labels, one),) = [(dict(labels), value) for (name, labels), value in read(text).items() if "build_" in name]
         assert one == 1
         assert labels.keys() == {"version", "python", "sqlite", "libcurl"}

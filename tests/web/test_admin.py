@@ -91,7 +91,7 @@ async def test_who_has_the_token_is_let_in(guarded: AppServer, scheme: str) -> N
     assert (await guarded.post(b'{"batch": 1, "dry_run": true}', {**JSON, **headers}, path="/api/v1/recheck")).json
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 async def test_what_monitors_and_the_platform_ask_needs_no_token(guarded: AppServer, path: str) -> None:
     assert (await guarded.get(path, headers={"Host": "elsewhere.example", "Forwarded": "for=1.2.3.4"})).status == 200
 

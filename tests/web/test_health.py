@@ -8,10 +8,13 @@ import io
 import json
 import logging
 import os
+import platform
 import signal
+import sqlite3
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import aiohttp
 import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
@@ -393,7 +396,7 @@ async def test_secrets_are_in_no_answer_and_no_log(start: Start, log: Log, form:
         await daemon.get(f"/nothing?token={TOKEN}", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}),
         await daemon.get("/readyz"),
         await daemon.get("/healthz"),
-        await daemon.get("/metrics"),
+        await daemon.get("/metrics", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}),
     ]
     assert [answer.status for answer in answers] == [200, 400, 400, 401, 401, 405, 404, 200, 200, 200]
     await daemon.stop()
@@ -415,3 +418,23 @@ async def test_the_parts_of_a_malformed_request_that_hold_a_token_are_not_logged
     await connection.send(f"POST /notify?token={TOKEN}\x01 HTTP/1.1\r\n\r\n".encode())
     assert (await connection.answer()).status == 400
     assert TOKEN not in log.text
+
+
+async def test_metrics_want_the_admin_token_when_one_is_configured(start: Start) -> None:
+    daemon = await start(auth={"admin_token": "an-admin-token"})
+    assert (await daemon.get("/metrics")).status == 401
+    assert (await daemon.get("/metrics", headers={"Authorization": "Bearer another-token"})).status == 401
+    reply = await daemon.get("/metrics", headers={"Authorization": "Bearer an-admin-token"})
+    assert reply.status == 200
+    assert b'notify_server_build_info{libcurl="' in reply.body
+
+
+async def test_strangers_learn_no_versions(start: Start) -> None:
+    daemon = await start()
+    exposition = (await daemon.get("/metrics")).body.decode()
+    assert "notify_server_build_info 1.0" in exposition
+    for version in (platform.python_version(), sqlite3.sqlite_version, aiohttp.__version__):
+        assert version not in exposition
+    for method, path in (("GET", "/healthz"), ("GET", "/"), ("GET", "/nothing"), ("POST", "/notify")):
+        reply = await daemon.ask(method, path)
+        assert reply.headers["Server"] == "notify_server", (method, path)
