@@ -66,7 +66,7 @@ class Rechecked(Struct, frozen=True):
 
 
 class Prune(Struct, frozen=True, forbid_unknown_fields=True):
-    """What to delete: batches completed and rejections received before a time; by default according to [retention]."""
+    """Bounds of a prune: batches completed and rejections received before a time; by default those of [retention]."""
 
     completed_before: Time | None = None
     rejections_before: Time | None = None

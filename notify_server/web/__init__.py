@@ -1,1 +1,1 @@
-"""What answers HTTP."""
+"""Answers HTTP: the API, the dashboard, health and metrics."""

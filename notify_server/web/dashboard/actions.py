@@ -1,4 +1,4 @@
-"""What people do on the pages: rechecks and replays, log-in and log-out, and the choice of the language."""
+"""Handles the actions of the pages: recheck, reprocess, log-in, log-out, and the choice of the language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all pages share: access, forms, rendering, and how errors are shown."""
+"""Provides what all pages share: access, forms, rendering, and error pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages' addresses and forms carry, and its conversion."""
+"""Converts the parameters of the pages' URLs and the fields of their forms."""
 
 from __future__ import annotations
 
