@@ -794,7 +794,6 @@ async def test_a_batch_of_10000_files_is_acked_at_once_and_holds_up_nobody(daemo
 async def test_an_identical_redelivery_is_acked_and_has_no_second_verdict(
     daemon: Daemon, origin: Origin, batch: str
 ) -> None:
-    origin.on("/b", Answer(410))
     entries = [finished(origin.url("/a")), finished(origin.url("/b")), failed("c")]
     before = await daemon.settle(batch, entries)
     for _ in range(3):
