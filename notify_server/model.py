@@ -97,6 +97,10 @@ class Notification(msgspec.Struct, frozen=True):
     file_list: list[FileEntry]
 
 
+# Value of `Delivery.signature` for a request that proved nothing.
+UNSIGNED = "none"
+
+
 class Delivery(msgspec.Struct, frozen=True, array_like=True):
     """An accepted request on its way to the inbox (`notification`).
 

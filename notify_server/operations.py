@@ -22,7 +22,7 @@ from notify_server.config import Config
 from notify_server.contract import wire
 from notify_server.contract.envelope import open_envelope
 from notify_server.errors import ContractError, NotifyServerError, RejectionGoneError
-from notify_server.model import Delivery, FileState, Reason, http_reason
+from notify_server.model import UNSIGNED, Delivery, FileState, Reason, http_reason
 from notify_server.store.base import MAX_ID, Editable
 from notify_server.store.reading.types import FileFilter, Records
 
@@ -30,7 +30,6 @@ log = structlog.get_logger("notify_server")
 
 ACTION_SECONDS = 15.0
 ACTION_ROWS = 500
-UNSIGNED = "none"
 NOT_AVAILABLE = (FileState.PENDING, FileState.UNAVAILABLE, FileState.BLOCKED)
 
 REASON_PATTERN = f"^(?:{'|'.join(Reason)}|http_[1-9][0-9]{{2}})$"

@@ -10,7 +10,7 @@ from ipaddress import IPv6Address, ip_address
 from urllib.parse import unquote_to_bytes
 
 import structlog
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from notify_server.callbacks.errors import RefusedError
@@ -27,10 +27,17 @@ MAX_SOURCES = 10_000
 # What one subscriber gets of IPv6 (RFC 6177): who has one address of it has all of them.
 IPV6_PREFIX = 64
 
-# RFC 7239 4: `for=` with a token or a quoted string.
-_FORWARDED_FOR = re.compile(r'(?:^|;)\s*for\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;,"\s]+))', re.IGNORECASE)
-_BRACKETED = re.compile(r"\[([^\]]*)\](?::\d+)?")
-_IPV4_PORT = re.compile(r"(\d+\.\d+\.\d+\.\d+):\d+")
+# Stands for a caller whose address two forwarding headers give differently. It lies in no network.
+UNKNOWN_CALLER = "unknown"
+
+# RFC 7239, section 6, and what Azure and IIS append to X-Forwarded-For: an address with or without a port.
+_NODE = re.compile(r"\[(?P<bracketed>[^\]]*)\](:[\w.-]{1,64})?|(?P<ipv4>\d{1,3}(\.\d{1,3}){3}):[\w.-]{1,64}")
+# RFC 7239, section 4: one parameter and the separator after it.
+_PARAMETER = re.compile(
+    r'\s*(?:(?P<name>[\w!#$%&\'*+.^`|~-]+)=(?P<value>"(?:[^"\\]|\\.)*"|[^\s",;]*))?\s*(?P<end>[,;]|$)'
+)
+
+Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 
 class Access:
@@ -100,40 +107,62 @@ def within(address: str, networks: Sequence[IPNetwork]) -> bool:
     return any(parsed in network or (mapped is not None and mapped in network) for network in networks)
 
 
-def client_address(peer: str, headers: CIMultiDictProxy[str], trusted: Sequence[IPNetwork]) -> str:
-    """Return who called: the peer, or the last forwarded address that is no trusted proxy.
+def client_address(peer: str, headers: Headers, trusted: Sequence[IPNetwork]) -> str:
+    """Return the caller's address: the peer, or the last forwarded address that is not a trusted proxy.
 
-    Proxies append the address that called them, so the list is believed from its end, as far as the addresses are
-    trusted proxies; the first other one is the caller, and all before it is what that caller claims. `X-Forwarded-For`
-    counts before `Forwarded` (RFC 7239). Entries may have ports, as those of Azure and IIS do.
+    A proxy appends the address that called it to X-Forwarded-For or to Forwarded (RFC 7239). The list is believed from
+    its end, as far as the addresses are trusted proxies; the first other one is the caller, and all before it is what
+    that caller claims. A proxy writes one of the two headers and may pass the other on as the caller sent it, so two
+    headers that disagree give UNKNOWN_CALLER.
     """
     if not trusted or not within(peer, trusted):
         return peer
-    entries = [part for line in headers.getall("X-Forwarded-For", ()) for part in line.split(",")]
-    if not entries:
-        for line in headers.getall("Forwarded", ()):
-            found = (_FORWARDED_FOR.search(element) for element in line.split(","))
-            entries += [match[1] or match[2] or "" if match else "" for match in found]
+    lines = headers.getall("X-Forwarded-For", ())
+    by_list = _last_untrusted(peer, [part.strip() for line in lines for part in line.split(",")], trusted)
+    if not (forwarded := headers.getall("Forwarded", ())):
+        return by_list
+    nodes = _forwarded_nodes(",".join(forwarded))
+    by_rfc = _last_untrusted(peer, nodes, trusted) if nodes is not None else UNKNOWN_CALLER
+    return by_rfc if not lines or by_rfc == by_list else UNKNOWN_CALLER
+
+
+def _last_untrusted(peer: str, nodes: Sequence[str], trusted: Sequence[IPNetwork]) -> str:
     address = peer
-    for entry in reversed(entries):
-        if (parsed := _address_of(entry)) is None:
+    for node in reversed(nodes):
+        if (found := _address_of(node)) is None:
             break
-        address = parsed
+        address = found
         if not within(address, trusted):
             break
     return address
 
 
-def _address_of(entry: str) -> str | None:
-    """Return the address of an entry such as `192.0.2.1`, `192.0.2.1:443`, `2001:db8::1` or `[2001:db8::1]:443`."""
-    text = entry.strip()
-    if match := _BRACKETED.fullmatch(text) or _IPV4_PORT.fullmatch(text):
-        text = match[1]
+def _address_of(node: str) -> str | None:
+    match = _NODE.fullmatch(node)
+    text = (match["bracketed"] or match["ipv4"]) if match else node
     try:
-        # A zone is meaningless on another machine, and may hold anything.
-        return str(ip_address(text.partition("%")[0]))
+        # A zone has a meaning on its own machine only, and may hold anything.
+        return str(ip_address((text or "").partition("%")[0]))
     except ValueError:
         return None
+
+
+def _forwarded_nodes(header: str) -> list[str] | None:
+    """Return the `for` of each element of a Forwarded header, "" for an element without one; None if malformed."""
+    nodes = []
+    node = ""
+    at = 0
+    while match := _PARAMETER.match(header, at):
+        if (match["name"] or "").lower() == "for":
+            value = match["value"]
+            node = re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value
+        at = match.end()
+        if match["end"] != ";":
+            nodes.append(node)
+            node = ""
+        if not match["end"]:
+            return nodes
+    return None
 
 
 def source_of(address: str) -> str:

@@ -28,7 +28,7 @@ from notify_server.errors import (
     SignatureError,
     StoreUnavailableError,
 )
-from notify_server.model import Delivery, Rejection
+from notify_server.model import UNSIGNED, Delivery, Rejection
 from notify_server.store.base import Store
 from notify_server.supervise import log_task_failure
 from notify_server.telemetry.metrics import ACCEPTED, Metrics
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("notify_server.web")
 
-UNSIGNED = "none"
+
 DETAIL_LIMIT = 500
 # Codings that change the bytes of a body. A name such as "utf-8" in Content-Encoding is a sender's slip.
 COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})

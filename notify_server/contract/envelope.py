@@ -17,7 +17,8 @@ from notify_server.errors import ContractError
 # The gateway's forms are 16 and 6 characters; senders that keep to them loosely are let in.
 MAX_APP_ID: Final = 64
 MAX_NONCE: Final = 64
-MAX_SIGN: Final = 255
+# Base64 of a signature by the longest key that `load_platform_key` takes, 16,384 bits.
+MAX_SIGN: Final = 2732
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_str = msgspec.json.Decoder(str).decode
@@ -65,7 +66,7 @@ def open_envelope(body: bytes) -> Envelope | None:
 
     Raises `ContractError`, with `field` in the sender's spelling, when it is an envelope but malformed: the id and
     `nonce` are 1-64 characters without `&`, the code 1-50, `timestamp` 13 digits (a number, or a string of them),
-    `sign` at most 255 characters, the parameters an object or a string holding one as JSON. A missing or empty `sign`
+    `sign` at most 2732 characters, the parameters an object or a string holding one as JSON. A missing or empty `sign`
     is not malformed but unproven: `verify` refuses it.
     """
     # Nearly every body is bare. Looking for the two names spares those a second decode; a name spelled with escapes is

@@ -239,7 +239,7 @@ def test_every_field_of_the_envelope_but_the_signature_is_required(signer: Signe
 @SPELLINGS
 def test_text_fields_of_the_envelope_have_their_lengths(signer: Signer, names: Spelling) -> None:
     sealed = signer.seal(names, parameters())
-    for field, longest in ((names.app_id, 64), ("nonce", 64), (names.api_code, 50), ("sign", 255)):
+    for field, longest in ((names.app_id, 64), ("nonce", 64), (names.api_code, 50), ("sign", 2732)):
         for length in (1, longest):
             assert opened(sealed | {field: "图" * length})
         assert malformed(sealed | {field: "x" * (longest + 1)}) == (field, f"longer than {longest} characters")

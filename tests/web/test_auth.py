@@ -291,7 +291,7 @@ async def test_what_is_proven_and_breaks_the_contract_is_named_and_kept(
         ("timestamp", {"timestamp": 10**4000}),
         ("timestamp", {"timestamp": {}}),
         ("sign", {"sign": 1}),
-        ("sign", {"sign": "A" * 256}),
+        ("sign", {"sign": "A" * 2733}),
         ("api_code", {"api_code": "c" * 51}),
         ("request_content", {"request_content": "not JSON"}),
         ("request_content", {"request_content": "[" * 100_000}),
@@ -516,6 +516,7 @@ def client_of(peer: str, lines: list[str], trusted: Sequence[IPNetwork], name: s
         ("Forwarded", 'for="203.0.113.9:51008";proto=https;by=10.0.0.1', "203.0.113.9"),
         ("Forwarded", 'by=10.0.0.1; For="[2001:db8::9]:51008"', "2001:db8::9"),
         ("Forwarded", "for=198.51.100.1, for=203.0.113.9, for=10.0.0.2", "203.0.113.9"),
+        ("Forwarded", 'for="2001:db8::9', "unknown"),
         ("Forwarded", "for=unknown", "10.0.0.1"),
         ("Forwarded", "for=_hidden", "10.0.0.1"),
         ("Forwarded", "proto=https", "10.0.0.1"),
@@ -523,6 +524,21 @@ def client_of(peer: str, lines: list[str], trusted: Sequence[IPNetwork], name: s
 )
 def test_caller_behind_a_proxy_is_found_in_every_spelling(name: str, line: str, caller: str) -> None:
     assert client_of("10.0.0.1", [line], NETWORKS, name) == caller
+
+
+@pytest.mark.parametrize(
+    ("listed", "forwarded", "caller"),
+    [
+        ("203.0.113.9", "for=203.0.113.9", "203.0.113.9"),
+        ("203.0.113.9:51008", 'for="203.0.113.9:4711"', "203.0.113.9"),
+        ("203.0.113.9", "for=198.51.100.1", "unknown"),
+        ("198.51.100.1", "for=203.0.113.9, for=10.0.0.2", "unknown"),
+    ],
+)
+def test_two_headers_that_disagree_give_no_caller(listed: str, forwarded: str, caller: str) -> None:
+    # A proxy writes one of them, and passes the other on as the caller sent it.
+    headers = CIMultiDict([("X-Forwarded-For", listed), ("Forwarded", forwarded)])
+    assert client_address("10.0.0.1", headers, NETWORKS) == caller
 
 
 def is_proxy(text: str) -> bool:
@@ -610,3 +626,15 @@ def test_what_is_no_address_is_in_no_network(text: str) -> None:
         ip_address(text.partition("%")[0])
     except ValueError:
         assert not within(text, [ip_network("0.0.0.0/0"), ip_network("::/0")])
+
+
+@pytest.mark.parametrize("token", ["abc+def/ghi==", "with%2Bescapes", "plain-token-0123"])
+async def test_token_is_taken_as_it_stands_in_the_address(start: Start, token: str) -> None:
+    daemon = await start(auth={"callback_token": token})
+    body = json.dumps(daemon.notification()).encode()
+    for path, accepted in ((f"/notify?token={token}", True), (f"/notify?token={token}x", False)):
+        connection = await daemon.connect()
+        head = f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n"
+        await connection.send(head.encode() + body)
+        answer = await connection.answer()
+        assert answer.status == (200 if accepted else 401), answer
