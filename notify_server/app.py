@@ -23,6 +23,11 @@ from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, HostSettings, version
 from notify_server.errors import StoreUnavailableError
 from notify_server.expansion.expander import Expander
+from notify_server.forward.metrics import ForwardMetrics
+from notify_server.forward.news import News
+from notify_server.forward.risk import watch_at_risk
+from notify_server.forward.sender import Sender
+from notify_server.forward.service import ForwardService
 from notify_server.model import BatchVerdict, FileResult
 from notify_server.operations import Actions
 from notify_server.processes.prober_client import ProberLink, prober_config
@@ -61,6 +66,10 @@ GUARD = web.AppKey("guard", Guard)
 RATES = web.AppKey("rates", HostRates)
 STORE = web.AppKey("store", Store)
 RECORDS = web.AppKey("records", Records)
+SENDER = web.AppKey("sender", Sender)
+FORWARD = web.AppKey("forward", ForwardService)
+# Called whenever events may have been committed.
+ON_NEWS: web.AppKey[Callable[[], object]] = web.AppKey("on_news")
 # None on a node that takes callbacks only.
 POOL: web.AppKey[Verifier | None] = web.AppKey("pool")
 METRICS = web.AppKey("metrics", Metrics)
@@ -73,6 +82,7 @@ GRACE = web.AppKey("grace", Grace)
 # Shares of what is left of shutdown_grace: probes in flight, then the end of the probers, then closing the store. What
 # remains is for the rest.
 PROBES_SHARE = 0.5
+FORWARD_SHARE = 0.3
 STORE_SHARE = 0.8
 
 
@@ -107,7 +117,7 @@ def make_app(
         verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports, verify.refused_networks, own_networks()
     )
     app.on_response_prepare.append(_name_server)
-    app.cleanup_ctx.extend([_traces, _record, _verification, _web])
+    app.cleanup_ctx.extend([_traces, _record, _forwarding, _verification, _web])
     rendering.setup(app)
     add_routes(app, config.server.callback_path)
     return app
@@ -144,10 +154,51 @@ async def _record(app: web.Application) -> AsyncIterator[None]:
     await store.close(app[GRACE].left() * STORE_SHARE)
 
 
+async def _forwarding(app: web.Application) -> AsyncIterator[None]:
+    config, now = app[CONFIG], app[CLOCKS].now
+    metrics = ForwardMetrics(app[METRICS].registry, [each.name for each in config.forward], now)
+    sender = app[SENDER] = Sender(
+        config.forward,
+        app[STORE].outbox,
+        now=now,
+        on_attempt=metrics.on_attempt,
+        public_url=config.server.public_url,
+    )
+    news = News()
+    app[FORWARD] = ForwardService(sender, app[STORE].outbox, app[RECORDS].outbox, news, now)
+
+    def on_news() -> None:
+        sender.wake()
+        news.ring()
+
+    app[ON_NEWS] = on_news
+    await sender.start()
+
+    def is_cut_off() -> bool:
+        pool = app.get(POOL)
+        return pool is not None and pool.cut_off
+
+    tasks = [
+        start_task(
+            watch_at_risk(app[STORE].outbox, config.verify, config.alert.at_risk_after, now, is_cut_off, on_news),
+            "watch for batches at risk",
+        )
+    ]
+    if config.forward:
+        tasks.append(start_task(metrics.survey(app[RECORDS].outbox.waiting), "survey deliveries"))
+    yield
+    await stop_tasks(*tasks)
+    await sender.stop(app[GRACE].left() * FORWARD_SHARE)
+
+
 async def _verification(app: web.Application) -> AsyncIterator[None]:
     config, store, metrics, tracing = app[CONFIG], app[STORE], app[METRICS], app[TRACING]
     now = app[CLOCKS].now
-    on_verdicts = partial(publish_verdicts, metrics=metrics, stream=app[STREAM])
+
+    def on_verdicts(verdicts: Sequence[BatchVerdict]) -> None:
+        app[ON_NEWS]()
+        publish_verdicts(verdicts, metrics, app[STREAM])
+
     probers = config.verify.processes if config.server.probes else 0
     links = [ProberLink(prober_config(config.verify)) for _ in range(probers)]
     pool = app[POOL] = _pool(app, links, on_verdicts) if links else None
@@ -255,7 +306,7 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         list if pool is None else pool.hosts,
     )
     actions = Actions(config, store, app[RECORDS], now=now, add_hosts=_add_hosts_to(pool))
-    app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM])
+    app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM], app[FORWARD])
     app[HTTP_API] = HttpApi(app[API], app[ADMIN], version())
     app[DASHBOARD] = Dashboard(config, app[API], app[ADMIN], version(), now)
     task = start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")

@@ -17,7 +17,7 @@ from notify_server.store.base import Store
 from notify_server.store.reading.types import Records
 from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.metrics import Metrics
-from notify_server.web.stream import Stream
+from notify_server.web.stream import Stream, verdict_message
 
 log = structlog.get_logger("notify_server")
 
@@ -77,7 +77,7 @@ def publish_verdicts(verdicts: Sequence[BatchVerdict], metrics: Metrics, stream:
     """Count, stream and log new verdicts."""
     for verdict in verdicts:
         metrics.verdicts.add(verdict.verdict)
-        stream.publish("verdict", verdict)
+        stream.publish("verdict", verdict_message(verdict), verdict.event)
         log.info(
             "verdict",
             batch_id=verdict.batch_id,

@@ -302,7 +302,8 @@ class FileResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class BatchVerdict(msgspec.Struct, frozen=True):
     """A verdict that has just been reached and committed. `request_id` and `traceparent` are those of the batch's
-    latest delivery, None when it is not kept any more.
+    latest delivery, None when it is not kept any more. `event` is the id of its event and `revision` that event's, None
+    when the batch's last event said the same.
     """
 
     batch: int
@@ -315,3 +316,5 @@ class BatchVerdict(msgspec.Struct, frozen=True):
     completed_at: int
     request_id: str | None = None
     traceparent: str | None = None
+    event: int | None = None
+    revision: int | None = None

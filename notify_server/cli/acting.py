@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 from notify_server.cli.listing import T, find_batch, local, moment, print_json
 
 
-async def _confirm(question: str, *, yes: bool) -> bool:
+async def confirm(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
@@ -80,7 +80,7 @@ async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, y
         if wanted.dry_run or not counted.files:
             print_json(counted) if as_json else print(f"{counted.files:,} files would be asked for anew")
             return 0
-        if not await _confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
+        if not await confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
             return EXIT_FAILED
         files = 0
         while True:
@@ -134,7 +134,7 @@ async def prune(
         )
         if before is not None
     ] or ["what the daemon's [retention] says"]  # fmt: skip
-    if not await _confirm(f"Delete {' and '.join(what)}?", yes=yes):
+    if not await confirm(f"Delete {' and '.join(what)}?", yes=yes):
         return EXIT_FAILED
     rows = 0
     async with _by(config, source) as actor:

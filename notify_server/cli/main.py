@@ -473,3 +473,112 @@ def _usage_problem(error: Any) -> str:
     if near:
         return f"{error.message}. Did you mean {near[0]}?"
     return " ".join(str(error.format_message()).split())
+
+
+forward_app = typer.Typer(
+    help="Look at forwarding endpoints and act on them, through the daemon.", no_args_is_help=True
+)
+app.add_typer(forward_app, name="forward")
+EndpointArgument = Annotated[str, typer.Argument(metavar="NAME", help="The endpoint's name.", show_default=False)]
+
+
+@forward_app.command("list")
+def forward_list(
+    context: typer.Context, config: ConfigOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
+    """List the endpoints with their health. Exits 1 when one is failing or stopped."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(config or context.obj, url, lambda config, source: forward.list_endpoints(source, as_json=as_json))
+
+
+@forward_app.command("test")
+def forward_test(
+    context: typer.Context,
+    name: EndpointArgument,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send test.ping to an endpoint and show the answer. Exits 1 when it was not delivered."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(config or context.obj, url, lambda config, source: forward.test(source, name, as_json=as_json))
+
+
+@forward_app.command("replay")
+def forward_replay(
+    context: typer.Context,
+    name: EndpointArgument,
+    since: Annotated[str, typer.Option(metavar="TIME", help='Events since: RFC 3339, a date, or "2h" ago.')],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Events before. Default: now.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many.")] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Send events to an endpoint again. Says how many, and asks."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(
+        config or context.obj,
+        url,
+        lambda config, source: forward.replay(source, name, since, until, dry_run=dry_run, yes=yes, as_json=as_json),
+    )
+
+
+@forward_app.command("stop")
+def forward_stop(
+    context: typer.Context,
+    name: EndpointArgument,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop an endpoint. Its events stay pending."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(config or context.obj, url, lambda config, source: forward.change(source, name, "stop", as_json=as_json))
+
+
+@forward_app.command("start")
+def forward_start(
+    context: typer.Context,
+    name: EndpointArgument,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start an endpoint. Its pending events are sent."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(config or context.obj, url, lambda config, source: forward.change(source, name, "start", as_json=as_json))
+
+
+@app.command()
+def events(
+    context: typer.Context,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    after: Annotated[int | None, typer.Option(min=0, metavar="ID", help="Events behind this one.")] = None,
+    types: Annotated[str, typer.Option(metavar="TYPES", help='Types, such as "batch.*,endpoint.failing".')] = "*",
+    api_code: ApiCodeOption = None,
+    limit: LimitOption = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they happen, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print events, oldest first."""
+    from notify_server.cli import forward
+    from notify_server.cli.session import run
+
+    run(
+        config or context.obj,
+        url,
+        lambda config, source: forward.events(source, after, types, api_code, limit, follow=follow, as_json=as_json),
+    )

@@ -99,7 +99,7 @@ class Remote:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, kind: type[T], method: str, path: str, body: object = None, **query: object) -> T | None:
+    async def ask(self, kind: type[T], method: str, path: str, body: object = None, **query: object) -> T | None:
         """The answer, None for 404. Raises SourceError with the daemon's own words."""
         content = {"Content-Type": "application/json"} if method == "POST" else {}
         data = msgspec.json.encode(body if body is not None else {}) if method == "POST" else None
@@ -153,7 +153,7 @@ class Remote:
         return SourceError(f"{self.url}: answers {status}, and not as a notify_server of this version")
 
     async def _have(self, kind: type[T], path: str, **query: object) -> T:
-        answer = await self._ask(kind, "GET", path, **query)
+        answer = await self.ask(kind, "GET", path, **query)
         if answer is None:
             raise SourceError(f"{self.url}: has no /api/v1/{path}")
         return answer
@@ -182,7 +182,7 @@ class Remote:
         return await self._have(Page[BatchItem], "batches", cursor=cursor, limit=limit, **query)
 
     async def batch(self, id: int) -> BatchDetail | None:
-        return await self._ask(BatchDetail, "GET", f"batches/{id}")
+        return await self.ask(BatchDetail, "GET", f"batches/{id}")
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         query: dict[str, Any] = {"state": wanted.state, "reason": wanted.reason, "cursor": cursor, "limit": limit}
@@ -200,7 +200,7 @@ class Remote:
                 yield piece
 
     async def file(self, id: int) -> FileDetail | None:
-        return await self._ask(FileDetail, "GET", f"files/{id}")
+        return await self.ask(FileDetail, "GET", f"files/{id}")
 
     async def failures(self, limit: int) -> list[FailureGroup]:
         return (await self._have(Page[FailureGroup], "failures")).items[:limit]
@@ -209,16 +209,16 @@ class Remote:
         return await self._have(Page[RejectionItem], "rejections", cursor=cursor, limit=limit)
 
     async def rejection(self, id: int) -> RejectionDetail | None:
-        return await self._ask(RejectionDetail, "GET", f"rejections/{id}")
+        return await self.ask(RejectionDetail, "GET", f"rejections/{id}")
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None:
-        return await self._ask(Rechecked, "POST", "recheck", wanted)
+        return await self.ask(Rechecked, "POST", "recheck", wanted)
 
     async def replay(self, id: int) -> Replayed | None:
-        return await self._ask(Replayed, "POST", f"rejections/{id}/replay")
+        return await self.ask(Replayed, "POST", f"rejections/{id}/replay")
 
     async def prune(self, wanted: Prune) -> Pruned:
-        answer = await self._ask(Pruned, "POST", "prune", wanted)
+        answer = await self.ask(Pruned, "POST", "prune", wanted)
         assert answer is not None
         return answer
 

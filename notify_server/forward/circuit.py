@@ -45,6 +45,11 @@ class Circuit:
         if self.state(now) is CircuitState.HALF_OPEN:
             self._trial = True
 
+    def try_now(self, now: int) -> None:
+        """End the rest: a person wants to know."""
+        if self.state(now) is CircuitState.OPEN:
+            self._open_until = now
+
     def released(self) -> None:
         """Note that a delivery which had started has no result: it was given back."""
         self._trial = False

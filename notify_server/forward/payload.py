@@ -241,7 +241,8 @@ def _with_text_times(value: object) -> object:
     return _encode_times(value) if isinstance(value, datetime) else value
 
 
-def _missing_file(row: MissingRow) -> MissingFile:
+def missing_file(row: MissingRow) -> MissingFile:
+    """Return a file as payloads and answers show it."""
     key = decode_object_key(row.oss_object_name)
     return MissingFile(
         row.oss_object_name,
@@ -268,7 +269,7 @@ def batch_event(
     """Return the event of a batch. `missing` holds its first files that are not available; as many of them are listed
     as a payload has room for.
     """
-    shown = [_missing_file(each) for each in missing[:MAX_MISSING]]
+    shown = [missing_file(each) for each in missing[:MAX_MISSING]]
     while True:
         data = BatchData(
             row.batch_id,

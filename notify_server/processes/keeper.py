@@ -99,6 +99,16 @@ class Keeper:
             "recheck": store.recheck,
             "ping": store.ping,
             "prune": store.prune,
+            "subscribe": store.outbox.subscribe,
+            "claim_deliveries": store.outbox.claim_deliveries,
+            "release_deliveries": self._release_deliveries,
+            "record_deliveries": store.outbox.record_deliveries,
+            "find_at_risk": store.outbox.find_at_risk,
+            "ping_endpoint": store.outbox.ping_endpoint,
+            "replay_deliveries": store.outbox.replay_deliveries,
+            "stop_endpoint": store.outbox.stop_endpoint,
+            "endpoint_states": store.outbox.endpoint_states,
+            "open_problems": store.outbox.open_problems,
         }
 
     def _read(self) -> None:
@@ -128,6 +138,9 @@ class Keeper:
     async def _accept_all(self, deliveries: Sequence[Delivery]) -> list[int | Failure]:
         answers = await self._store.accept_all(deliveries)
         return [answer if isinstance(answer, int) else Failure.of(answer) for answer in answers]
+
+    async def _release_deliveries(self, deliveries: Sequence[int]) -> None:
+        self._store.outbox.release_deliveries(deliveries)
 
     async def _release(self, files: Sequence[DueFile]) -> None:
         self._store.release(files)

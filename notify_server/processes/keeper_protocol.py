@@ -12,6 +12,7 @@ import msgspec
 
 from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
+from notify_server.store.outbox import Claimed, DeliveryResult, EndpointState, Notice, Subscription
 
 # Errors that callers distinguish, by the name that is sent.
 ERRORS: dict[str, type[NotifyServerError]] = {
@@ -110,4 +111,15 @@ VERBS = {
     "recheck": Verb(tuple[list[int], int], Restart),
     "ping": Verb(tuple[int], None),
     "prune": Verb(tuple[int, int, int], int),
+    # The outbox (store/outbox.py).
+    "subscribe": Verb(tuple[list[Subscription], str | None, int], None),
+    "claim_deliveries": Verb(tuple[list[tuple[str, int]], int], Claimed),
+    "release_deliveries": Verb(tuple[list[int]], None),
+    "record_deliveries": Verb(tuple[list[DeliveryResult], int], list[Notice]),
+    "find_at_risk": Verb(tuple[int, list[int], int], int),
+    "ping_endpoint": Verb(tuple[str, int], int | None),
+    "replay_deliveries": Verb(tuple[str, int, int, int, bool], int),
+    "stop_endpoint": Verb(tuple[str, str | None, int], bool),
+    "endpoint_states": Verb(tuple[()], list[EndpointState]),
+    "open_problems": Verb(tuple[str], list[bytes]),
 }

@@ -25,6 +25,7 @@ from notify_server.model import (
     ReportedStatus,
     Restart,
 )
+from notify_server.store.outbox import Outbox
 
 # The largest integer of both engines, and so the largest id.
 MAX_ID = 2**63 - 1
@@ -144,6 +145,10 @@ class Store(FileQueue, Editable, Protocol):
     @property
     def nodes(self) -> Nodes:
         """This daemon among those that share the work; a store of one daemon has it alone, as 0."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """The events and their deliveries."""
 
     async def close(self, grace: float = CLOSE_SECONDS) -> None:
         """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get

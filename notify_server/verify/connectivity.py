@@ -142,6 +142,11 @@ class Outages(Generic[T]):
         self._names: Connectivity[T] = Connectivity()
         self._asking = False
 
+    @property
+    def ongoing(self) -> bool:
+        """True while no host, or no name server, answers at all."""
+        return self._network.lost or self._names.lost
+
     def is_cut_off(self, hostname: str) -> bool:
         """Return whether requests to the host are trials now."""
         return self._network.lost or (self._names.lost and is_name(hostname))

@@ -65,6 +65,11 @@ class Verifier:
         self.finish = self._scheduler.finish
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def cut_off(self) -> bool:
+        """True while no host, or no name server, answers at all."""
+        return self._scheduler.attempts.outages.ongoing
+
     async def start(self) -> None:
         """Start the probers and the work."""
         scheduler = self._scheduler

@@ -22,8 +22,13 @@ ERROR = {
 }
 
 
+# The names of forwarding endpoints.
+NAME = "[A-Za-z0-9_-]{1,64}"
+
+
 class Endpoint(NamedTuple):
-    """An operation of the API. `path` has its parameters in braces, which are integers; `handler` is a method of Api.
+    """An operation of the API. `path` has its parameters in braces: `{name}` is a name, any other an integer. `handler`
+    takes Api and the request's parts.
 
     `query` and `body` are the types of the request, `answer` that of the JSON answer; `media` are the media types of
     an answer that is not JSON.
@@ -44,8 +49,9 @@ class Endpoint(NamedTuple):
 
     @property
     def route(self) -> str:
-        """The path in aiohttp's syntax."""
-        return re.sub(r"{(\w+)}", r"{\1:[0-9]{1,19}}", self.path)
+        """The path as aiohttp takes it."""
+        path = self.path.replace("{name}", f"{{name:{NAME}}}")
+        return re.sub(r"{(\w+)}", r"{\1:[0-9]{1,19}}", path)
 
     @property
     def parameters(self) -> list[str]:
@@ -71,7 +77,9 @@ def document(
                     "name": name,
                     "in": "path",
                     "required": True,
-                    "schema": {"type": "integer", "minimum": 1, "maximum": 2**63 - 1},
+                    "schema": {"type": "string", "pattern": f"^{NAME}$"}
+                    if name == "name"
+                    else {"type": "integer", "minimum": 1, "maximum": 2**63 - 1},
                 }
                 for name in endpoint.parameters
             ],

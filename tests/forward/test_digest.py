@@ -33,7 +33,7 @@ def test_chinese_has_full_width_punctuation() -> None:
 
 
 def test_digest_names_what_is_missing_and_why() -> None:
-    problem = payload(EventType.BATCH_INCOMPLETE, row(), url="https://n.example.com/batches/7")
+    problem = payload(EventType.BATCH_INCOMPLETE, row(), url="https://n.example.com/ui/batches/7")
     message = compose("en", [problem])
     assert message.title == "1 batch has missing files"
     assert message.markdown.split("\n") == [
@@ -42,7 +42,7 @@ def test_digest_names_what_is_missing_and_why() -> None:
         f"- /upload/2026/11/livingro: {reason_text('en', 'http_404', 'unavailable')} (http_404)",
         f"- b.jpg: {reason_text('en', None, 'upload_failed')}",
         f"What to do: {reason_text('en', 'http_404', 'unavailable', 'next')}",
-        "[Open the batch](https://n.example.com/batches/7)",
+        "[Open the batch](https://n.example.com/ui/batches/7)",
     ]
 
 

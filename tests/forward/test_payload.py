@@ -67,7 +67,7 @@ def sample(kind: EventType) -> Event:
         case EventType.BATCH_COMPLETE:
             event = batch_event(
                 kind, row(verdict="complete", available=7, unavailable=0, upload_failed=0, revision=2,
-                          previous="incomplete"), [], AT, url="https://notify.example.com/batches/7",
+                          previous="incomplete"), [], AT, url="https://notify.example.com/ui/batches/7",
             )  # fmt: skip
         case EventType.BATCH_AT_RISK:
             pending = row(verdict="pending", pending=2, unavailable=0, upload_failed=0, completed_at=None,

@@ -19,7 +19,7 @@ from tests.store.builders import (
     take_in,
 )
 
-TABLES = ("notification", "batch", "file", "attempt", "rejection")
+TABLES = ("notification", "batch", "file", "attempt", "rejection", "event")
 LATER = NOW + 1_000_000
 
 
@@ -55,9 +55,11 @@ async def test_a_batch_completed_before_is_deleted_with_its_files_attempts_and_d
 ) -> None:
     await complete(store, "old", 3, at=NOW, requests=2)
     await complete(store, "new", 2, at=NOW + 1)
-    assert sum(await prune_all(store, before=NOW + 1)) == 1 + 1 + 3 + 6
+    assert sum(await prune_all(store, before=NOW + 1)) == 1 + 1 + 3 + 6 + 1
     assert await batches(backend) == ["new"]
-    assert await counts(backend) == {"notification": 1, "batch": 1, "file": 2, "attempt": 2, "rejection": 0}
+    assert await counts(backend) == {
+        "notification": 1, "batch": 1, "file": 2, "attempt": 2, "rejection": 0, "event": 1,
+    }  # fmt: skip
     assert await backend.rows("SELECT DISTINCT batch_id FROM file_result") == [("new",)]
 
 

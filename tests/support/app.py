@@ -170,13 +170,14 @@ class Signer:
 
 def build_config(directory: Path, sections: Mapping[str, Mapping[str, Any]]) -> Config:
     """A configuration whose daemon keeps to itself; `sections` change it."""
-    base: dict[str, dict[str, Any]] = {
+    base: dict[str, Any] = {
         "server": {"port": 0},
         "store": {"url": f"sqlite:///{directory}/notify.db"},
         "verify": {"allowed_hosts": ["files.invalid", "127.0.0.1"], "retry_schedule": ["1h"]},
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section}
+        # `forward` is a list of tables.
+        base[name] = section if isinstance(section, list) else {**base.get(name, {}), **section}
     values: dict[str, Any] = base
     return Config(**values)
 

@@ -39,7 +39,10 @@ SETTINGS = {
 }
 
 # What is referred to comes last.
-TABLES = ("attempt", "file", "batch", "notification", "rejection", "nonce", "heartbeat", "lease", "node")
+TABLES = (
+    "forward_attempt", "forward", "event", "endpoint",
+    "attempt", "file", "batch", "notification", "rejection", "nonce", "heartbeat", "lease", "node",
+)  # fmt: skip
 
 _serial = count(1)
 

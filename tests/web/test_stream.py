@@ -30,7 +30,8 @@ async def events(reader: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]
     """Events by name with their data, as a browser takes them."""
     async with asyncio.timeout(SECONDS):
         while block := await reader.readuntil(b"\n\n"):
-            name, data = block.decode().rstrip("\n").split("\n")
+            *id, name, data = block.decode().rstrip("\n").split("\n")
+            assert all(line.startswith("id: ") for line in id)
             yield name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
@@ -127,7 +128,7 @@ async def test_a_listener_that_is_too_far_behind_is_ended() -> None:
         for number in range(stream.MAX_BEHIND + 1):
             it.publish("event", number)
         assert not it._listeners
-        received = [message async for message in messages]
+        received = [message.data async for message in messages]
     assert len(received) == stream.MAX_BEHIND
     assert received[-1] == b"event: event\ndata: %d\n\n" % (stream.MAX_BEHIND - 1)
 
@@ -138,7 +139,7 @@ async def test_once_closed_all_listeners_are_ended_and_nobody_may_listen() -> No
         it.publish("last", None)
         it.close()
         assert it.full
-        assert [[message async for message in messages] for messages in (one, other)] == [
+        assert [[message.data async for message in messages] for messages in (one, other)] == [
             [b"event: last\ndata: null\n\n"]
         ] * 2
 

@@ -27,11 +27,14 @@ Row: TypeAlias = tuple[Any, ...]
 Key: TypeAlias = int | str
 
 # What is referred to comes first. `heartbeat`, `node` and `lease` are about servers that run.
-TABLES = ("notification", "batch", "file", "attempt", "rejection", "nonce")
+TABLES = (
+    "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
+)  # fmt: skip
 # Those whose ids are given out one after the other, and none twice.
-COUNTED = ("notification", "batch", "file", "attempt", "rejection")
+COUNTED = ("notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt")
+_NAMED = {"nonce": "key", "endpoint": "name"}
 # Before the first of its kind.
-FIRST: dict[str, Key] = {"id": -(2**63), "key": ""}
+FIRST: dict[str, Key] = {"id": -(2**63), "key": "", "name": ""}
 # At most so much is in memory, and in a transaction: rows, and bytes of their bodies.
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
@@ -43,7 +46,7 @@ Progress: TypeAlias = Callable[[Step, str, int, int], object]
 
 def key_of(table: str) -> str:
     """The column that a table is copied in the order of."""
-    return "key" if table == "nonce" else "id"
+    return _NAMED.get(table, "id")
 
 
 class Side(Protocol):
@@ -166,11 +169,11 @@ async def copy(
 async def _copy(source: Side, target: Side, table: str, columns: Sequence[str], progress: Progress) -> None:
     total, done, last = await source.count(table), await target.count(table), await target.last(table)
     progress("copy", table, done, total)
-    if key_of(table) == "key":
+    if key_of(table) != "id":
         # What is replaced in a text changes its place in the order: these few go over together.
         if last is None:
             async with target.transaction():
-                async for rows in source.chunks(table, columns, FIRST["key"]):
+                async for rows in source.chunks(table, columns, FIRST[key_of(table)]):
                     target.fit(columns, rows, Counter())
                     await target.append(table, columns, rows)
                     done += len(rows)

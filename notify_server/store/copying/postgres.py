@@ -29,6 +29,9 @@ _STAYS_EMPTY = "LOCK TABLE node IN SHARE ROW EXCLUSIVE MODE"
 _COLUMNS = """
 SELECT attname FROM pg_attribute
 WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
+    -- These are about servers that run.
+    AND NOT (attrelid = to_regclass('event') AND attname = 'xid')
+    AND NOT (attrelid = to_regclass('forward') AND attname = 'claimed_by')
 ORDER BY attnum
 """
 # On SQLite what has not been expanded is told from what has by the order of ids.

@@ -14,6 +14,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
 from notify_server.store.merge import Known, Merge, columns, distinct_batches
+from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import (
     EXPANDING,
     LOCK_KEY,
@@ -120,7 +121,9 @@ class Expanded(NamedTuple):
     verdicts: list[BatchVerdict]
 
 
-async def write_expansions(connection: Connection, expansions: Sequence[Expansion], now: int) -> Expanded:
+async def write_expansions(
+    connection: Connection, events: Events, expansions: Sequence[Expansion], now: int
+) -> Expanded:
     """Merge what has not been expanded to its end before, whatever the caller remembers. Runs in a transaction."""
     done = {expansion.item.id: expansion.item.files for expansion in expansions if expansion.last}
     left = {id for (id,) in await connection.fetch(SQL["inbox_done"], list(done), now)}
@@ -148,7 +151,7 @@ async def write_expansions(connection: Connection, expansions: Sequence[Expansio
     return Expanded(
         pending,
         sum(files for id, files in done.items() if id in left),
-        await write_verdicts(connection, set(to_judge), now),
+        await write_verdicts(connection, events, set(to_judge), now),
     )
 
 
@@ -197,20 +200,23 @@ async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]
         )
 
 
-async def write_verdicts(connection: Connection, batches: Collection[int], now: int) -> list[BatchVerdict]:
+async def write_verdicts(
+    connection: Connection, events: Events, batches: Collection[int], now: int
+) -> list[BatchVerdict]:
     """The verdicts that are due to these batches now. Of several nodes exactly one gets each."""
-    return await write_settled(connection, [(batch, 0, 0, 0) for batch in batches], now)
+    return await write_settled(connection, events, [(batch, 0, 0, 0) for batch in batches], now)
 
 
 async def write_settled(
-    connection: Connection, settled: Sequence[tuple[int, int, int, int]], now: int
+    connection: Connection, events: Events, settled: Sequence[tuple[int, int, int, int]], now: int
 ) -> list[BatchVerdict]:
     """Count so many files of each batch as available, unavailable and blocked; and the verdicts that are due then."""
     if not settled:
         return []
     rows = await connection.fetch(SQL["batches_settled"], *arrays(settled, 4), now)
-    return [
+    verdicts = [
         BatchVerdict(id, batch_id, api_code, Verdict(verdict), *rest)
         for id, batch_id, api_code, verdict, *rest in sorted(rows, key=lambda row: int(row[0]))
         if verdict != Verdict.PENDING
     ]
+    return await events.add_verdicts(connection, verdicts, now)

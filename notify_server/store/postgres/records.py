@@ -41,6 +41,7 @@ class PostgresRecords(QueriedRecords):
     Reads are single statements cut off after READ_SECONDS.
     """
 
+    dialect = "postgres"
     queries = QUERIES
     indexes = INDEXES
 

@@ -28,6 +28,7 @@ from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
 from notify_server.store.postgres.inbox import Inbox
 from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node
+from notify_server.store.postgres.outbox import Events, PostgresOutbox
 from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import migrate
 from notify_server.store.postgres.session import (
@@ -93,6 +94,8 @@ class PostgresStore:
         )  # fmt: skip
         self._claims = Claims(url, self._place, lease, self._node)
         self._pool = create_pool(url, POOL_SIZE, **settings)
+        self._events = Events()
+        self.outbox = PostgresOutbox(self._events, self._node, self._verb_connection)
         self._accept = GroupCommit(
             self._write_deliveries, lambda delivery: len(delivery.body), self._accepted, on_commit
         )
@@ -222,6 +225,12 @@ class PostgresStore:
             async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
                 yield connection
 
+    @asynccontextmanager
+    async def _verb_connection(self) -> AsyncIterator[Connection]:
+        with self._verb():
+            async with self._connection() as connection:
+                yield connection
+
     # The inbox
 
     async def accept(self, delivery: Delivery) -> int:
@@ -261,7 +270,9 @@ class PostgresStore:
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
         with self._verb(), self._backlog.changing():
             async with self._expansion_lock.use() as connection:
-                done = await transact(connection, partial(write_expansions, expansions=expansions, now=now))
+                done = await transact(
+                    connection, partial(write_expansions, events=self._events, expansions=expansions, now=now)
+                )
             self._backlog.files += done.pending - done.taken
         if done.pending:
             self._node.call(WORK)
@@ -270,7 +281,9 @@ class PostgresStore:
     async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
         with self._verb(), self._backlog.changing():
             async with self._expansion_lock.use() as connection:
-                files, verdicts = await transact(connection, partial(write_discard, item=item, detail=detail, now=now))
+                files, verdicts = await transact(
+                    connection, partial(write_discard, events=self._events, item=item, detail=detail, now=now)
+                )
             self._backlog.files -= files
         return verdicts
 
@@ -302,7 +315,7 @@ class PostgresStore:
                 node = self._node.id
                 async with self._connection() as connection:
                     ended, settled, verdicts = await transact(
-                        connection, partial(write_results, node=node, results=current, now=now)
+                        connection, partial(write_results, events=self._events, node=node, results=current, now=now)
                     )
             self._backlog.files -= settled
             self._claims.end(current)
@@ -329,7 +342,11 @@ class PostgresStore:
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         job = partial(
-            prune, completed_before=clamp(completed_before), rejected_before=clamp(rejected_before), limit=limit
+            prune,
+            events=self._events,
+            completed_before=clamp(completed_before),
+            rejected_before=clamp(rejected_before),
+            limit=limit,
         )
         with self._verb():
             async with self._connection() as connection:

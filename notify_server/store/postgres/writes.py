@@ -11,6 +11,7 @@ from notify_server.store.base import rejection_gone, valid_ids
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
+from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, strip_nul
 from notify_server.store.sql import load_queries
 
@@ -126,7 +127,7 @@ async def write_rejections(connection: Connection, rejections: Sequence[Rejectio
 
 
 async def write_discard(
-    connection: Connection, item: InboxItem, detail: str, now: int
+    connection: Connection, events: Events, item: InboxItem, detail: str, now: int
 ) -> tuple[int, list[BatchVerdict]]:
     """How many files leave the inbox, and the verdicts."""
     if not await connection.fetch(SQL["inbox_still"], [item.id]):
@@ -138,11 +139,11 @@ async def write_discard(
     rejection = Rejection(item.received_at, item.remote_addr, "500", detail, item.body, item.request_id)
     await write_rejections(connection, [rejection])
     await connection.execute(SQL["inbox_done"], [item.id], now)
-    return item.files, await write_verdicts(connection, batches, now)
+    return item.files, await write_verdicts(connection, events, batches, now)
 
 
 async def write_results(
-    connection: Connection, node: int, results: Sequence[FileResult], now: int
+    connection: Connection, events: Events, node: int, results: Sequence[FileResult], now: int
 ) -> tuple[int, int, list[BatchVerdict]]:
     """How many of these claims this node still had, how many files it settled, and the verdicts."""
     ids = [result.file.id for result in results]
@@ -173,7 +174,10 @@ async def write_results(
     ]  # fmt: skip
     await connection.execute(SQL["record_files"], *arrays(outcomes, 14), MAX_ATTEMPT_ROWS)
     settled = settled_by_batch(current)
-    verdicts = await write_settled(connection, by_batch(settled), now)
+    await events.note_retrying(
+        connection, {r.file.batch for r in current if r.state is FileState.PENDING and r.reason is not None}
+    )
+    verdicts = await write_settled(connection, events, by_batch(settled), now)
     return len(ended), sum(sum(states.values()) for states in settled.values()), verdicts
 
 
@@ -197,7 +201,7 @@ async def write_recheck(connection: Connection, files: Sequence[int], now: int) 
     return reopened, Restart(len(found), frozenset(host for _, _, host, _ in found))
 
 
-async def prune(connection: Connection, completed_before: int, rejected_before: int, limit: int) -> int:
+async def prune(connection: Connection, events: Events, completed_before: int, rejected_before: int, limit: int) -> int:
     """How many rows were deleted. See base.Store.prune."""
     # One node at a time: each would find the same.
     await connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_KEY})", LOCK_SPACE, PRUNING)
@@ -216,7 +220,7 @@ async def prune(connection: Connection, completed_before: int, rejected_before: 
     await connection.execute(SQL["prune_attempts_of"], files)
     await connection.execute(SQL["prune_files_of"], files)
     rows = await connection.fetch(SQL["prune_batches_of"], list(gone), [states.total() for states in gone.values()])
-    deleted += len(rows)
+    deleted += len(rows) + await events.prune_batches(connection, [id for (id,) in rows])
     for batch in gone.keys() - {id for (id,) in rows}:
         # While some are left the batch stays, and tells the truth of them, until a later round.
         if states := gone[batch]:
@@ -224,6 +228,7 @@ async def prune(connection: Connection, completed_before: int, rejected_before: 
             await connection.execute(SQL["prune_counted"], batch, states.total(), *counts)
     deleted += _count(await connection.execute(SQL["prune_notifications"], completed_before, limit))
     deleted += _count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
+    deleted += await events.prune_plain(connection, rejected_before, limit)
     return deleted
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
 
 from notify_server.store.base import MAX_ID
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
+from notify_server.store.reading.outbox import OutboxRecords
 from notify_server.store.reading.types import (
     AttemptItem,
     BatchDetail,
@@ -64,8 +66,13 @@ class QueriedRecords(ABC):
     `queries` are its statements (`load_record_queries`), `indexes` the names of its indexes.
     """
 
+    dialect: str
     queries: Mapping[str, str]
     indexes: Indexes
+
+    @cached_property
+    def outbox(self) -> OutboxRecords:
+        return OutboxRecords(self.dialect, self._run)
 
     @abstractmethod
     async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:

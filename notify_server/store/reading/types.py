@@ -12,6 +12,7 @@ from typing import Annotated, Generic, Protocol, TypeVar
 from msgspec import Meta, Struct
 
 from notify_server.model import FileState, ReportedStatus, Verdict
+from notify_server.store.reading.outbox import OutboxRecords
 
 T = TypeVar("T")
 
@@ -197,6 +198,10 @@ class FileFilter(Struct, frozen=True):
 class Records(Protocol):
     """Reads the record. Every call raises StoreUnavailableError when the record cannot be read now or in time, and
     ValueError for a cursor that it did not return."""
+
+    @property
+    def outbox(self) -> OutboxRecords:
+        """Events, deliveries and endpoints."""
 
     async def close(self) -> None:
         """Close after the calls in progress."""

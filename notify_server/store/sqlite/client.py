@@ -30,6 +30,7 @@ from notify_server.processes.keeper_protocol import (
 )
 from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
 from notify_server.store.batching import Batcher, Group
+from notify_server.store.sqlite.outbox_client import SqliteOutboxClient
 from notify_server.store.sqlite.scheduler import RECENT_SECONDS
 
 log = structlog.get_logger("notify_server.store")
@@ -70,6 +71,7 @@ class SqliteClient:
             on_silent=self._on_silent,
             is_overdue=self._is_overdue,
         )
+        self.outbox = SqliteOutboxClient(self._call)
         self._path = config.path
         self._now = now
         self._on_commit = on_commit
@@ -147,8 +149,10 @@ class SqliteClient:
         if opened.refused is not None:
             if self._opened.done():
                 log.error("the record cannot be opened again, trying on", error=opened.refused)
-        elif self._listener is not None:
-            self._send("expand_inbox", ()).add_done_callback(_ignore_result)
+        else:
+            self.outbox.on_up()
+            if self._listener is not None:
+                self._send("expand_inbox", ()).add_done_callback(_ignore_result)
         if not self._opened.done():
             self._opened.set_result(opened.refused)
 

@@ -34,6 +34,7 @@ class SqliteRecords(QueriedRecords):
     Reads are single statements, cut off after `read_seconds`, and share MAX_CONNECTIONS connections.
     """
 
+    dialect = "sqlite"
     queries = QUERIES
     indexes = INDEXES
 

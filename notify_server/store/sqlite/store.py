@@ -25,6 +25,7 @@ from notify_server.store.sqlite.claims import Claims, Due, Position
 from notify_server.store.sqlite.database import connect, refusal, reserve_log
 from notify_server.store.sqlite.inbox import InboxQueue
 from notify_server.store.sqlite.lock import FileLock
+from notify_server.store.sqlite.outbox import SqliteOutbox
 from notify_server.store.sqlite.writer import Writer
 
 # A delivery of this size counts as another caller when the writer looks for a crowd: it takes as much of its time.
@@ -52,6 +53,7 @@ class SqliteStore:
         self._claims = Claims()
         self._rejections = writes.Rejections()
         self._writer = Writer(path, connection)
+        self.outbox = SqliteOutbox(self._writer, connection)
         self._accept = self._writer.group(self._write_deliveries, self._accepted, _bytes, _callers)
         self._reject = self._writer.group(self._rejections.write, size=lambda rejection: len(rejection.body))
 
@@ -156,7 +158,7 @@ class SqliteStore:
 
         def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
             nonlocal reset
-            pending, reset, verdicts = writes.write_expansions(connection, expansions, now)
+            pending, reset, verdicts = writes.write_expansions(connection, self.outbox, expansions, now)
             return pending, verdicts
 
         pending, verdicts = await self._writer.transaction(write, on_commit=lambda: self._claims.reset(reset))
@@ -168,7 +170,9 @@ class SqliteStore:
 
     async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
         verdicts = await self._writer.transaction(
-            partial(writes.write_discard, item=item, detail=detail, now=now, rejections=self._rejections)
+            partial(
+                writes.write_discard, outbox=self.outbox, item=item, detail=detail, now=now, rejections=self._rejections
+            )
         )
         self._backlog -= item.files
         self._inbox.expanded_through = item.id
@@ -195,7 +199,7 @@ class SqliteStore:
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         def write(connection: sqlite3.Connection) -> tuple[int, list[BatchVerdict]]:
             current = first_of_each(result for result in results if self._claims.holds(result.file.id))
-            return writes.write_results(connection, current, now)
+            return writes.write_results(connection, self.outbox, current, now)
 
         settled, verdicts = await self._writer.transaction(
             write, on_commit=lambda: self._claims.end(result.file for result in results)

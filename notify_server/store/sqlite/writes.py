@@ -25,6 +25,7 @@ from notify_server.store.base import Expansion, rejection_gone
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.sql import expand_rows, load_queries
+from notify_server.store.sqlite.outbox import SqliteOutbox
 
 T = TypeVar("T")
 
@@ -124,18 +125,23 @@ class Rejections:
 
 
 def write_expansions(
-    connection: sqlite3.Connection, expansions: Sequence[Expansion], now: int
+    connection: sqlite3.Connection, outbox: SqliteOutbox, expansions: Sequence[Expansion], now: int
 ) -> tuple[int, set[int], list[BatchVerdict]]:
     """Merge files into their batches; return how many files are pending now, the ids of those that were pending before
     and are reset, and the verdicts that were reached.
     """
     merges = [merge for part in distinct_batches(expansions, _ROWS) for merge in _merge(connection, part, now)]
-    verdicts = _write_verdicts(connection, {merge.batch for merge in merges}, now)
+    verdicts = _write_verdicts(connection, outbox, {merge.batch for merge in merges}, now)
     return sum(merge.pending for merge in merges), {id for merge in merges for id in merge.restarted}, verdicts
 
 
 def write_discard(
-    connection: sqlite3.Connection, item: InboxItem, detail: str, now: int, rejections: Rejections
+    connection: sqlite3.Connection,
+    outbox: SqliteOutbox,
+    item: InboxItem,
+    detail: str,
+    now: int,
+    rejections: Rejections,
 ) -> list[BatchVerdict]:
     """Move an inbox item to the rejections; return the verdicts that its batch reaches without it."""
     rejections.write(
@@ -146,7 +152,7 @@ def write_discard(
     batches = [batch for (batch,) in connection.execute(SQL["batch_of_discarded"], (item.id,)).fetchall()]
     for batch in batches:
         connection.execute(SQL["batch_not_expanding"], (batch,))
-    return _write_verdicts(connection, batches, now)
+    return _write_verdicts(connection, outbox, batches, now)
 
 
 def write_recheck(connection: sqlite3.Connection, files: Sequence[int], now: int) -> tuple[int, set[int], Restart]:
@@ -167,8 +173,9 @@ def write_recheck(connection: sqlite3.Connection, files: Sequence[int], now: int
 
 
 def write_results(
-    connection: sqlite3.Connection, results: Sequence[FileResult], now: int
+    connection: sqlite3.Connection, outbox: SqliteOutbox, results: Sequence[FileResult], now: int
 ) -> tuple[int, list[BatchVerdict]]:
+    """Write outcomes with their attempts; return how many files they settle, and the verdicts that were reached."""
     for chunk in _chunks(results):
         _insert(
             connection,
@@ -198,15 +205,20 @@ def write_results(
     for chunk_of_batches in _chunks(by_batch(settled)):
         _insert(connection, "record_batches", chunk_of_batches)
     count = sum(sum(states.values()) for states in settled.values())
-    return count, _write_verdicts(connection, settled, now)
+    outbox.note_retrying(
+        connection, {r.file.batch for r in results if r.state is FileState.PENDING and r.reason is not None}
+    )
+    return count, _write_verdicts(connection, outbox, settled, now)
 
 
-def _write_verdicts(connection: sqlite3.Connection, batches: Iterable[int], now: int) -> list[BatchVerdict]:
+def _write_verdicts(
+    connection: sqlite3.Connection, outbox: SqliteOutbox, batches: Iterable[int], now: int
+) -> list[BatchVerdict]:
     verdicts: list[BatchVerdict] = []
     for chunk in _chunks([(batch,) for batch in batches]):
         rows = _insert(connection, "verdicts", chunk, now).fetchall()
         verdicts += [BatchVerdict(id, batch, api_code, Verdict(v), *rest) for id, batch, api_code, v, *rest in rows]
-    return verdicts
+    return outbox.add_verdicts(connection, verdicts, now)
 
 
 def prune(connection: sqlite3.Connection, completed_before: int, rejected_before: int, limit: int) -> int:
@@ -226,13 +238,16 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
         # While some are left the batch stays, and tells the truth of them, until a later round.
         gone = Counter(state for _, state in files)
         connection.execute(SQL["prune_counted"], (len(files), *(gone[state] for state in _SETTLED), batch))
-        deleted += rows + connection.execute(SQL["prune_batch"], (batch,)).rowcount
+        deleted += rows
+        if connection.execute(SQL["prune_batch"], (batch,)).rowcount:
+            deleted += 1 + SqliteOutbox.prune_batch(connection, batch)
         if deleted >= limit:
             break
     parameters = {"before": completed_before, "limit": limit}
     deleted += connection.execute(SQL["prune_notifications"], parameters).rowcount
     parameters = {"before": rejected_before, "limit": limit}
     deleted += connection.execute(SQL["prune_rejections"], parameters).rowcount
+    deleted += SqliteOutbox.prune_plain(connection, rejected_before, limit)
     return deleted
 
 

@@ -27,6 +27,7 @@ from notify_server.store.reading.types import (
 )
 from notify_server.telemetry.history import Sample
 from notify_server.web.admin import Admin
+from notify_server.web.api.forward import FORWARD_ENDPOINTS
 from notify_server.web.api.handlers import Api
 from notify_server.web.api.types import (
     BatchFileQuery,
@@ -96,6 +97,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("POST", "/api/v1/recheck", Api.recheck, body=Recheck, answer=Rechecked),
     Endpoint("POST", "/api/v1/rejections/{id}/replay", Api.replay, answer=Replayed),
     Endpoint("POST", "/api/v1/prune", Api.prune, body=Prune, answer=Pruned),
+    *FORWARD_ENDPOINTS,
 )
 
 
@@ -103,6 +105,11 @@ def describe(version: str, *, guarded: bool) -> dict[str, Any]:
     """Return the OpenAPI document. Its summaries are the English texts of the reference page."""
     texts = LANGUAGES["en"]
     return document(ENDPOINTS, version, lambda endpoint: str(texts(f"docs_of.{endpoint.id}")), guarded=guarded)
+
+
+def _parameter(name: str, value: str) -> str | int:
+    # No row has a larger id than both engines can hold.
+    return value if name == "name" else min(int(value), MAX_ID)
 
 
 class HttpApi:
@@ -142,8 +149,7 @@ class HttpApi:
         if request.method not in (endpoint.method, "HEAD" if endpoint.method == "GET" else endpoint.method):
             raise RefusedError(405, "405", f"only {endpoint.method} is allowed", headers={"Allow": endpoint.method})
         arguments: list[Any] = [request] if endpoint.media else []
-        # No row has a larger id than both engines can hold.
-        arguments += [min(int(request.match_info[name]), MAX_ID) for name in endpoint.parameters]
+        arguments += [_parameter(name, request.match_info[name]) for name in endpoint.parameters]
         if endpoint.query is not None:
             arguments.append(from_query(request.query, endpoint.query))
         else:

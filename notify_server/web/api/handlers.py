@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Awaitable
 from typing import TypeVar
@@ -12,6 +13,8 @@ from aiohttp import web
 
 from notify_server.callbacks.errors import RefusedError, busy
 from notify_server.errors import StoreUnavailableError
+from notify_server.forward.payload import VERDICTS
+from notify_server.forward.service import ForwardService
 from notify_server.model import CircuitState
 from notify_server.operations import (
     ActionRefusedError,
@@ -57,7 +60,7 @@ from notify_server.web.api.types import (
     Status,
 )
 from notify_server.web.bodies import abort, begin, send
-from notify_server.web.stream import Stream
+from notify_server.web.stream import Stream, missed_verdict
 
 log = structlog.get_logger("notify_server.web")
 
@@ -82,8 +85,10 @@ class Api:
         timeline: Timeline,
         rates: HostRates,
         stream: Stream,
+        forward: ForwardService,
     ) -> None:
         self.records = records
+        self.forward = forward
         self._actions = actions
         self._runtime = runtime
         self._timeline = timeline
@@ -205,11 +210,19 @@ class Api:
         headers = {"X-Accel-Buffering": "no"}
         if request.method == "HEAD":
             return await begin(request, "text/event-stream", headers)
+        last = request.headers.get("Last-Event-ID", "")
+        seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None
         with self._stream.listen() as messages:
             response = await begin(request, "text/event-stream", headers)
             with contextlib.suppress(ConnectionError):
+                # What was missed first; it may be among the messages too.
+                while seen is not None and (missed := await self.forward.events(seen, VERDICTS, None, 0, 100)).items:
+                    for item in missed.items:
+                        await send(request, response, missed_verdict(item))
+                    seen = missed.next
                 async for message in messages:
-                    await send(request, response, message)
+                    if message.id is None or seen is None or message.id > seen:
+                        await send(request, response, message.data)
         return response
 
     # --- Actions ---

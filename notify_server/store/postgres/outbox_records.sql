@@ -1,0 +1,116 @@
+-- Named blocks, read by notify_server/store/sql.py. Each returns one row: a JSON array of arrays.
+
+-- name: events
+SELECT json_agg(json_build_array(id, key, type, revision, payload))
+FROM (
+    SELECT event.id, event.key, event.type, event.revision, event.payload
+    FROM event
+    LEFT JOIN batch ON batch.id = event.batch
+    WHERE event.id > :after
+        AND event.type IN (SELECT jsonb_array_elements_text(:types::jsonb))
+        AND (:api_code::text = '' OR batch.api_code = :api_code)
+        -- Of no transaction that may still commit a smaller id.
+        AND event.xid < pg_snapshot_xmin(pg_current_snapshot())
+    ORDER BY event.id
+    LIMIT :limit
+) AS found;
+
+-- name: last_event
+SELECT coalesce(max(id), 0) FROM event;
+
+-- name: deliveries
+SELECT json_agg(json_build_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
+    last_error, last_response, delivered_at))
+FROM (
+    SELECT
+        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
+        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
+        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
+    FROM forward
+    JOIN event ON event.id = forward.event
+    LEFT JOIN batch ON batch.id = forward.batch
+    WHERE forward.endpoint = :endpoint AND forward.id < :before AND (:state::text = '' OR forward.state = :state)
+    ORDER BY forward.id DESC
+    LIMIT :limit
+) AS found;
+
+-- name: delivery
+SELECT json_agg(json_build_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
+    last_error, last_response, delivered_at))
+FROM (
+    SELECT
+        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
+        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
+        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
+    FROM forward
+    JOIN event ON event.id = forward.event
+    LEFT JOIN batch ON batch.id = forward.batch
+    WHERE forward.id = :id
+) AS found;
+
+-- name: of_batch
+SELECT json_agg(json_build_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
+    last_error, last_response, delivered_at))
+FROM (
+    SELECT
+        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
+        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
+        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
+    FROM forward
+    JOIN event ON event.id = forward.event
+    LEFT JOIN batch ON batch.id = forward.batch
+    WHERE forward.batch = :batch
+    ORDER BY forward.id
+    LIMIT 100
+) AS found;
+
+-- name: payload
+SELECT payload FROM event WHERE id = :id;
+
+-- name: attempts
+SELECT json_agg(json_build_array(started_at, status, error, total_ms))
+FROM (SELECT started_at, status, error, total_ms FROM forward_attempt WHERE forward = :id ORDER BY id) AS found;
+
+-- name: waiting
+SELECT json_agg(
+    json_build_object('name', name, 'pending', pending, 'oldest_at', oldest_at)
+)
+FROM (
+    SELECT
+        name,
+        (SELECT count(*) FROM forward WHERE forward.endpoint = endpoint.name AND state = 'pending') AS pending,
+        (
+            SELECT event.occurred_at FROM event
+            WHERE event.id = (SELECT min(event) FROM forward WHERE forward.endpoint = endpoint.name AND state = 'pending')
+        ) AS oldest_at
+    FROM endpoint
+    ORDER BY name
+) AS found;
+
+-- name: gate
+SELECT json_agg(json_build_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
+    first_received_at, completed_at, at_risk_at, last_event))
+FROM (
+    SELECT * FROM batch
+    WHERE batch_id = :batch_id AND (:api_code::text = '' OR api_code = :api_code)
+    ORDER BY api_code
+    LIMIT 2
+) AS found;
+
+-- name: gate_of
+SELECT json_agg(json_build_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
+    first_received_at, completed_at, at_risk_at, last_event))
+FROM batch
+WHERE id = :id;
+
+-- name: missing
+SELECT json_agg(json_build_array(batch, oss_object_name, state, reason, http_status, attempts, last_attempt_at))
+FROM (
+    SELECT
+        batch, oss_object_name, state, reason, http_status, attempts,
+        (SELECT started_at FROM attempt WHERE attempt.file = file.id ORDER BY id DESC LIMIT 1) AS last_attempt_at
+    FROM file
+    WHERE batch = :id AND state <> 'available'
+    ORDER BY oss_object_name
+    LIMIT :limit
+) AS found;

@@ -1,0 +1,206 @@
+"""Reads events, deliveries and endpoints. The statements are in `outbox_records.sql` of each engine."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from notify_server.forward.payload import MAX_MISSING, MissingFile, MissingRow, missing_file, utc
+from notify_server.model import Verdict
+from notify_server.store.outbox import DeliveryState
+from notify_server.store.sql import load_queries
+
+T = TypeVar("T")
+
+Run = Callable[[str, Mapping[str, object]], Awaitable[tuple[Any, ...] | None]]
+
+
+class EventItem(Struct, frozen=True):
+    """An event as callers pull it: `id` is the cursor, `key` the `webhook-id` under which it is forwarded."""
+
+    id: int
+    key: str
+    type: str
+    timestamp: str
+    revision: int
+    data: msgspec.Raw
+
+
+class AttemptItem(Struct, frozen=True):
+    """An attempt at a delivery. `status` is the HTTP status, or the exit code of a program."""
+
+    started_at: datetime
+    status: int | None
+    error: str | None
+    total_ms: float
+
+
+class DeliveryRow(Struct, frozen=True):
+    """A delivery: an event on its way to an endpoint, with the beginning of the last answer."""
+
+    id: int
+    endpoint: str
+    event: int
+    key: str
+    type: str
+    batch: int | None
+    batch_id: str | None
+    revision: int
+    occurred_at: datetime
+    state: DeliveryState
+    attempts: int
+    next_attempt_at: datetime | None
+    last_status: int | None
+    last_error: str | None
+    last_response: str | None
+    delivered_at: datetime | None
+
+
+class WaitingRow(Struct, frozen=True):
+    """The deliveries of an endpoint that wait. `oldest_at` (Unix ms) is the time of their oldest event."""
+
+    name: str
+    pending: int
+    oldest_at: int | None
+
+
+class BatchGate(Struct, frozen=True):
+    """What is known of a batch, by the name that the partner knows. `provisional` is true while it has no verdict and
+    is at risk.
+    """
+
+    id: int
+    batch_id: str
+    api_code: str
+    reference: str | None
+    verdict: Verdict
+    provisional: bool
+    revision: int
+    files: int
+    available: int
+    unavailable: int
+    blocked: int
+    upload_failed: int
+    pending: int
+    expected_files: int | None
+    missing: list[MissingFile]
+    missing_total: int
+    first_received_at: datetime
+    completed_at: datetime | None
+    at_risk_at: datetime | None
+
+
+class _Payload(Struct):
+    timestamp: str
+    data: msgspec.Raw
+
+
+class OutboxRecords:
+    """`run` runs one statement that returns one row. Calls raise StoreUnavailableError as those of Records do."""
+
+    def __init__(self, dialect: str, run: Run) -> None:
+        self._queries = load_queries(dialect, "outbox_records")
+        self._run = run
+
+    async def events(self, after: int, types: Sequence[str], api_code: str | None, limit: int) -> list[EventItem]:
+        """Return events behind the id `after`, oldest first. None that is committed later has a smaller id."""
+        rows = await self._list(
+            list[tuple[int, str, str, int, str]],
+            "events",
+            after=after,
+            types=msgspec.json.encode(list(types)).decode(),
+            api_code=api_code or "",
+            limit=limit,
+        )
+        items = []
+        for id, key, type, revision, payload in rows:
+            parts = msgspec.json.decode(payload, type=_Payload)
+            items.append(EventItem(id, key, type, parts.timestamp, revision, parts.data))
+        return items
+
+    async def last_event(self) -> int:
+        """Return the id of the newest event, 0 when there is none."""
+        row = await self._run(self._queries["last_event"], {})
+        assert row is not None
+        return int(row[0])
+
+    async def deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[DeliveryRow]:
+        """Return the deliveries of an endpoint with ids below `before`, newest first."""
+        parameters = {"endpoint": endpoint, "state": "" if state is None else str(state)}
+        return _rows(await self._list(list[Any], "deliveries", before=before, limit=limit, **parameters))
+
+    async def delivery(self, id: int) -> DeliveryRow | None:
+        """Return one delivery."""
+        found = _rows(await self._list(list[Any], "delivery", id=id))
+        return found[0] if found else None
+
+    async def payload(self, event: int) -> bytes | None:
+        """Return the payload of an event."""
+        row = await self._run(self._queries["payload"], {"id": event})
+        return None if row is None else str(row[0]).encode()
+
+    async def attempts(self, delivery: int) -> list[AttemptItem]:
+        """Return the attempts at a delivery, oldest first."""
+        rows = await self._list(list[tuple[int, int | None, str | None, float]], "attempts", id=delivery)
+        return [AttemptItem(_time(at), status, error, ms) for at, status, error, ms in rows]
+
+    async def of_batch(self, batch: int) -> list[DeliveryRow]:
+        """Return the deliveries of a batch's events, oldest first, at most 100."""
+        return _rows(await self._list(list[Any], "of_batch", batch=batch))
+
+    async def waiting(self) -> list[WaitingRow]:
+        """Return what waits, for each configured endpoint by name."""
+        return await self._list(list[WaitingRow], "waiting")
+
+    async def gate(self, batch_id: str, api_code: str | None) -> list[BatchGate]:
+        """Return the batches of this batch_id (and api_code), with what is missing, at most 2."""
+        found = await self._list(list[tuple[Any, ...]], "gate", batch_id=batch_id, api_code=api_code or "")
+        return [await self._gate(row) for row in found]
+
+    async def gate_of(self, batch: int) -> BatchGate | None:
+        """Return what is known of the batch with this id."""
+        found = await self._list(list[tuple[Any, ...]], "gate_of", id=batch)
+        return await self._gate(found[0]) if found else None
+
+    async def _gate(self, row: tuple[Any, ...]) -> BatchGate:
+        id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, *rest = row
+        upload_failed, pending, first_received_at, completed_at, at_risk_at, last_event = rest
+        missing: list[MissingRow] = []
+        if available < files:
+            missing = await self._list(list[MissingRow], "missing", id=id, limit=MAX_MISSING)
+        return BatchGate(
+            id, batch_id, api_code, None, Verdict(verdict), verdict == "pending" and last_event == "at_risk", revision,
+            files, available, unavailable, blocked, upload_failed, pending, None,
+            [missing_file(each) for each in missing], files - available, _time(first_received_at),
+            utc(completed_at), utc(at_risk_at),
+        )  # fmt: skip
+
+    async def _list(self, kind: type[T], query: str, **parameters: object) -> T:
+        row = await self._run(self._queries[query], parameters)
+        # PostgreSQL makes no array of no rows.
+        return msgspec.json.decode("[]" if row is None or row[0] is None else row[0], type=kind)
+
+
+def _time(at: int) -> datetime:
+    found = utc(at)
+    assert found is not None
+    return found
+
+
+def _rows(rows: Sequence[Sequence[Any]]) -> list[DeliveryRow]:
+    return [
+        DeliveryRow(
+            id, endpoint, event, key, type, batch, batch_id, revision, _time(occurred_at), DeliveryState(state),
+            attempts, utc(next_attempt_at), status, error, response, utc(delivered_at),
+        )
+        for (
+            id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at,
+            status, error, response, delivered_at,
+        ) in rows
+    ]  # fmt: skip
