@@ -41,6 +41,8 @@ class Endpoint(NamedTuple):
     body: type[msgspec.Struct] | None = None
     answer: Any = None
     media: tuple[str, ...] = ()
+    # Further refusals: the status, and what it means.
+    refusals: tuple[tuple[str, str], ...] = ()
 
     @property
     def id(self) -> str:
@@ -139,6 +141,8 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
         responses["415"] = {"description": "The body is not JSON.", "content": refused}
     if endpoint.parameters or endpoint.body is not None:
         responses["404"] = {"description": "No row has this id.", "content": refused}
+    for status, meaning in endpoint.refusals:
+        responses[status] = {"description": meaning, "content": refused}
     return responses
 
 

@@ -13,6 +13,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 
 from notify_server.config import Config
+from notify_server.forward.news import News
+from notify_server.forward.sender import Sender
+from notify_server.forward.service import ForwardService
 from notify_server.model import CircuitState, FileState, HostView
 from notify_server.operations import Actions
 from notify_server.store.reading.types import FileFilter
@@ -71,7 +74,9 @@ class Site:
         )
         admin = Admin(config, lambda: NOW)
         actions = Actions(config, store, self.records, now=lambda: NOW)
-        api = Api(self.records, actions, state, self.timeline, HostRates(), Stream())
+        sender = Sender((), store.outbox, now=lambda: NOW)
+        forward = ForwardService(sender, store.outbox, self.records.outbox, News(), lambda: NOW)
+        api = Api(self.records, actions, state, self.timeline, HostRates(), Stream(), forward)
         self.app = web.Application()
         self.app[HTTP_API] = HttpApi(api, admin, "1.0")
         self.app[DASHBOARD] = Dashboard(config, api, admin, "1.0", lambda: NOW)

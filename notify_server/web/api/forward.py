@@ -135,14 +135,20 @@ async def forward_start(api: Api, name: str) -> ForwardChanged:
 
 FORWARD_ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/api/v1/events", events, query=EventsQuery, answer=EventPage),
-    Endpoint("GET", "/api/v1/verdict", verdict, query=VerdictQuery, answer=GateAnswer),
+    Endpoint(
+        "GET", "/api/v1/verdict", verdict,
+        query=VerdictQuery, answer=GateAnswer, refusals=(("404", "No notification of this batch has come."),),
+    ),
     Endpoint("GET", "/api/v1/forward", forward_endpoints, answer=Page[ForwardEndpointItem]),
     Endpoint(
         "GET", "/api/v1/forward/{name}/deliveries", forward_deliveries,
         query=DeliveriesQuery, answer=Page[DeliveryRow],
     ),
     Endpoint("GET", "/api/v1/deliveries/{id}", forward_delivery, answer=DeliveryDetail),
-    Endpoint("POST", "/api/v1/forward/{name}/test", forward_test, answer=ForwardTested),
+    Endpoint(
+        "POST", "/api/v1/forward/{name}/test", forward_test,
+        answer=ForwardTested, refusals=(("409", "The endpoint is stopped."),),
+    ),
     Endpoint("POST", "/api/v1/forward/{name}/replay", forward_replay, body=ReplayWanted, answer=ForwardReplayed),
     Endpoint("POST", "/api/v1/forward/{name}/stop", forward_stop, answer=ForwardChanged),
     Endpoint("POST", "/api/v1/forward/{name}/start", forward_start, answer=ForwardChanged),
