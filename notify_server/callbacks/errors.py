@@ -55,9 +55,11 @@ def forget_frames(error: BaseException | None) -> None:
     They hold the frames that it passed through, and with them the request's body; where such a frame has the exception
     in a variable the two keep each other alive until the garbage collector comes, which it rarely does here.
     """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    pending = [error]
+    while pending:
+        if (found := pending.pop()) is not None:
+            found.__traceback__ = None
+            pending += [found.__cause__, found.__context__]
 
 
 def error_response(

@@ -352,8 +352,9 @@ class Callback:
             # Nearly every body is bare; what has a file_list of its own is no envelope.
             notification = wire.parse_notification(body, max_files=self._max_files)
         except ContractError as error:
-            # Without the traceback, whose frames hold the body and, in a variable, the error itself.
-            problem = error.with_traceback(None)
+            # The frames hold the body and, in a variable, the error itself.
+            problem = error
+            forget_frames(problem)
             envelope = open_envelope(body)
         if self._auth.signature != "off" and (envelope is not None or self._auth.signature == "required"):
             if envelope is None:
@@ -371,7 +372,8 @@ class Callback:
                 notification = wire.parse_notification(envelope.notification, max_files=self._max_files)
                 problem = None
             except ContractError as error:
-                problem = error.with_traceback(None)
+                problem = error
+                forget_frames(problem)
         if problem is not None:
             raise RefusedError(400, "400", str(problem), keep=True, proven=proven_by != UNSIGNED) from None
         return Delivery(

@@ -198,7 +198,8 @@ async def test_the_metrics_tell_when_retention_was_last_gone_through_and_what_it
         await daemon.eventually("SELECT (SELECT completed_at FROM batch) < unixepoch() * 1000 - 2000")
         await daemon.restart()
         await daemon.eventually("SELECT count(*) = 0 FROM batch")
-        await value_becomes(daemon, 2, "notify_server_pruned_rows_total")
+        # The batch, its delivery and its event.
+        await value_becomes(daemon, 3, "notify_server_pruned_rows_total")
         async with asyncio.timeout(30):
             while (at := await value(daemon, "notify_server_prune_last_run_timestamp_seconds")) is None:
                 await asyncio.sleep(0.02)
@@ -580,7 +581,7 @@ async def test_no_secret_is_in_a_log_an_answer_or_a_metric(tmp_path: Path, form:
         await ask("POST", good, 400, b"[]")
         await ask("POST", good, 400, batch_body("x" * 99, []))
         await ask("POST", good, 415, body, Content_Encoding="gzip")
-        await ask("POST", good, 415, body, Content_Type="text/plain")
+        await ask("POST", good, 200, body, Content_Type="text/plain")
         await ask("GET", good, 405)
         await ask("POST", f"/notify?token={WRONG}", 401, body)
         await ask("POST", "/notify", 401, body, Authorization=f"Bearer {WRONG}")

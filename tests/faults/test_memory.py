@@ -74,10 +74,16 @@ async def test_unfinished_bodies_have_one_budget_and_honest_callers_are_served(t
 
         async def hold() -> None:
             reader, writer = await connect(daemon)
-            with contextlib.suppress(ConnectionError):
+            try:
                 writer.write(head % (8 * MEBIBYTE) + part)
                 await writer.drain()
                 answers.append(await reader.readuntil(b"\r\n\r\n"))
+            except ConnectionError:
+                pass
+            finally:
+                writer.transport.abort()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
 
         held = [asyncio.create_task(hold()) for _ in range(50)]
         # 31 of them fit into the budget; the others are refused.
