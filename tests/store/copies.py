@@ -83,6 +83,30 @@ def fill(path: Path, files: int = 100) -> None:
                         *(chance.choice([None, *FLOATS]) for _ in range(4)), chance.choice(FLOATS), "198.18.0.1",
                     ),
                 )  # fmt: skip
+        for n in range(12):
+            batch_or_none = None if n == 0 else 4
+            connection.execute(
+                "INSERT INTO event (id, key, type, batch, revision, occurred_at, payload) VALUES (?,?,?,?,?,?,?)",
+                (5 * n + 1, f"evt_{n}", "batch.complete", batch_or_none, n, NOW, f'{{"data":"{TEXTS[1]}"}}'),
+            )
+            connection.execute(
+                "INSERT INTO forward (id, event, endpoint, batch, state, attempts, next_attempt_at, last_status,"
+                " last_error, last_response, delivered_at) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    3 * n + 1, 5 * n + 1, "listings", batch_or_none, "delivered" if n % 2 else "pending", n,
+                    None if n % 2 else NOW, chance.choice([None, 200]), chance.choice([None, *TEXTS]),
+                    chance.choice([None, *TEXTS]), NOW if n % 2 else None,
+                ),
+            )  # fmt: skip
+            connection.execute(
+                "INSERT INTO forward_attempt (forward, started_at, status, error, total_ms) VALUES (?,?,?,?,?)",
+                (3 * n + 1, NOW, chance.choice([None, 500]), chance.choice([None, *TEXTS]), chance.choice(FLOATS)),
+            )
+        connection.execute(
+            "INSERT INTO endpoint (name, types, api_codes, failures, last_success_at)"
+            " VALUES ('listings', '[\"batch.complete\"]', '[]', 3, ?)",
+            (NOW,),
+        )
         for n in range(20):
             bytes_ = bytes(range(256)) * n + b"\xff\xfe\0"
             refused = NOW + n, "::1", "400", chance.choice(TEXTS), bytes_, None if n % 3 else f"r-{n}"
