@@ -46,7 +46,6 @@ COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress",
 MAX_UNANSWERED_BYTES = 256 * 1024**2
 # A longer number than this is no length, and int() refuses thousands of digits.
 MAX_LENGTH_DIGITS = 18
-BOM = b"\xef\xbb\xbf"
 
 
 def new_request_id() -> str:
@@ -342,7 +341,6 @@ class Callback:
         codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
         if codings & COMPRESSIONS:
             raise RefusedError(415, "415", "Content-Encoding: send the body as it is, not compressed", keep=True)
-        sent, body = body, body.removeprefix(BOM)
         now = self._now()
         nonce = None
         proven_by = UNSIGNED
@@ -379,7 +377,7 @@ class Callback:
         return Delivery(
             notification.batch_id,
             notification.api_code,
-            sent,
+            body,
             len(notification.file_list),
             now,
             remote,

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from notify_server.contract.wire import MAX_API_CODE, contract_error
+from notify_server.contract.wire import BOM, MAX_API_CODE, contract_error
 from notify_server.errors import ContractError
 
 # The gateway's forms are 16 and 6 characters; senders that keep to them loosely are let in.
@@ -73,6 +73,7 @@ def open_envelope(body: bytes) -> Envelope | None:
     # missed, which makes the body a bare notification without a file_list.
     if b'"request_content"' not in body and b'"params"' not in body:
         return None
+    body = body.removeprefix(BOM)
     try:
         body.decode()
         fields = _decode_fields(body)

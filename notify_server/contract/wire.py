@@ -42,6 +42,9 @@ _decode_nothing_unknown = msgspec.json.Decoder(_KnownFields).decode
 # What the authority holds is for the guard to judge, and the guard trims blanks and a BOM around the address.
 _has_http_authority = re.compile(r"[ \t\r\n\ufeff]*https?://[^/?#]", re.IGNORECASE | re.ASCII).match
 
+# Some senders' libraries write it before UTF-8, where it says nothing.
+BOM: Final = b"\xef\xbb\xbf"
+
 _NOTIFICATION_FIELDS: Final = frozenset(Notification.__struct_fields__)
 _ENTRY_FIELDS: Final = frozenset(FileEntry.__struct_fields__)
 
@@ -62,7 +65,7 @@ _MAX_DETAIL: Final = 60
 def parse_notification(body: bytes, *, max_files: int) -> Notification:
     """Check a bare notification and return it.
 
-    `body` is UTF-8 JSON (RFC 8259). Lengths are in characters (Unicode code points): `batch_id` 1-80, `api_code` 1-50,
+    `body` is UTF-8 JSON (RFC 8259), perhaps after a byte order mark. Lengths are in characters (Unicode code points): `batch_id` 1-80, `api_code` 1-50,
     `oss_object_name` 1-1024, `target_url` at most 300; `file_list` has 0 to `max_files` entries. `target_url` is an
     absolute http or https address when the status is FINISHED; when it is FAILED it may be absent, null or empty, and
     all three come back as None. None of these strings holds a NUL, which PostgreSQL's text cannot store. Unknown fields
@@ -71,6 +74,7 @@ def parse_notification(body: bytes, *, max_files: int) -> Notification:
     Raises `ContractError`, and nothing else, whatever the bytes: its `field` is the first offender's path, such as
     `file_list[3].target_url`, or `body` for what concerns the whole; its `problem` repeats nothing the sender wrote.
     """
+    body = body.removeprefix(BOM)
     try:
         # msgspec does not decode the strings it skips, so unknown fields could bring in bytes that are not text.
         if not body.isascii():
@@ -113,6 +117,7 @@ def unknown_fields(body: bytes) -> int:
     For a metric, and meant to be taken off the hot path. `body` is one that `parse_notification` has accepted; for
     such a body nothing is raised. Names given twice count once.
     """
+    body = body.removeprefix(BOM)
     try:
         # Nearly always there is none, and that is quicker to see than to count.
         _decode_nothing_unknown(body)

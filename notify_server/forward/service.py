@@ -15,7 +15,7 @@ from notify_server.forward.payload import MissingFile, matching_types, utc
 from notify_server.forward.sender import Sender
 from notify_server.model import CircuitState, Verdict
 from notify_server.store.outbox import DeliveryState, Outbox
-from notify_server.store.reading.outbox import AttemptItem, BatchGate, DeliveryRow, EventItem, OutboxRecords
+from notify_server.store.reading.outbox import BatchGate, DeliveryAttempt, DeliveryRow, EventItem, OutboxRecords
 from notify_server.store.reading.types import Page
 
 MAX_WAIT_SECONDS = 60.0
@@ -83,7 +83,7 @@ class DeliveryDetail(Struct, frozen=True):
 
     delivery: DeliveryRow
     request: msgspec.Raw
-    attempts: list[AttemptItem]
+    attempts: list[DeliveryAttempt]
 
 
 class ForwardTested(Struct, frozen=True):

@@ -598,7 +598,7 @@ async def test_no_secret_is_in_a_log_an_answer_or_a_metric(tmp_path: Path, form:
         form_type = "application/x-www-form-urlencoded"
         await ask("POST", "/ui/login", 401, f"token={WRONG}".encode(), Content_Type=form_type)
         await ask("POST", "/ui/login", 303, f"token={ADMIN_TOKEN}".encode(), Content_Type=form_type)
-        await ask("GET", "/metrics", 200)
+        await ask("GET", "/metrics", 200, Authorization=admin)
         for malformed in (
             f"POST /notify?token={TOKEN}\x01 HTTP/1.1\r\nHost: h\r\n\r\n",
             f"POST /notify HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\x01\r\n\r\n",

@@ -25,11 +25,13 @@ PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.5.4", "192.168.7.8", "169.254.169.25
 PRIVATE_6 = ["::1", "fd00:ec2::254", "fe80::1", "::ffff:10.1.2.3", "64:ff9b::a01:203"]
 HERE = [address for address in PRIVATE if address != "127.0.0.1"] + ["fd00:ec2::254", "64:ff9b::a01:203"]
 PORT = 8000
+# A machine's own addresses are private, and those of a test's network are; these stand for other machines'.
+ELSEWHERE = ["93.184.216.0/24", OTHER, PUBLIC_6, "100.63.255.254", "100.128.0.1"]
 
 
 def guarded(**verify: object) -> dict[str, dict[str, Any]]:
     """The guard as users have it, but for the port."""
-    return {"verify": {"allowed_networks": [], "allowed_ports": [PORT], "retry_schedule": [], **verify}}
+    return {"verify": {"allowed_networks": ELSEWHERE, "allowed_ports": [PORT], "retry_schedule": [], **verify}}
 
 
 @contextlib.asynccontextmanager

@@ -37,7 +37,7 @@ SENDERS = 8
 # Batches in a round: files enough for what the origin waits for, and no hours of checking in the end.
 MAX_ROUND = 1000
 MOMENTS = ("starting", "acking", "expanding", "recording")
-LARGE = (1500, 2500)
+LARGE = (6000, 9000)
 # Kills of the daemon alone: what keeps its record finishes what it was told, and is in the next one's way meanwhile.
 ALONE = 0.2
 SETTLED = (

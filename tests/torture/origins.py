@@ -17,13 +17,11 @@ import unicodedata
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tests.e2e.test_prober import ATTACKS, CERTIFICATES, HEADERS_ONLY, Authority, tls
 from tests.support.daemon import Daemon
 from tests.support.notification import finished
-from tests.support.origin import Answer, Origin
 from tests.support.prober import (
     EMPTY,
     OK,
@@ -270,44 +268,6 @@ def _has_controls(text: str) -> bool:
     return any(unicodedata.category(char) == "Cc" for char in text)
 
 
-# What a Retry-After asks for, and the wait in hours that comes of it when one hour is scheduled.
-RETRY_AFTER = {
-    "1000000000": 2.0,
-    "9" * 400: 2.0,
-    "Fri, 31 Dec 9999 23:59:59 GMT": 2.0,
-    "5400": 1.5,
-    "0": 1.0,
-    "-5": 1.0,
-    "1e9": 1.0,
-    "soon": 1.0,
-    "Wed, 21 Oct 2015 07:28:00 GMT": 1.0,
-    "٣٠٠٠٠": 1.0,
-}
-
-
-async def _clamped(work: Path, settings: dict[str, Any]) -> Figure:
-    async with Origin() as origin, Daemon(work, {"verify": settings | {"retry_schedule": ["1h"]}}) as daemon:
-        for number, value in enumerate(RETRY_AFTER):
-            origin.on(f"/{number}", Answer((503, 429)[number % 2], {"Retry-After": value}, close=True))
-        await daemon.deliver("b", [origin.url(f"/{number}") for number in range(len(RETRY_AFTER))])
-        await daemon.eventually("SELECT count(*) = ? FROM file WHERE attempts = 1", len(RETRY_AFTER))
-        files = daemon.files("b")
-        fits, longest = 0, 0.0
-        for number, hours in enumerate(RETRY_AFTER.values()):
-            row = files[origin.url(f"/{number}")]
-            (attempt,) = daemon.attempts(row)
-            wait = (row["next_attempt_at"] - attempt["started_at"]) / 1000
-            longest = max(longest, wait)
-            fits += abs(wait - hours * HOUR) < 5 and row["state"] == "pending"
-    return Figure(
-        "Retry-After of a day, an age, junk",
-        "waits of 1 to 2 times the scheduled hour",
-        f"{fits} of {len(RETRY_AFTER)}, longest {longest / HOUR:.2f} h",
-        fits == len(RETRY_AFTER),
-        {"values": len(RETRY_AFTER), "as_expected": fits, "longest_seconds": longest},
-    )
-
-
 async def run(setting: Setting) -> list[Figure]:
     """Have 20 files of each kind asked for at scale 1, and twice as many healthy ones."""
     files = setting.times(FILES)
@@ -338,10 +298,7 @@ async def run(setting: Setting) -> list[Figure]:
         survived = daemon.prober_pids() == probers and await daemon.terminate() == 0
     for line in [line for each in seen for line in each.wrong][:20]:
         print(ascii(line), file=sys.stderr)
-    return [
-        *_figures(seen, files, seconds, texts, strays, survived),
-        await _clamped(setting.work / "clamped", settings),
-    ]
+    return _figures(seen, files, seconds, texts, strays, survived)
 
 
 def _figures(
@@ -376,9 +333,10 @@ def _figures(
         ),
         Figure(
             "longest that a slot was held",
-            f"at most {TIMEOUT + SLACK:.1f} s",
+            f"at most {2 * TIMEOUT + SLACK:.1f} s",
             f"{late:.2f} s by the record, {held:.2f} s at the origin",
-            total <= TIMEOUT + SLACK and held <= TIMEOUT + SLACK and late <= TIMEOUT + SLACK and slow > 0,
+            # HEAD takes one time-out, and the GET at the end of the last attempt another.
+            max(total, held, late) <= 2 * TIMEOUT + SLACK and slow > 0,
             {"attempt_seconds": total, "to_record_seconds": late, "origin_seconds": held, "timed_out": slow},
         ),
         Figure(

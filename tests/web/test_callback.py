@@ -419,9 +419,11 @@ async def test_notification_is_utf_8_whatever_its_type_says(daemon: AppServer) -
 
 
 async def test_byte_order_mark_before_a_notification_is_passed_over_and_kept(daemon: AppServer) -> None:
-    body = b"\xef\xbb\xbf" + json.dumps(daemon.notification()).encode()
+    notification = daemon.notification()
+    body = b"\xef\xbb\xbf" + json.dumps(notification).encode()
     (await daemon.post(body)).accepted()
     assert daemon.rows("SELECT CAST(body AS BLOB) FROM notification ORDER BY id DESC LIMIT 1") == [(body,)]
+    await daemon.settled(notification["batch_id"])
 
 
 @pytest.mark.parametrize("coding", ["identity", "UTF-8", "utf8", "x", ""])

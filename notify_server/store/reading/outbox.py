@@ -30,7 +30,7 @@ class EventItem(Struct, frozen=True):
     data: msgspec.Raw
 
 
-class AttemptItem(Struct, frozen=True):
+class DeliveryAttempt(Struct, frozen=True):
     """An attempt at a delivery. `status` is the HTTP status, or the exit code of a program."""
 
     started_at: datetime
@@ -145,10 +145,10 @@ class OutboxRecords:
         row = await self._run(self._queries["payload"], {"id": event})
         return None if row is None else str(row[0]).encode()
 
-    async def attempts(self, delivery: int) -> list[AttemptItem]:
+    async def attempts(self, delivery: int) -> list[DeliveryAttempt]:
         """Return the attempts at a delivery, oldest first."""
         rows = await self._list(list[tuple[int, int | None, str | None, float]], "attempts", id=delivery)
-        return [AttemptItem(_time(at), status, error, ms) for at, status, error, ms in rows]
+        return [DeliveryAttempt(_time(at), status, error, ms) for at, status, error, ms in rows]
 
     async def of_batch(self, batch: int) -> list[DeliveryRow]:
         """Return the deliveries of a batch's events, oldest first, at most 100."""
