@@ -65,7 +65,8 @@ _MAX_DETAIL: Final = 60
 def parse_notification(body: bytes, *, max_files: int) -> Notification:
     """Check a bare notification and return it.
 
-    `body` is UTF-8 JSON (RFC 8259), perhaps after a byte order mark. Lengths are in characters (Unicode code points): `batch_id` 1-80, `api_code` 1-50,
+    `body` is UTF-8 JSON (RFC 8259), perhaps after a byte order mark. Lengths are in characters (Unicode code points):
+    `batch_id` 1-80, `api_code` 1-50,
     `oss_object_name` 1-1024, `target_url` at most 300; `file_list` has 0 to `max_files` entries. `target_url` is an
     absolute http or https address when the status is FINISHED; when it is FAILED it may be absent, null or empty, and
     all three come back as None. None of these strings holds a NUL, which PostgreSQL's text cannot store. Unknown fields
