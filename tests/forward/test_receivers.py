@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -64,13 +65,15 @@ def _listens(port: int, process: asyncio.subprocess.Process) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", RECEIVERS)
-async def test_receiver_takes_what_is_signed_and_refuses_what_was_altered(tmp_path: Path, name: str) -> None:
+def is_runnable(name: str) -> bool:
+    """Return whether this machine has what the receiver runs on."""
     if name == "fastapi":
-        pytest.importorskip("fastapi")
-        pytest.importorskip("uvicorn")
-    if shutil.which(RECEIVERS[name][0]) is None:
-        pytest.skip(f"there is no {RECEIVERS[name][0]} here")
+        return all(importlib.util.find_spec(module) is not None for module in ("fastapi", "uvicorn"))
+    return shutil.which(RECEIVERS[name][0]) is not None
+
+
+@pytest.mark.parametrize("name", filter(is_runnable, RECEIVERS))
+async def test_receiver_takes_what_is_signed_and_refuses_what_was_altered(tmp_path: Path, name: str) -> None:
     port = free_port()
     hook = f"http://127.0.0.1:{port}/hooks/files"
     endpoint = {
