@@ -181,7 +181,7 @@ async def test_the_metrics_tell_of_the_record_and_of_its_files(tmp_path: Path) -
             await value_becomes(daemon, 1, "notify_server_rejections")
             waited = await value(daemon, "notify_server_oldest_pending_seconds")
             assert waited is not None
-            assert 0 < waited < 60
+            assert 0 <= waited < 60
             assert await value(daemon, "notify_server_backlog_files") == 1
             database = await value(daemon, "notify_server_store_bytes", file="database")
             wal = await value(daemon, "notify_server_store_bytes", file="wal")

@@ -33,7 +33,9 @@ async def test_a_delivery_without_files_is_complete_at_once(store: Engine, backe
     item = await deliver(store, 0, received_at=NOW, request_id="r")
     (verdict,) = await store.expand([chunk(item)], NOW + 5)
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
-    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.COMPLETE, 0, 0, NOW, NOW + 5, "r", revision=1)
+    assert verdict == BatchVerdict(
+        id, "batch", API_CODE, Verdict.COMPLETE, 0, 0, NOW, NOW + 5, "r", event=1, revision=1
+    )
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("complete", NOW + 5)]
     assert await take_in(store) == []
 
@@ -43,7 +45,9 @@ async def test_a_delivery_whose_files_all_failed_or_are_blocked_is_incomplete_at
 ) -> None:
     (verdict,) = await take_in(store, failed("a"), blocked("b"), received_at=NOW, now=NOW + 5, request_id="r")
     (id,) = [id for (id,) in await backend.rows("SELECT id FROM batch")]
-    assert verdict == BatchVerdict(id, "batch", API_CODE, Verdict.INCOMPLETE, 2, 0, NOW, NOW + 5, "r", revision=1)
+    assert verdict == BatchVerdict(
+        id, "batch", API_CODE, Verdict.INCOMPLETE, 2, 0, NOW, NOW + 5, "r", event=1, revision=1
+    )
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("incomplete", NOW + 5)]
 
 

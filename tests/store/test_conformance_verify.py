@@ -302,7 +302,9 @@ async def test_the_verdict_comes_exactly_with_the_last_file(store: Engine, backe
     assert await backend.rows("SELECT verdict, completed_at FROM batch") == [("pending", None)]
     verdicts = await store.record([found(await claim_one(store, now=NOW + 3))], NOW + 4)
     batch = files[0].batch
-    assert verdicts == [BatchVerdict(batch, "batch", API_CODE, Verdict.COMPLETE, 3, 3, NOW, NOW + 4, "r", revision=1)]
+    assert verdicts == [
+        BatchVerdict(batch, "batch", API_CODE, Verdict.COMPLETE, 3, 3, NOW, NOW + 4, "r", event=1, revision=1)
+    ]
     assert await backend.rows("SELECT id, verdict, completed_at FROM batch") == [(batch, "complete", NOW + 4)]
 
 
