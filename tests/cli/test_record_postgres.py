@@ -165,7 +165,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         again = await command(daemon, "replay", "--json", ids[0])
         assert json.loads(again.stdout)["problem"] == "is not there, it may have been replayed"
         end = await command(daemon, "prune", "--rejections", "0s", "--yes")
-        assert (end.code, end.stdout) == (0, "1 rows deleted\n")
+        assert (end.code, end.stdout) == (0, "1 rows deleted\n"), end.stderr
         kept = await command(daemon, "prune", "--yes", "--json")
         assert (kept.code, kept.stdout) == (0, '{"rows":0}\n')
         if not runs:

@@ -15,6 +15,7 @@ from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery, Restart
 from notify_server.store.limits import clamp
 from notify_server.store.postgres.node import INBOX, WORK
+from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.schema import check_whole, schema_version
 from notify_server.store.postgres.session import (
     Connection,
@@ -79,7 +80,11 @@ class PostgresAdmin:
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         return await self._change(
             partial(
-                prune, completed_before=clamp(completed_before), rejected_before=clamp(rejected_before), limit=limit
+                prune,
+                events=Events(),
+                completed_before=clamp(completed_before),
+                rejected_before=clamp(rejected_before),
+                limit=limit,
             )
         )
 
