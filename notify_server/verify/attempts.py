@@ -45,11 +45,11 @@ class Flight:
     """An attempt under way on one file."""
 
     __slots__ = (
-        "address", "ask", "began_cut_off", "deadline", "doubted", "file", "host", "is_stranger", "link", "on_trial",
+        "address", "ask", "deadline", "doubted", "file", "host", "is_stranger", "link", "on_trial", "outages_before",
         "requests", "sent_at", "settings", "waits_since",
     )  # fmt: skip
 
-    def __init__(self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, *, cut_off: bool) -> None:
+    def __init__(self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, outages_before: int | None) -> None:
         self.file = file
         # What an answer means is for the file's host to say; the host of the request under way has the slot.
         self.settings = host.settings
@@ -61,8 +61,8 @@ class Flight:
         self.is_stranger = False
         self.address: Address | None = None
         self.waits_since = now
-        # True if it began during an outage of this machine, so that its failure to reach a host is not charged.
-        self.began_cut_off = cut_off
+        # The outages of this machine before its request; with one in its time, a failure to reach a host is not charged.
+        self.outages_before = outages_before
         self.link: ProberLink | None = None
         self.sent_at = 0
         self.requests: list[AttemptRow] = []
@@ -133,10 +133,10 @@ class Attempts:
     def _targets(self) -> list[Target]:
         return [flight.ask.target for flight in self._flights.values()]
 
-    def begin(self, file: DueFile, host: Host, now: float, *, cut_off: bool) -> Flight:
+    def begin(self, file: DueFile, host: Host, now: float, outages_before: int | None) -> Flight:
         """Return the attempt on a file, of which nothing has been sent. The caller has counted it at its host."""
         target = self._guard.examine(file.target_url)
-        return Flight(file, host, policy.first(target, host.settings), now, cut_off=cut_off)
+        return Flight(file, host, policy.first(target, host.settings), now, outages_before)
 
     def refuse(self, flight: Flight, reason: Reason, at: int) -> None:
         """End an attempt that the guard refuses, by settings that are newer than the file."""
@@ -337,7 +337,7 @@ class Attempts:
         if conclusion.state is not FileState.PENDING:
             return False
         doubted = (flight, conclusion, item)
-        return self.outages.doubt(flight.ask.target, item, doubted, on_trial=flight.began_cut_off)
+        return self.outages.doubt(flight.ask.target, item, doubted, before=flight.outages_before)
 
     def on_death(self, link: ProberLink) -> list[Flight]:
         """Drop the flights of a prober that has died, and return those whose files are to be given back.

@@ -141,6 +141,8 @@ class Outages(Generic[T]):
         self._network: Connectivity[T] = Connectivity()
         self._names: Connectivity[T] = Connectivity()
         self._asking = False
+        # The outages that have begun, of both kinds.
+        self._begun = 0
 
     @property
     def ongoing(self) -> bool:
@@ -151,6 +153,10 @@ class Outages(Generic[T]):
         """Return whether requests to the host are trials now."""
         return self._network.lost or (self._names.lost and is_name(hostname))
 
+    def before(self, hostname: str) -> int | None:
+        """Return the mark of an attempt that begins now, for `doubt`: the outages so far, or None during one."""
+        return None if self.is_cut_off(hostname) else self._begun
+
     def heard(self, target: Target, evidence: Evidence) -> None:
         """Note what a request showed of the network and of the name servers."""
         if evidence.status is not None or evidence.connect_ms is not None or evidence.refused:
@@ -158,9 +164,9 @@ class Outages(Generic[T]):
         if evidence.dns_ms is not None and is_name(target.hostname):
             self._answered(self._names, target.host)
 
-    def doubt(self, target: Target, evidence: Evidence, attempt: T, *, on_trial: bool) -> bool:
-        """Return False when the attempt reached a host, so that it counts. Otherwise keep it, or, when it began during
-        an outage, give it back.
+    def doubt(self, target: Target, evidence: Evidence, attempt: T, *, before: int | None) -> bool:
+        """Return False when the attempt reached a host, so that it counts. Otherwise keep it, or, when an outage fell into
+        its time, give it back: `before` is its mark.
         """
         if evidence.status is not None or evidence.reused or evidence.refused:
             return False
@@ -170,7 +176,7 @@ class Outages(Generic[T]):
             kind = self._network
         else:
             return False
-        if not on_trial:
+        if before == self._begun:
             kind.doubt(target.host, attempt)
             if kind is self._network:
                 self._failed(kind, target.host)
@@ -209,6 +215,7 @@ class Outages(Generic[T]):
 
     def _failed(self, kind: Connectivity[T], host: str) -> None:
         if kind.failed(host):
+            self._begun += 1
             log.warning("no host answers: files wait, no attempts are spent", to=self._name_of(kind))
         if kind.lost and kind.doubted:
             self._give_back(kind.take())

@@ -264,15 +264,15 @@ class Scheduler:
     def _start(
         self, host: Host, now: float, at: int, links: list[ProberLink], outgoing: dict[ProberLink, list[Request]]
     ) -> None:
-        cut_off = self._is_cut_off(hostname_of(host.name))
+        outages_before = self.attempts.outages.before(hostname_of(host.name))
         host.start(now)
         if host.hops:
             flight: Flight = host.hops.popleft()
             self._hops -= 1
             flight.deadline += now - flight.waits_since
-            flight.began_cut_off = cut_off
+            flight.outages_before = outages_before
         else:
-            flight = self.attempts.begin(host.queue.popleft(), host, now, cut_off=cut_off)
+            flight = self.attempts.begin(host.queue.popleft(), host, now, outages_before)
         if host.on_trial:
             flight.on_trial = True
             self._trials.flights += 1

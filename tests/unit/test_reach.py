@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from notify_server.model import Evidence, Reason, Target
 from notify_server.verify.connectivity import (
     ANY_TO_CUT_OFF,
     KNOWN_TO_CUT_OFF,
     MAX_KNOWN,
     Connectivity,
+    Outages,
     ask_name_server,
     is_name,
 )
@@ -112,3 +114,58 @@ async def test_what_needs_no_name_server_counts_as_answered() -> None:
     told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     ask_name_server("localhost", asyncio.get_running_loop(), told.set_result)
     assert await told is True
+
+
+UNREACHED = Evidence(1, None, Reason.CONNECT_ERROR, False, None, None, None, None, None, 300.0)
+ANSWER = Evidence(1, 200, None, False, "93.184.216.1", None, 1.0, None, 2.0, 3.0)
+
+
+class Ledger:
+    """Two kinds of outage, and what became of the attempts."""
+
+    def __init__(self) -> None:
+        self.counted: list[str] = []
+        self.given_back: list[str] = []
+        self.outages: Outages[str] = Outages(
+            count=self.counted.append,
+            give_back=self.given_back.extend,
+            under_way=lambda: [target(n) for n in range(9)],
+            on_connected=lambda: None,
+            on_settled=lambda: None,
+        )
+
+
+def target(number: int) -> Target:
+    host = f"93.184.216.{number}"
+    return Target(f"http://{host}/", host, host)
+
+
+def test_an_attempt_that_an_outage_fell_into_is_given_back_though_it_ends_after_the_outage() -> None:
+    ledger = Ledger()
+    outages = ledger.outages
+    for number in (1, 2):
+        outages.heard(target(number), ANSWER)
+    before = outages.before(target(3).hostname)
+    for number in (1, 2):
+        assert outages.doubt(target(number), UNREACHED, f"cut off {number}", before=before)
+    assert outages.ongoing
+    during = outages.before(target(4).hostname)
+    outages.heard(target(1), ANSWER)
+    assert not outages.ongoing
+    for mark in (before, during):
+        assert outages.doubt(target(3), UNREACHED, "late", before=mark)
+    outages.heard(target(2), ANSWER)
+    assert (ledger.given_back, ledger.counted) == (["cut off 1", "cut off 2", "late", "late"], [])
+
+
+def test_an_attempt_that_began_after_the_outage_counts() -> None:
+    ledger = Ledger()
+    outages = ledger.outages
+    for number in (1, 2):
+        outages.heard(target(number), ANSWER)
+    for number in (1, 2):
+        outages.doubt(target(number), UNREACHED, "cut off", before=outages.before(target(number).hostname))
+    outages.heard(target(1), ANSWER)
+    assert outages.doubt(target(3), UNREACHED, "dead", before=outages.before(target(3).hostname))
+    outages.heard(target(1), ANSWER)
+    assert ledger.counted == ["dead"]
