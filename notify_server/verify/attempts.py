@@ -49,7 +49,9 @@ class Flight:
         "requests", "sent_at", "settings", "waits_since",
     )  # fmt: skip
 
-    def __init__(self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, outages_before: int | None) -> None:
+    def __init__(
+        self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, outages_before: int | None
+    ) -> None:
         self.file = file
         # What an answer means is for the file's host to say; the host of the request under way has the slot.
         self.settings = host.settings

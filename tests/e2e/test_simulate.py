@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from rich.console import Console
 
-from notify_server.cli.main import simulate
+from notify_server.cli.commands.simulation import simulate
 from notify_server.cli.simulate import Daemon as Target
 from notify_server.cli.simulate import Options, play
 from notify_server.simulator.plan import Kind, Plan
@@ -181,7 +181,7 @@ async def test_a_daemon_that_does_not_start_is_told_in_its_own_words(tmp_path: P
 async def test_help_names_every_option(tmp_path: Path) -> None:
     end = await run(tmp_path, "--help")
     assert end.code == 0
-    parameters = set(inspect.signature(simulate).parameters) - {"context"}
+    parameters = set(inspect.signature(simulate).parameters)
     assert len(parameters) == 18
     for name in parameters:
         assert f"--{name.replace('_', '-')} " in end.stdout

@@ -1,0 +1,80 @@
+"""The commands that check addresses and the installation, and that move the record."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from notify_server.cli.options import ClickUsageError, ConfigOption, JsonOption
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="URL...", help="Addresses.", show_default=False)] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="PATH",
+            help="A list of addresses: text (one a line), CSV, JSON lines, or a notification; - is standard input.",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check addresses once, as the daemon would, without a daemon. Exits 1 when any is not available."""
+    if not urls and file is None:
+        raise ClickUsageError("Name addresses, or a list of them with --file.")
+    from notify_server.cli.verify import run
+
+    run(urls or (), file, config, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A host whose name must resolve. Default: those in allowed_hosts."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find problems of this installation and say how to fix them. Changes nothing. Exits 1 on a problem."""
+    from notify_server.cli.doctor.run import run
+
+    run(config, host, as_json=as_json)
+
+
+@app.command()
+def migrate(config: ConfigOption = None) -> None:
+    """Bring the record's schema up to date, which `serve` does by itself. On SQLite no daemon may be running."""
+    from notify_server.cli.migrate import run
+
+    run(config)
+
+
+@app.command()
+def copy(
+    config: ConfigOption = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="The record to copy. Default: the configured one.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--to", metavar="URL", help="The target, which must be empty. Default: the configured one."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over instead of continuing an unfinished copy.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a record from SQLite to PostgreSQL or back, and verify the copy. Continues an unfinished copy. No server may
+    be running on either. Exits 1 when the copy differs.
+    """
+    from notify_server.cli.copy import run
+
+    run(config, source, target, restart=restart, as_json=as_json)

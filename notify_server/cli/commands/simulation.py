@@ -1,0 +1,77 @@
+"""The command that plays the platform."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from notify_server.cli.options import ConfigOption
+
+app = typer.Typer()
+
+
+def _planted(text: str, **limits: Any) -> Any:
+    return typer.Option(rich_help_panel="Planted batches and files", help=text, **limits)
+
+
+def _share(text: str) -> Any:
+    return _planted(text, min=0.0, max=1.0, metavar="SHARE")
+
+
+@app.command()
+def simulate(
+    config: ConfigOption = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The callback address. Default: from the configuration.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The daemon's database. Default: from the configuration.")
+    ] = None,
+    own_daemon: Annotated[
+        bool, typer.Option("--own-daemon", help="Start a daemon for this run, in a temporary directory.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --own-daemon: the directory, instead of a temporary one.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.0, help="Posts a second; 0 is as fast as they are acked.")] = 0.0,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the verdicts after the last ack.")] = 120,
+    settle: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait once only missing files are left, which are being retried.")
+    ] = 10,
+    batches: Annotated[int, _planted("Batches.", min=1)] = 20,
+    files: Annotated[int, _planted("Files in a batch.", min=1)] = 50,
+    seed: Annotated[int | None, _planted("Repeats an earlier run. Default: random, and shown.")] = None,
+    missing: Annotated[float, _share("Share of files that are not there.")] = 0.05,
+    slow: Annotated[float, _share("Share of files that answer late.")] = 0.05,
+    refuse_head: Annotated[float, _share("Share of files that refuse HEAD.")] = 0.1,
+    fail_first: Annotated[float, _share("Share of files that answer 500 or 503 at first.")] = 0.05,
+    failed: Annotated[float, _share("Share of files reported as FAILED.")] = 0.05,
+    redelivered: Annotated[float, _share("Share of batches that are delivered twice.")] = 0.2,
+    slow_seconds: Annotated[float, _planted("How late slow files answer.", min=0.0)] = 1,
+) -> None:
+    """Play the platform and its object store against a daemon, and check its record. Exits 1 when anything differs."""
+    from notify_server.cli.simulate import Options, run
+    from notify_server.simulator.plan import Kind, Plan
+
+    shares = {
+        Kind.MISSING: missing,
+        Kind.SLOW: slow,
+        Kind.REFUSES_HEAD: refuse_head,
+        Kind.FAILS_FIRST: fail_first,
+        Kind.FAILED: failed,
+    }
+    try:
+        plan = Plan(
+            seed=secrets.randbelow(1_000_000) if seed is None else seed,
+            batches=batches,
+            files=files,
+            shares=shares,
+            redelivered=redelivered,
+        )
+        options = Options(config, url, store, own_daemon, keep, rate, slow_seconds, timeout, settle)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run(plan, options)
