@@ -165,8 +165,8 @@ class Outages(Generic[T]):
             self._answered(self._names, target.host)
 
     def doubt(self, target: Target, evidence: Evidence, attempt: T, *, before: int | None) -> bool:
-        """Return False when the attempt reached a host, so that it counts. Otherwise keep it, or, when an outage fell into
-        its time, give it back: `before` is its mark.
+        """Return False when the attempt reached a host, so that it counts. Otherwise keep it; give it back at once if
+        an outage occurred since `before`, its mark.
         """
         if evidence.status is not None or evidence.reused or evidence.refused:
             return False
