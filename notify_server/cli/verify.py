@@ -1,4 +1,4 @@
-"""`notify-server verify`: ask for a list of addresses once, as the daemon would, without daemon and store."""
+"""`notify-server verify`: checks a list of addresses once, as the daemon would, without a daemon or a store."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent import futures
-from heapq import nsmallest
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import uvloop
@@ -25,201 +23,36 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from notify_server.cli.address_queue import AddressQueue, Outcome
 from notify_server.cli.addresses import AddressFile, Entry, InputError
 from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
 from notify_server.clock import unix_ms
 from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
-from notify_server.model import BatchVerdict, DueFile, FileResult, FileState, HostDue
+from notify_server.model import FileState
 from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.telemetry.logging import set_up_logging
 from notify_server.verify.guard import Guard
 from notify_server.verify.own_networks import own_networks
-from notify_server.verify.policy import CONNECTION_FAILURES
 from notify_server.verify.verifier import Verifier
 
-T = TypeVar("T")
-
-# Addresses read and not yet shown: whatever the list, no more are in memory.
-WINDOW = 20_000
-# A host is given up when for so long, and so many times, it could not be reached and never answered.
-GIVE_UP_SECONDS = 5.0
-GIVE_UP_FAILURES = 20
-# Hosts whose failures are remembered.
-MAX_HOSTS = 10_000
-# A person waits: a host that refuses everything for this long is reported as it is.
+# A host that refuses everything for this long is reported as it is: a person is waiting.
 BUSY_PATIENCE = 30.0
 # Rows of the table on a terminal.
 MAX_ROWS = 1_000
 
 
-class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What became of an address, in the order of the fields of `--json`.
-
-    `state` is pending when it was not asked for, because its host had been given up for `reason`.
-    """
-
-    url: str
-    state: FileState
-    reason: str | None = None
-    http_status: int | None = None
-    content_length: int | None = None
-    content_type: str | None = None
-    final_url: str | None = None
-    remote_addr: str | None = None
-    elapsed_ms: float | None = None
-
-
-class InMemoryQueue:
-    """The pool's queue of files (store.base.FileQueue) in memory, fed from a list and emptied by `outcomes`."""
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._waiting: dict[str, deque[DueFile]] = {}
-        self._settled: list[Outcome] = []
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
-        # Whether all of the list has entered.
-        self.complete = False
-        # How often a host could not be reached, and since when (monotonic seconds); and those given up, with the
-        # reason.
-        self._failing: dict[str, tuple[int, float]] = {}
-        self._given_up: dict[str, str] = {}
-        # All that came in; of them, those that have not been handed out by `outcomes` yet.
-        self.entered = 0
-        self._inside = 0
-        self.add_hosts: Callable[[Iterable[str]], None] = lambda hosts: None
-
-    # The list's side
-
-    async def enter(self, entries: Sequence[Entry]) -> None:
-        """Take these, as soon as there is room."""
-        while self._inside >= WINDOW:
-            self._room.clear()
-            await self._room.wait()
-        hosts: set[str] = set()
-        for url, failed in entries:
-            self.entered += 1
-            self._inside += 1
-            target = self._guard.examine(url)
-            if failed:
-                self._settle(Outcome(url, FileState.UPLOAD_FAILED))
-            elif target.refusal is not None:
-                self._settle(Outcome(url, FileState.BLOCKED, target.refusal))
-            elif target.host in self._given_up:
-                self._settle(Outcome(url, FileState.PENDING, self._given_up[target.host]))
-            else:
-                self._waiting.setdefault(target.host, deque()).append(DueFile(self.entered, 0, target.host, url, 0))
-                hosts.add(target.host)
-        self.add_hosts(hosts)
-
-    def close(self) -> None:
-        """Nothing more will enter."""
-        self.complete = True
-        self._news.set()
-
-    async def outcomes(self) -> AsyncIterator[list[Outcome]]:
-        """What has become of them, as it becomes known, until all that entered is settled."""
-        while self._inside or not self.complete:
-            await self._news.wait()
-            yield self.take()
-
-    def take(self) -> list[Outcome]:
-        """What has settled since this was last called."""
-        self._news.clear()
-        settled, self._settled = self._settled, []
-        self._inside -= len(settled)
-        self._room.set()
-        return settled
-
-    def _settle(self, outcome: Outcome) -> None:
-        self._settled.append(outcome)
-        self._news.set()
-
-    # The pool's side
-
-    @property
-    def prefers_small_batches(self) -> bool:
-        return False
-
-    async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
-        return [HostDue(host, 0) for host in nsmallest(limit, (host for host in self._waiting if host > after))]
-
-    async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
-        claimed: list[DueFile] = []
-        for host, most in wanted:
-            waiting = self._waiting.get(host, deque())
-            claimed += [waiting.popleft() for _ in range(min(most, len(waiting)))]
-            if not waiting:
-                self._waiting.pop(host, None)
-        return claimed
-
-    def release(self, files: Sequence[DueFile]) -> None:
-        for file in reversed(files):
-            if reason := self._given_up.get(file.host):
-                self._settle(Outcome(file.target_url, FileState.PENDING, reason))
-            else:
-                self._waiting.setdefault(file.host, deque()).appendleft(file)
-
-    async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
-        for result in results:
-            if result.next_attempt_at is not None and result.attempts == result.file.attempts:
-                # Postponed: the host that a redirect led to rests.
-                delay = max(0, result.next_attempt_at - now) / 1000
-                asyncio.get_running_loop().call_later(delay, self._put_back, result.file)
-                continue
-            elapsed = result.elapsed_ms
-            self._settle(
-                Outcome(
-                    result.file.target_url,
-                    result.state,
-                    result.reason,
-                    result.http_status,
-                    result.content_length,
-                    result.content_type,
-                    result.final_url,
-                    result.remote_addr,
-                    None if elapsed is None else round(elapsed, 3),
-                )
-            )
-            self._note(result)
-        return []
-
-    def _put_back(self, file: DueFile) -> None:
-        self.release([file])
-        self.add_hosts({file.host})
-
-    def _note(self, result: FileResult) -> None:
-        """Give up a host that cannot be reached: the pool would ask it again and again, ever more seldom, for hours."""
-        host, now = result.file.host, time.monotonic()
-        if result.http_status is not None or result.reason not in CONNECTION_FAILURES:
-            self._failing.pop(host, None)
-            self._given_up.pop(host, None)
-            return
-        failures, since = self._failing.get(host, (0, now - (result.elapsed_ms or 0.0) / 1000))
-        _remember(self._failing, host, (failures + 1, since))
-        if failures + 1 >= GIVE_UP_FAILURES and now - since >= GIVE_UP_SECONDS:
-            _remember(self._given_up, host, result.reason)
-            self.release(self._waiting.pop(host, deque()))
-
-
-def _remember(hosts: dict[str, T], host: str, what: T) -> None:
-    hosts[host] = what
-    if len(hosts) > MAX_HOSTS:
-        del hosts[next(iter(hosts))]
-
-
 class Reading(threading.Thread):
-    """Reads the list into the listing. A thread that nobody waits for: it may hang in a read that never returns."""
+    """Reads the list into the queue, on a daemon thread: a read may never return, and must not keep the process."""
 
-    def __init__(self, urls: Sequence[str], file: AddressFile | None, listing: InMemoryQueue) -> None:
+    def __init__(self, urls: Sequence[str], file: AddressFile | None, queue: AddressQueue) -> None:
         super().__init__(daemon=True)
         self._urls = urls
         self._file = file
-        self._listing = listing
+        self._queue = queue
         self._loop = asyncio.get_running_loop()
         self._batch: list[Entry] = []
-        # What has stopped it before the end of the list.
+        # Why it stopped before the end of the list.
         self.error: InputError | None = None
 
     def run(self) -> None:
@@ -235,13 +68,13 @@ class Reading(threading.Thread):
             except InputError as error:
                 self._hand_over()
                 self.error = error
-            self._loop.call_soon_threadsafe(self._listing.close)
+            self._loop.call_soon_threadsafe(self._queue.close)
 
     def _hand_over(self) -> None:
         if not self._batch:
             return
         batch, self._batch = self._batch, []
-        entering = self._listing.enter(batch)
+        entering = self._queue.enter(batch)
         try:
             asyncio.run_coroutine_threadsafe(entering, self._loop).result()
         finally:
@@ -249,7 +82,7 @@ class Reading(threading.Thread):
 
 
 class Report:
-    """What has been found so far, as it is told."""
+    """Counts the outcomes, and shows them on standard output."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -268,7 +101,7 @@ class Report:
         return self.settled - self.states[FileState.AVAILABLE]
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Count them, and show them where they are shown one by one."""
+        """Count outcomes; show them at once unless they are collected for the table."""
         lines: list[str] = []
         for outcome in outcomes:
             self.states[outcome.state] += 1
@@ -287,12 +120,12 @@ class Report:
             sys.stdout.flush()
 
     def end(self, entered: int, *, stopped: bool) -> None:
-        """Show the table and the summary; the latter on standard error where standard output is for a program."""
+        """Show the table and the summary; the summary on standard error if standard output is read by a program."""
         if self._unavailable:
             console = output()
             console.print(self._rows())
             if more := self.not_available - len(self._unavailable):
-                console.print(Text(f"… and {more:,} more: --json tells all of them"))
+                console.print(Text(f"… and {more:,} more: --json shows all of them"))
         print(self._summary(entered, stopped), file=sys.stdout if self._table else sys.stderr)
 
     def _rows(self) -> Table:
@@ -322,13 +155,13 @@ class Report:
 
 
 def run(urls: Sequence[str], list_file: str | None, config_path: Path | None, *, as_json: bool) -> None:
-    """Ask for each address once, and show what is not available.
+    """Check each address once, and show those that are not available.
 
-    Exits 0 when all are, 1 when some are not, 2 with one line when a list cannot be read; 128 and the signal's number
-    when stopped, with what is known by then.
+    Exits 0 when all are available, 1 when some are not, 2 with one line when the list cannot be read, and 128 plus the
+    signal's number when stopped, after showing the results so far.
     """
     config = read_config(config_path)
-    # The daemon's warnings of hosts that rest would say what the result says.
+    # The results say what the daemon's warnings about hosts would.
     set_up_logging(LogConfig(level="error"))
     stopped_by: list[int] = []
     try:
@@ -346,15 +179,15 @@ def run(urls: Sequence[str], list_file: str | None, config_path: Path | None, *,
 
 
 async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None, as_json: bool) -> int:
-    # One attempt: what it shows is what there is to tell.
+    # One attempt: its result is what the command shows.
     verify = config.verify.model_copy(update={"retry_schedule": ()})
     guard = Guard(
         verify.allowed_hosts, verify.allowed_networks, verify.allowed_ports, verify.refused_networks, own_networks()
     )
-    listing = InMemoryQueue(guard)
+    queue = AddressQueue(guard)
     links = [ProberLink(prober_config(config.verify)) for _ in range(verify.processes)]
-    pool = Verifier(
-        listing,
+    verifier = Verifier(
+        queue,
         guard,
         verify,
         links,
@@ -363,31 +196,31 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
         on_verdicts=lambda verdicts: None,
         busy_seconds=BUSY_PATIENCE,
     )
-    listing.add_hosts = pool.add_hosts
-    reading = Reading(urls, file, listing)
+    queue.add_hosts = verifier.add_hosts
+    reading = Reading(urls, file, queue)
     report = Report(as_json=as_json)
     stopped = True
-    await pool.start()
-    if not pool.alive:
-        await pool.stop(0)
-        raise NotifyServerError("the prober does not start: `notify-server doctor` may tell why")
+    await verifier.start()
+    if not verifier.alive:
+        await verifier.stop(0)
+        raise NotifyServerError("the prober does not start: `notify-server doctor` may show why")
     try:
         reading.start()
         with _progress() as progress:
             task = progress.add_task("", total=None)
-            async for outcomes in listing.outcomes():
+            async for outcomes in queue.outcomes():
                 report.add(outcomes)
                 progress.update(
                     task,
                     completed=report.settled,
-                    total=_expected(listing, file),
+                    total=_expected(queue, file),
                     description=f"{report.not_available:,} not available",
                 )
         stopped = False
     finally:
-        await pool.stop(0)
-        report.add(listing.take())
-        report.end(listing.entered, stopped=stopped)
+        await verifier.stop(0)
+        report.add(queue.take())
+        report.end(queue.entered, stopped=stopped)
     if reading.error is not None:
         raise reading.error
     return EXIT_FAILED if report.not_available else 0
@@ -396,7 +229,7 @@ async def _verify(config: Config, urls: Sequence[str], file: AddressFile | None,
 def _progress() -> Progress:
     return Progress(
         BarColumn(),
-        TextColumn("{task.completed:,} asked, {task.description}"),
+        TextColumn("{task.completed:,} checked, {task.description}"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -404,8 +237,8 @@ def _progress() -> Progress:
     )
 
 
-def _expected(listing: InMemoryQueue, file: AddressFile | None) -> int | None:
-    """How many addresses there are, as far as can be told from how much of the list has been read."""
-    if listing.complete or not file or not file.size or not file.bytes_read:
-        return listing.entered if listing.complete else None
-    return max(listing.entered, round(listing.entered * file.size / file.bytes_read))
+def _expected(queue: AddressQueue, file: AddressFile | None) -> int | None:
+    """Return the number of addresses, estimated from the share of the list that has been read; None if unknown."""
+    if queue.complete or not file or not file.size or not file.bytes_read:
+        return queue.entered if queue.complete else None
+    return max(queue.entered, round(queue.entered * file.size / file.bytes_read))

@@ -63,7 +63,7 @@ class Flight:
         self.is_stranger = False
         self.address: Address | None = None
         self.waits_since = now
-        # Outages of this machine before its request. A failure to reach a host is not charged if another occurs by its end.
+        # Outages of this machine before its request. If another occurs by its end, a failure to reach a host is free.
         self.outages_before = outages_before
         self.link: ProberLink | None = None
         self.sent_at = 0

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from notify_server.cli.address_queue import GIVE_UP_FAILURES, MAX_HOSTS, WINDOW, AddressQueue
 from notify_server.cli.addresses import Entry
-from notify_server.cli.verify import GIVE_UP_FAILURES, MAX_HOSTS, WINDOW, InMemoryQueue
 from notify_server.model import DueFile, FileResult, FileState, Reason
 from notify_server.verify.guard import Guard
 from tests.support.cli import on_terminal, running
@@ -230,8 +230,8 @@ async def test_on_a_terminal_the_progress_is_shown_and_taken_away_again(tmp_path
 # --- What is in memory ---
 
 
-def listing() -> InMemoryQueue:
-    return InMemoryQueue(Guard([], [], []))
+def listing() -> AddressQueue:
+    return AddressQueue(Guard([], [], []))
 
 
 def result(file: DueFile, reason: str | None, elapsed_ms: float) -> FileResult:

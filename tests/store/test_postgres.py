@@ -14,12 +14,14 @@ from notify_server.errors import NonceReusedError, StoreRefusedError, StoreUnava
 from notify_server.model import DueFile, InboxItem
 from notify_server.store.base import Nodes
 from notify_server.store.postgres import expansion as postgres_expansion
+from notify_server.store.postgres import pool
 from notify_server.store.postgres import records as postgres_records
 from notify_server.store.postgres import schema as postgres_schema
 from notify_server.store.postgres import session as postgres_session
 from notify_server.store.postgres import store as postgres
 from notify_server.store.postgres import writes as postgres_writes
 from notify_server.store.postgres.node import INBOX, WORK
+from notify_server.store.postgres.pool import POOL_SIZE
 from notify_server.store.postgres.records import PostgresRecords
 from notify_server.store.postgres.store import PostgresStore
 from notify_server.store.reading.types import BatchFilter, FileFilter, Found, Page
@@ -589,14 +591,14 @@ async def test_a_connection_cut_in_the_middle_of_recording_leaves_nothing_behind
 async def test_when_no_connection_is_left_callers_are_told_and_the_others_go_on(
     url: str, one: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for n in range(postgres.POOL_SIZE):
+    for n in range(POOL_SIZE):
         await take_in(one, finished(), batch_id=f"b{n}")
     files = [id for (id,) in await fetch(url, "SELECT id FROM file")]
     async with locked(url, "lease") as holder:
         rechecks = [asyncio.create_task(one.recheck([file], NOW)) for file in files]
-        await until_waiting(holder, postgres.POOL_SIZE)
+        await until_waiting(holder, POOL_SIZE)
         # Only now: the first ones had to wait for their connections to be made.
-        monkeypatch.setattr(postgres, "ACQUIRE_SECONDS", 0.2)
+        monkeypatch.setattr(pool, "ACQUIRE_SECONDS", 0.2)
         with pytest.raises(StoreUnavailableError, match="in time"):
             await one.due_hosts("", 9)
         # Acks do not depend on it.
@@ -796,7 +798,7 @@ async def test_commits_wait_for_the_disk_whatever_the_settings_of_user_and_datab
         for session in (store._acks, store._expansion_lock._session):
             async with session.use() as connection:
                 assert await connection.fetchval("SHOW synchronous_commit") == "on"
-        async with store._connection() as pooled:
+        async with store._pool.connection() as pooled:
             assert await pooled.fetchval("SHOW synchronous_commit") == "on"
 
 

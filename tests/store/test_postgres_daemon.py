@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from notify_server.store.postgres.store import POOL_SIZE
+from notify_server.store.postgres.pool import POOL_SIZE
 from notify_server.store.sql import load_migrations
 from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -33,6 +33,24 @@ CALLBACKS = "callbacks"
 PROBES = "probes"
 ROLES = (CALLBACKS, PROBES)
 SQL = load_queries("postgres")
+
+
+class Peers:
+    """The nodes that are alive, this one included, by role: the ids of those that take callbacks, and that probe."""
+
+    def __init__(self) -> None:
+        self.taking: list[int] = []
+        self.probing: list[int] = []
+
+    def update(self, nodes: Iterable[asyncpg.Record]) -> None:
+        """Take over the ids and roles of the nodes, and log a change."""
+        roles_of = [(id, roles.split()) for id, roles in nodes]
+        taking, probing = ([id for id, roles in roles_of if role in roles] for role in ROLES)
+        if (taking, probing) != (self.taking, self.probing):
+            self.taking, self.probing = taking, probing
+            log.info("sharing the work", nodes=len(roles_of), callbacks=len(taking), probes=len(probing))
+            if not probing:
+                log.warning("no node probes files, all of them wait: start one that has probes in [server] roles")
 
 
 class Node:

@@ -8,12 +8,11 @@ transaction take, and all verbs lock rows in the order that queries.sql names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
-import asyncpg
 import structlog
 
 from notify_server.config import without_secrets
@@ -27,19 +26,17 @@ from notify_server.store.postgres.backlog import Backlog
 from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
 from notify_server.store.postgres.inbox import Inbox
-from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node
+from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node, Peers
 from notify_server.store.postgres.outbox import Events, PostgresOutbox
+from notify_server.store.postgres.pool import POOL_SIZE, Pool
 from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import migrate
 from notify_server.store.postgres.session import (
     SEEKING,
-    Connection,
     Session,
-    create_pool,
     patience,
     refuse_on_error,
     transact,
-    translate_errors,
 )
 from notify_server.store.postgres.writes import (
     insert_deliveries,
@@ -60,9 +57,7 @@ SQL = load_queries("postgres")
 
 LEASE_SECONDS = 90.0
 # Acks, claims, expansion and the lease have a connection each; everything else shares the pool.
-POOL_SIZE = 4
 CONNECTIONS = 4 + POOL_SIZE
-ACQUIRE_SECONDS = 5.0
 TICK_SECONDS = 1.0
 # Nonces are deleted this long after they have expired, since the clocks of nodes differ.
 NONCE_GRACE_MS = 60_000
@@ -93,9 +88,9 @@ class PostgresStore:
             url, self._place, lease, roles, on_lost=self._forget_claims, on_inbox=self._inbox.call, on_work=on_work
         )  # fmt: skip
         self._claims = Claims(url, self._place, lease, self._node)
-        self._pool = create_pool(url, POOL_SIZE, **settings)
+        self._pool = Pool(url, self._place, **settings)
         self._events = Events()
-        self.outbox = PostgresOutbox(self._events, self._node, self._verb_connection)
+        self.outbox = PostgresOutbox(self._events, self._node, self._pool.verb_connection)
         self._accept = GroupCommit(
             self._write_deliveries, lambda delivery: len(delivery.body), self._accepted, on_commit
         )
@@ -103,13 +98,7 @@ class PostgresStore:
 
         self._backlog = Backlog()
         self._latest = 0
-        self._taking: Sequence[int] = ()
-        self._probing: Sequence[int] = ()
-
-        self._closing = False
-        self._verbs = 0
-        self._at_rest = asyncio.Event()
-        self._at_rest.set()
+        self._peers = Peers()
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -141,8 +130,7 @@ class PostgresStore:
         return self
 
     async def _open(self) -> None:
-        # Makes no connection yet, and only a pool that was awaited can be closed.
-        await self._pool
+        await self._pool.open()
         if await check_sessions(self._url, self._place):
             log.info("connected through a connection pooler in session mode", store=self._place)
         await self._acks.open()
@@ -175,20 +163,20 @@ class PostgresStore:
 
     @property
     def nodes(self) -> Nodes:
-        return Nodes(self._node.last_id, self._taking, self._probing)
+        return Nodes(self._node.last_id, self._peers.taking, self._peers.probing)
 
     @property
     def _expands(self) -> bool:
         """True if this node should expand when no other does: nodes that probe do it, as long as there are any."""
-        return self._probes or not self._probing
+        return self._probes or not self._peers.probing
 
     async def close(self, grace: float = 30.0) -> None:
-        self._closing = True
+        self._pool.refuse()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace / 2):
                 await self._accept.close()
                 await self._reject.close()
-                await self._at_rest.wait()
+                await self._pool.drained()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace / 2):
                 await self._disconnect()
@@ -198,38 +186,7 @@ class PostgresStore:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(self._expansion_lock.close(), self._node.close(), self._claims.close(), self._acks.close())
-        try:
-            async with asyncio.timeout(ACQUIRE_SECONDS):
-                await self._pool.close()
-        except (TimeoutError, OSError, asyncpg.InterfaceError):
-            self._pool.terminate()
-
-    # How verbs run
-
-    @contextmanager
-    def _verb(self) -> Iterator[None]:
-        if self._closing:
-            raise StoreUnavailableError("the store is closing")
-        self._verbs += 1
-        self._at_rest.clear()
-        try:
-            yield
-        finally:
-            self._verbs -= 1
-            if not self._verbs:
-                self._at_rest.set()
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        with translate_errors(self._place):
-            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def _verb_connection(self) -> AsyncIterator[Connection]:
-        with self._verb():
-            async with self._connection() as connection:
-                yield connection
+        await self._pool.close()
 
     # The inbox
 
@@ -255,7 +212,7 @@ class PostgresStore:
         await self._reject(rejection)
 
     async def _write_rejections(self, rejections: Sequence[Rejection]) -> list[None]:
-        async with self._connection() as connection:
+        async with self._pool.connection() as connection:
             await transact(connection, partial(write_rejections, rejections=rejections))
         return [None] * len(rejections)
 
@@ -263,12 +220,12 @@ class PostgresStore:
         await self._inbox.wait()
 
     async def inbox(self, limit: int) -> list[InboxItem]:
-        with self._verb():
+        with self._pool.verb():
             limit = min(limit, BUSY_ITEMS) if self._accept.busy else limit
             return await self._inbox.read(limit, expands=self._expands)
 
     async def expand(self, expansions: Sequence[Expansion], now: int) -> list[BatchVerdict]:
-        with self._verb(), self._backlog.changing():
+        with self._pool.verb(), self._backlog.changing():
             async with self._expansion_lock.use() as connection:
                 done = await transact(
                     connection, partial(write_expansions, events=self._events, expansions=expansions, now=now)
@@ -279,7 +236,7 @@ class PostgresStore:
         return done.verdicts
 
     async def discard(self, item: InboxItem, detail: str, now: int) -> list[BatchVerdict]:
-        with self._verb(), self._backlog.changing():
+        with self._pool.verb(), self._backlog.changing():
             async with self._expansion_lock.use() as connection:
                 files, verdicts = await transact(
                     connection, partial(write_discard, events=self._events, item=item, detail=detail, now=now)
@@ -290,14 +247,13 @@ class PostgresStore:
     # Due files
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
-        with self._verb():
-            async with self._connection() as connection:
-                rows = await connection.fetch(SQL["due_hosts"], after, limit)
+        async with self._pool.verb_connection() as connection:
+            rows = await connection.fetch(SQL["due_hosts"], after, limit)
         # A host whose last file was settled meanwhile has no time.
         return [HostDue(host, at) for host, at in rows if at is not None]
 
     async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
-        with self._verb():
+        with self._pool.verb():
             return await self._claims.claim(wanted, now)
 
     def release(self, files: Sequence[DueFile]) -> None:
@@ -307,13 +263,13 @@ class PostgresStore:
         self._claims.forget_all()
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
-        with self._verb(), self._backlog.changing():
+        with self._pool.verb(), self._backlog.changing():
             current = first_of_each(self._claims.held(results))
             ended = 0
             settled, verdicts = 0, list[BatchVerdict]()
             if current:
                 node = self._node.id
-                async with self._connection() as connection:
+                async with self._pool.connection() as connection:
                     ended, settled, verdicts = await transact(
                         connection, partial(write_results, events=self._events, node=node, results=current, now=now)
                     )
@@ -324,8 +280,8 @@ class PostgresStore:
         return verdicts
 
     async def recheck(self, files: Sequence[int], now: int) -> Restart:
-        with self._verb(), self._backlog.changing():
-            async with self._connection() as connection:
+        with self._pool.verb(), self._backlog.changing():
+            async with self._pool.connection() as connection:
                 reopened, restart = await transact(connection, partial(write_recheck, files=files, now=now))
             self._backlog.files += reopened
         if restart.files:
@@ -335,7 +291,7 @@ class PostgresStore:
     # Housekeeping
 
     async def ping(self, now: int) -> None:
-        with self._verb():
+        with self._pool.verb():
             # On the connection of acks, so that what holds them up is seen.
             async with self._acks.use() as connection:
                 await transact(connection, partial(write_heartbeat, now=now))
@@ -348,9 +304,8 @@ class PostgresStore:
             rejected_before=clamp(rejected_before),
             limit=limit,
         )
-        with self._verb():
-            async with self._connection() as connection:
-                return await transact(connection, job)
+        async with self._pool.verb_connection() as connection:
+            return await transact(connection, job)
 
     async def _ticks(self) -> None:
         tick = 0
@@ -373,19 +328,13 @@ class PostgresStore:
         await self._backlog.correct(self._count_backlog)
 
     async def _count_backlog(self) -> int:
-        async with self._connection() as connection:
+        async with self._pool.connection() as connection:
             return int(await connection.fetchval(SQL["backlog"]))
 
     async def _count_nodes(self) -> None:
-        async with self._connection() as connection:
-            nodes = [(id, roles.split()) for id, roles in await connection.fetch(SQL["nodes_alive"])]
-        taking, probing = ([id for id, roles in nodes if role in roles] for role in ROLES)
-        if (taking, probing) != (self._taking, self._probing):
-            self._taking, self._probing = taking, probing
-            log.info("sharing the work", nodes=len(nodes), callbacks=len(taking), probes=len(probing))
-            if not probing:
-                log.warning("no node probes files, all of them wait: start one that has probes in [server] roles")
+        async with self._pool.connection() as connection:
+            self._peers.update(await connection.fetch(SQL["nodes_alive"]))
 
     async def _purge(self) -> None:
-        async with self._connection() as connection:
+        async with self._pool.connection() as connection:
             await connection.execute(SQL["nonces_purge"], self._latest - NONCE_GRACE_MS)
