@@ -17,11 +17,11 @@ from pydantic.fields import FieldInfo
 
 from notify_server.cli.common import EXIT_FAILED, config_file, printable, read_config
 from notify_server.config import ENV_PREFIX, Config, StatusRange
+from notify_server.config.accept import Accept
 from notify_server.config.forward import warnings
 from notify_server.config.loading import FORWARD
 from notify_server.config.values import duration, with_secrets_hidden
 from notify_server.contract.signature import PlatformKey
-from notify_server.forward.accept import Accept
 
 SET = "…(set)"
 _UNITS = (("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0))

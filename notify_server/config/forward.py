@@ -20,21 +20,33 @@ from pydantic import (
 )
 from yarl import URL
 
+from notify_server.config.accept import Accept, parse_accept
 from notify_server.config.sections import Section
 from notify_server.config.values import Duration, Networks, PositiveDuration, ReadableFile, Text, matching, show, text
-from notify_server.forward.accept import Accept, parse_accept
-from notify_server.forward.payload import PROBLEMS, EventType, matching_types
-from notify_server.forward.standard_webhooks import check_secret
+from notify_server.events.payload import PROBLEMS, EventType, matching_types
 
 MAX_ENDPOINTS = 100
+# Standard Webhooks 1.0.0 asks for 24 to 64 random bytes.
+WEBHOOK_PREFIX = "whsec_"
+MIN_SECRET_BYTES = 24
+MAX_SECRET_BYTES = 64
 BOTS = ("dingtalk", "wecom", "feishu")
 # Robots that refuse a message without one of their own safeguards.
 _BOT_SECRETS = ("dingtalk", "feishu")
 
 
-def _secret(value: Any) -> SecretStr:
+def webhook_secret(value: object) -> SecretStr:
+    """A secret as Standard Webhooks prescribes it. No error shows it."""
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value
-    check_secret(plain if isinstance(plain, str) else "")
+    wanted = f"must be {WEBHOOK_PREFIX} and the base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes"
+    if not isinstance(plain, str) or not plain.startswith(WEBHOOK_PREFIX):
+        raise ValueError(wanted)
+    try:
+        key = base64.b64decode(plain.removeprefix(WEBHOOK_PREFIX), validate=True)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
+        raise ValueError(wanted)
     return SecretStr(plain)
 
 
@@ -104,7 +116,7 @@ class UrlEndpoint(_Endpoint):
     """A receiver over HTTP."""
 
     url: Address = Field(repr=False)
-    secrets: tuple[Annotated[SecretStr, PlainValidator(_secret)], ...] = Field(default=(), repr=False)
+    secrets: tuple[Annotated[SecretStr, PlainValidator(webhook_secret)], ...] = Field(default=(), repr=False)
     events: Events = ("*",)
     format: Literal["standard", "cloudevents"] = "standard"
     accept: Annotated[Accept, PlainValidator(_accept)] = Accept("status")

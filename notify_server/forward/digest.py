@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from notify_server.events.texts import Language, reason_text, text
 from notify_server.forward.bots.answer import Message
-from notify_server.forward.texts import Language, reason_text, text
 
 MAX_BATCHES = 5
 MAX_FILES = 3

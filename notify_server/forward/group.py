@@ -13,13 +13,13 @@ import structlog
 
 from notify_server.config.forward import BotEndpoint
 from notify_server.errors import StoreUnavailableError
+from notify_server.events.payload import EventType
 from notify_server.forward import digest
 from notify_server.forward.bots import dingtalk, feishu, wecom
 from notify_server.forward.bots.answer import Judgement, Message
 from notify_server.forward.circuit import Circuit
 from notify_server.forward.client import EndpointClient
 from notify_server.forward.outcome import Attempt
-from notify_server.forward.payload import EventType
 from notify_server.forward.queue import MIN_WAIT_SECONDS, POLL_SECONDS, Listener, to_result
 from notify_server.forward.recorder import Recorder
 from notify_server.model import CircuitState

@@ -9,10 +9,6 @@ from typing import NamedTuple
 SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
 JITTER = 0.2
 MAX_RETRY_AFTER_MS = 86_400_000
-# Consecutive failures after which an endpoint counts as failing.
-FAILING_AFTER = 4
-# An endpoint that has only failed for this long since its last success is stopped.
-STOP_AFTER_MS = 5 * 86_400_000
 
 
 class Outcome(NamedTuple):

@@ -11,10 +11,10 @@ import structlog
 
 from notify_server.config import version
 from notify_server.config.forward import BotEndpoint, CommandEndpoint, UrlEndpoint
+from notify_server.events.payload import matching_types
 from notify_server.forward.client import EndpointClient
 from notify_server.forward.group import BotQueue
 from notify_server.forward.outcome import Attempt
-from notify_server.forward.payload import matching_types
 from notify_server.forward.queue import EndpointQueue
 from notify_server.forward.recorder import Recorder
 from notify_server.forward.script import Scripts

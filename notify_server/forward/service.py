@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Struct
 
 from notify_server.errors import NotifyServerError
+from notify_server.events.payload import MissingFile, matching_types, utc
 from notify_server.forward.news import News
-from notify_server.forward.payload import MissingFile, matching_types, utc
 from notify_server.forward.sender import Sender
 from notify_server.model import CircuitState, Verdict
 from notify_server.store.outbox import DeliveryState, Outbox

@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from standardwebhooks import Webhook
-
-# The specification asks for 24 to 64 random bytes.
-MIN_SECRET_BYTES = 24
-MAX_SECRET_BYTES = 64
-PREFIX = "whsec_"
-
-
-def check_secret(secret: str) -> None:
-    """Raise ValueError, whose text does not contain the secret, unless it has the form `whsec_<base64>`."""
-    wanted = f"must be {PREFIX} and the base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes"
-    if not secret.startswith(PREFIX):
-        raise ValueError(wanted)
-    try:
-        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(wanted) from None
-    if not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
-        raise ValueError(wanted)
 
 
 class Signer:

@@ -8,10 +8,10 @@ from typing import Protocol
 import msgspec
 
 from notify_server.config.forward import CommandEndpoint, UrlEndpoint
+from notify_server.events.payload import rfc3339
 from notify_server.forward import cloudevents
 from notify_server.forward.client import EndpointClient
 from notify_server.forward.outcome import Attempt
-from notify_server.forward.payload import rfc3339
 from notify_server.forward.script import Scripts
 from notify_server.forward.standard_webhooks import Signer
 from notify_server.store.outbox import Outgoing

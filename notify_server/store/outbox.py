@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from notify_server.forward.payload import SUPERSEDING, Event, EventType
+from notify_server.events.payload import SUPERSEDING, Event, EventType
 
 # Attempts kept of one delivery, the latest.
 MAX_ATTEMPT_ROWS = 50

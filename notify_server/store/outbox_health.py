@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from notify_server.forward.payload import EndpointData, EventType, plain_event
-from notify_server.forward.schedule import FAILING_AFTER, STOP_AFTER_MS
+from notify_server.events.payload import EndpointData, EventType, plain_event
 from notify_server.store.outbox import DeliveryResult, DeliveryState, EndpointState, NewEvent, Notice
+
+# Consecutive failures after which an endpoint counts as failing.
+FAILING_AFTER = 4
+# An endpoint that has only failed for this long since its last success is stopped.
+STOP_AFTER_MS = 5 * 86_400_000
 
 
 class Change(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from notify_server.forward.accept import parse_accept
+from notify_server.config.accept import parse_accept
 from notify_server.forward.circuit import Circuit
 from notify_server.forward.schedule import SCHEDULE, after_attempt
 from notify_server.model import CircuitState

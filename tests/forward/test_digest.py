@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from notify_server.events.payload import BatchRow, EndpointData, EventType, PingData, batch_event, plain_event
+from notify_server.events.texts import LANGUAGES, Language, _messages, reason_text
 from notify_server.forward.digest import compose, recovered
-from notify_server.forward.payload import BatchRow, EndpointData, EventType, PingData, batch_event, plain_event
-from notify_server.forward.texts import LANGUAGES, Language, _messages, reason_text
 from tests.forward.test_payload import AT, MISSING, row, sample
 
 

@@ -11,7 +11,7 @@ import pytest
 from notify_server.config import Config, load_config
 from notify_server.config.forward import BotEndpoint, CommandEndpoint, UrlEndpoint, warnings
 from notify_server.errors import ConfigError
-from notify_server.forward.payload import PROBLEMS
+from notify_server.events.payload import PROBLEMS
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 URL = {"name": "a", "url": "https://listing.internal/hooks?token=hush-hush"}

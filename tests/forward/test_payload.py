@@ -11,7 +11,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from notify_server.forward.payload import (
+from notify_server.events.payload import (
     DATA_TYPES,
     MAX_BYTES,
     BatchRow,

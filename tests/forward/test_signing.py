@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from notify_server.config.forward import webhook_secret
 from notify_server.forward.cloudevents import header_value, headers
-from notify_server.forward.standard_webhooks import Signer, check_secret
+from notify_server.forward.standard_webhooks import Signer
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -59,13 +60,13 @@ def test_altered_byte_is_refused(text: str, data: st.DataObject) -> None:
 )
 def test_wrong_secret_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(ValueError, match="must be whsec_ and the base64") as refused:
-        check_secret(secret)
+        webhook_secret(secret)
     assert secret in ("", "whsec_") or secret not in str(refused.value)
 
 
 def test_good_secret_is_accepted() -> None:
-    check_secret(SECRET)
-    check_secret(OTHER)
+    webhook_secret(SECRET)
+    webhook_secret(OTHER)
 
 
 @pytest.mark.parametrize(

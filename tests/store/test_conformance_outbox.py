@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from notify_server.forward.payload import EventType
+from notify_server.events.payload import EventType
 from notify_server.store.base import Engine
 from notify_server.store.outbox import DeliveryResult, DeliveryState, Outgoing, Subscription
 from tests.store.backends import Backend

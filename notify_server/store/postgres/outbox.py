@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from notify_server.forward.payload import (
+from notify_server.events.payload import (
     MAX_MISSING,
     SUPERSEDING,
     BatchRow,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from notify_server.forward.payload import MAX_MISSING, MissingFile, MissingRow, missing_file, utc
+from notify_server.events.payload import MAX_MISSING, MissingFile, MissingRow, missing_file, utc
 from notify_server.model import Verdict
 from notify_server.store.outbox import DeliveryState
 from notify_server.store.sql import load_queries

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from notify_server.forward.payload import (
+from notify_server.events.payload import (
     MAX_MISSING,
     SUPERSEDING,
     BatchRow,

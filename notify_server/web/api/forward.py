@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config.values import duration
-from notify_server.forward.payload import EventType, matching_types
+from notify_server.events.payload import EventType, matching_types
 from notify_server.forward.service import (
     DeliveryDetail,
     EndpointStoppedError,

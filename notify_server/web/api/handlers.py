@@ -13,7 +13,7 @@ from aiohttp import web
 
 from notify_server.callbacks.errors import RefusedError, busy
 from notify_server.errors import StoreUnavailableError
-from notify_server.forward.payload import VERDICTS
+from notify_server.events.payload import VERDICTS
 from notify_server.forward.service import ForwardService
 from notify_server.model import CircuitState
 from notify_server.operations import (

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from notify_server.contract.object_key import decode_object_key
-from notify_server.forward.texts import reason_text
+from notify_server.events.texts import reason_text
 from notify_server.model import FileState
 
 # A payload is smaller than 20 kB, so that every receiver's default limit lets it pass.

@@ -20,7 +20,7 @@ def _reasons(language: Language) -> dict[str, dict[str, str]]:
 
 @cache
 def _messages(language: Language) -> dict[str, dict[str, str]]:
-    text = (files("notify_server") / "forward" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
+    text = (files("notify_server") / "events" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 

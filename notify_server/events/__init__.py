@@ -1,0 +1,1 @@
+"""Events and their payloads: what receivers get."""
