@@ -39,7 +39,9 @@ class EventPage(Struct, frozen=True):
 
 
 class GateAnswer(Struct, frozen=True):
-    """A batch's verdict. `provisional` is true while it has none and is at risk."""
+    """A batch's verdict. `provisional` is true while it has none and is at risk; then `next_attempt_at` is the time of
+    the next check, and `final_by` the latest moment of the verdict.
+    """
 
     batch_id: str
     api_code: str
@@ -58,6 +60,8 @@ class GateAnswer(Struct, frozen=True):
     missing_total: int
     first_received_at: datetime
     completed_at: datetime | None
+    next_attempt_at: datetime | None
+    final_by: datetime | None
 
 
 class ForwardEndpointItem(Struct, frozen=True):
@@ -155,6 +159,11 @@ class ForwardService:
     def names(self) -> list[str]:
         """Return the names of the endpoints."""
         return list(self._sender.endpoints)
+
+    async def endpoint(self, name: str) -> ForwardEndpointItem:
+        """Return one endpoint. Raises UnknownEndpointError."""
+        self._check(name)
+        return next(each for each in await self.endpoints() if each.name == name)
 
     async def endpoints(self) -> list[ForwardEndpointItem]:
         """Return the endpoints in the order of the configuration."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from playwright.async_api import Browser, BrowserContext, expect
 from yarl import URL
 
@@ -20,6 +23,7 @@ from tests.support.browser import DESKTOP, PHONE, Watched, chromium, context, wa
 from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import Answer, Hit, Origin
+from tests.support.waiting import Bell
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -35,12 +39,29 @@ PNG = bytes.fromhex(
 )
 
 
+class Receiver:
+    """Receives events: /good accepts them, /bad fails."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.bell = Bell()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        await request.read()
+        if request.path == "/bad":
+            return web.Response(status=500, text=HOSTILE, content_type="text/html")
+        self.accepted += 1
+        self.bell.ring()
+        return web.Response()
+
+
 @dataclass
 class Site:
     """A daemon with a record in which there is something of everything, the origin of its files, and a browser."""
 
     daemon: Daemon
     origin: Origin
+    receiver: Receiver
     browser: Browser
     base: str
     # Of a session: a log-in for every test would be more than one source may try.
@@ -72,10 +93,22 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         headers = picture | ({"Content-Length": "1000"} if hit.method == "HEAD" else {})
         return Answer(headers=headers, body=b"" if hit.method == "HEAD" else PNG)
 
-    config: dict[str, dict[str, Any]] = {"auth": {"admin_token": TOKEN}, "verify": {
-        "allowed_networks": ["127.0.0.0/8"], "allowed_ports": [], "retry_schedule": ["1h"],
-    }}  # fmt: skip
-    async with Origin() as origin, Daemon(tmp_path_factory.mktemp("site"), config) as daemon, chromium() as browser:
+    loopback = ["127.0.0.0/8"]
+    async with contextlib.AsyncExitStack() as stack:
+        origin, receiver, app = await stack.enter_async_context(Origin()), Receiver(), web.Application()
+        app.router.add_post("/{name}", receiver.handle)
+        server = await stack.enter_async_context(TestServer(app))
+        config: dict[str, Any] = {
+            "auth": {"admin_token": TOKEN},
+            "verify": {"allowed_networks": loopback, "allowed_ports": [], "retry_schedule": ["1h"]},
+            "alert": {"at_risk_after": "0.001s"},
+            "forward": [
+                {"name": name, "url": f"{server.make_url(name)}?token=hush-hush", "allowed_networks": loopback}
+                for name in ("good", "bad")
+            ],
+        }
+        daemon = await stack.enter_async_context(Daemon(tmp_path_factory.mktemp("site"), config))
+        browser = await stack.enter_async_context(chromium())
         origin.default = answer
         origin.on("/gone", Answer(410, close=True))
         origin.on("/late", Answer(404, close=True))
@@ -111,12 +144,15 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             session.post("/ui/login", data={"token": TOKEN}, allow_redirects=False) as answered,
         ):
             cookie = answered.cookies[COOKIE].value
-        yield Site(daemon, origin, browser, base, cookie)
+        await daemon.eventually("SELECT count(*) = 1 FROM event WHERE type = 'batch.at_risk'")
+        await daemon.eventually("SELECT count(*) > 0 FROM forward WHERE endpoint = 'bad' AND last_response IS NOT NULL")
+        yield Site(daemon, origin, receiver, browser, base, cookie)
 
 
 def all_pages(site: Site) -> list[str]:
     hostile, broken = (site.id_of("batch", "batch_id", name) for name in (HOSTILE, "broken"))
     files = [site.id_of("file", "oss_object_name", name) for name in (HOSTILE, LINK, SCRIPT, "away")]
+    refused = site.daemon.value("SELECT min(id) FROM forward WHERE last_response LIKE '%pwned%'")
     return [
         "/",
         "/ui/batches",
@@ -133,6 +169,10 @@ def all_pages(site: Site) -> list[str]:
         "/ui/search?q=%3Cscript%3Epwned()%3C/script%3E%22%3E%3Cimg%20src=x",
         "/ui/search?q=w",
         f"/ui/recheck?batch={broken}",
+        "/ui/deliveries",
+        "/ui/deliveries/bad",
+        f"/ui/delivery/{refused}",
+        "/ui/deliveries/good/replay?since=2026-01-01T00:00:00Z",
         "/docs",
         "/ui/login",
     ]
@@ -218,6 +258,57 @@ async def test_without_scripts_everything_is_done_as_well(site: Site) -> None:
         await page.get_by_role("button", name="Recheck 1 file").click()
         await expect(page.get_by_text("1 file queued.")).to_be_visible()
         await site.origin.reached(before + 1, "/gone")
+
+
+async def test_endpoint_is_tested_replayed_stopped_and_started_from_its_page(site: Site) -> None:
+    async with site.visit("/ui/deliveries") as seen:
+        page = seen.page
+        await expect(page.get_by_role("row", name=re.compile("bad"))).to_contain_text("Failing")
+        await page.get_by_role("link", name="good").click()
+        await page.get_by_role("button", name="Send a test event").click()
+        await expect(page.get_by_text("Delivered in")).to_be_visible()
+        await page.get_by_role("button", name="Count").click()
+        confirm = page.get_by_role("button", name=re.compile(r"Send \d+ again"))
+        await expect(confirm).to_be_focused()
+        before = site.receiver.accepted
+        await confirm.click()
+        await expect(page.get_by_text("due now.")).to_be_visible()
+        await site.receiver.bell.until(lambda: site.receiver.accepted >= before + 3)
+        await page.get_by_role("button", name="Stop").click()
+        await expect(page.locator(".title .chip")).to_have_text("Stopped")
+        await expect(page.get_by_role("button", name="Send a test event")).to_have_count(0)
+        await page.get_by_role("button", name="Start").click()
+        await expect(page.locator(".title .chip")).to_have_text("Working")
+
+
+async def test_endpoint_page_works_without_scripts_and_shows_request_and_answer(site: Site) -> None:
+    async with context(site.browser, java_script_enabled=False) as visitor:
+        await site.log_in(visitor)
+        page = await visitor.new_page()
+        await page.goto(f"{site.base}/ui/deliveries/bad")
+        await page.get_by_label("Send again from").fill("2100-01-01T00:00")
+        await page.get_by_role("button", name="Count").click()
+        await expect(page.get_by_text("No event of this endpoint falls within this time.")).to_be_visible()
+        await page.get_by_role("link", name="Back").click()
+        await page.get_by_role("button", name="Send a test event").click()
+        await expect(page.get_by_text("Not delivered: answered HTTP 500")).to_be_visible()
+        await page.get_by_role("link", name="Back").click()
+        await page.get_by_role("link", name=re.compile("Batch complete")).first.click()
+        assert '"batch_id": "whole"' in await page.locator("pre").first.inner_text()
+        assert HOSTILE in await page.locator("pre").nth(1).inner_text()
+        assert "hush-hush" not in await page.content()
+
+
+async def test_batch_page_shows_what_was_sent_and_why_the_batch_is_at_risk(site: Site) -> None:
+    async with site.visit(f"/ui/batches/{site.id_of('batch', 'batch_id', 'waiting')}") as seen:
+        risk = seen.page.locator("section[aria-labelledby=risk-title]")
+        await expect(risk).to_contain_text("At risk: 1 file is not confirmed yet")
+        await expect(risk).to_contain_text("http_404")
+        await expect(risk.locator("time")).to_have_count(3)
+        sent = seen.page.locator("#sent tbody tr")
+        await expect(sent).to_have_count(2)
+        await expect(sent.filter(has_text="good")).to_contain_text("Delivered")
+        await expect(sent.filter(has_text="bad")).to_contain_text("answered HTTP 500")
 
 
 async def test_a_group_of_failures_is_counted_before_it_is_asked_for(site: Site) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from notify_server.events.payload import EventType
+from notify_server.events.payload import EventType, utc
 from notify_server.store.base import Engine
 from notify_server.store.outbox import DeliveryResult, DeliveryState, Outgoing, Subscription
 from tests.store.backends import Backend
@@ -364,6 +364,14 @@ async def test_old_batch_with_a_failed_attempt_is_at_risk_once(store: Engine, ba
     assert data_["missing"][0]["reason"] == "timeout"
     assert data_["next_attempt_at"] == "2025-10-09T09:13:20.123Z"
     assert data_["final_by"] == "2025-10-09T09:13:22.123Z"
+    records = await backend.records()
+    (gate,) = await records.outbox.gate("batch", None)
+    assert (gate.provisional, gate.next_attempt_at, gate.final_by) == (
+        True, utc(NOW + 20 * MINUTE), utc(NOW + 20 * MINUTE + 2000),
+    )  # fmt: skip
+    await store.record([found(await claim_one(store, now=NOW + 20 * MINUTE))], NOW + 20 * MINUTE)
+    (gate,) = await records.outbox.gate("batch", None)
+    assert (gate.provisional, gate.next_attempt_at, gate.final_by) == (False, None, None)
 
 
 async def test_batch_whose_files_only_wait_is_not_at_risk(store: Engine) -> None:

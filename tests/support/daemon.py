@@ -24,13 +24,19 @@ from tests.support.waiting import SECONDS, Bell, eventually
 READY = "ready for notifications"
 
 Line = Mapping[str, Any]
-Config = Mapping[str, Mapping[str, Any]]
+# The tables of `[[forward]]` are a list.
+Config = Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 
 
 def to_toml(config: Config) -> str:
-    """Tables of scalars and lists, and one level of tables in them, as TOML."""
+    """Tables of scalars and lists, and one level of tables in them, and lists of tables, as TOML."""
     parts: list[str] = []
     for section, keys in config.items():
+        if not isinstance(keys, Mapping):
+            for table in keys:
+                parts.append(f"[[{section}]]")
+                parts += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+            continue
         parts.append(f"[{section}]")
         nested = {key: value for key, value in keys.items() if isinstance(value, Mapping)}
         parts += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key not in nested]
@@ -122,14 +128,14 @@ class Daemon:
         self._prefix = prefix
         self._environ = clean_environment() if environ is None else environ
         self._arguments = ("--config", str(folder / "config.toml")) if arguments is None else tuple(arguments)
-        base: dict[str, dict[str, Any]] = {
+        base: dict[str, Any] = {
             "server": {"host": "127.0.0.1", "port": 0},
             "store": {"url": f"sqlite:///{folder / 'notify.db'}"},
             "verify": {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": [], "jitter": 0},
             "log": {"format": "json"},
         }
         for section, keys in (config or {}).items():
-            base[section] = base.get(section, {}) | dict(keys)
+            base[section] = base.get(section, {}) | dict(keys) if isinstance(keys, Mapping) else list(keys)
         self.database = folder / str(base["store"]["url"]).removeprefix("sqlite:///")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(base), encoding="utf-8")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from notify_server.config.forward import BOTS
+from notify_server.events.payload import EventType
 from notify_server.model import CircuitState, FileState, Reason, Verdict
+from notify_server.store.outbox import DeliveryState
 from notify_server.web import rendering
 from notify_server.web.api.endpoints import ENDPOINTS
 from notify_server.web.language import LANGUAGES, Texts
@@ -24,8 +27,8 @@ FAMILIES: dict[str, Sequence[str]] = {
     "verdict": list(Verdict),
     "circuit": list(CircuitState),
     "docs_of": [endpoint.id for endpoint in ENDPOINTS],
-    "nav": ["overview", "batches", "failures", "hosts", "rejections", "docs"],
-    "recheck": ["nothing", "done", "more"],
+    "nav": ["overview", "batches", "failures", "hosts", "rejections", "deliveries", "docs"],
+    "recheck": ["title", "nothing", "done", "more"],
     "how": list(FileState),
     "empty": ["loopback", "plain_http"],
     "error": ["not_found", "not_found_detail", "unavailable", "unavailable_detail", "refused", "forbidden",
@@ -34,7 +37,13 @@ FAMILIES: dict[str, Sequence[str]] = {
     "file": ["dns", "connect", "tls", "first_byte"],
     "overview": ["chart_requests", "chart_accepted", "chart_latency", "chart_backlog", "series_requests",
                  "series_failed", "series_accepted", "series_refused", "series_ack", "series_probe", "series_backlog",
-                 "series_in_flight"],
+                 "series_in_flight", "endpoint_failing", "endpoint_stopped"],
+    "deliveries": ["stop", "start", "replayed"],
+    "delivery_state": list(DeliveryState),
+    "delivery_means": list(DeliveryState),
+    "endpoint_state": ["ok", "failing", "stopped"],
+    "endpoint_kind": ["url", *BOTS, "command"],
+    "event": [kind.replace(".", "_") for kind in EventType],
 }  # fmt: skip
 ATTRIBUTES = {"title", "alt", "placeholder", "aria-label", "aria-description", "data-label", "data-copied"}
 

@@ -69,8 +69,8 @@ class WaitingRow(Struct, frozen=True):
 
 
 class BatchGate(Struct, frozen=True):
-    """What is known of a batch, by the name that the partner knows. `provisional` is true while it has no verdict and
-    is at risk.
+    """A batch, by the name that the partner knows. `provisional` is true while it has no verdict and is at risk; only
+    then are `next_attempt_at` (of its files) and `final_by` (the latest moment of the verdict) given.
     """
 
     id: int
@@ -92,11 +92,21 @@ class BatchGate(Struct, frozen=True):
     first_received_at: datetime
     completed_at: datetime | None
     at_risk_at: datetime | None
+    next_attempt_at: datetime | None
+    final_by: datetime | None
 
 
 class _Payload(Struct):
     timestamp: str
     data: msgspec.Raw
+
+
+class _AtRiskData(Struct):
+    final_by: datetime | None = None
+
+
+class _AtRisk(Struct):
+    data: _AtRiskData
 
 
 class OutboxRecords:
@@ -174,12 +184,19 @@ class OutboxRecords:
         missing: list[MissingRow] = []
         if available < files:
             missing = await self._list(list[MissingRow], "missing", id=id, limit=MAX_MISSING)
+        provisional = verdict == "pending" and last_event == "at_risk"
+        next_attempt_at, final_by = await self._at_risk(id) if provisional else (None, None)
         return BatchGate(
-            id, batch_id, api_code, None, Verdict(verdict), verdict == "pending" and last_event == "at_risk", revision,
+            id, batch_id, api_code, None, Verdict(verdict), provisional, revision,
             files, available, unavailable, blocked, upload_failed, pending, None,
             [missing_file(each) for each in missing], files - available, _time(first_received_at),
-            utc(completed_at), utc(at_risk_at),
+            utc(completed_at), utc(at_risk_at), utc(next_attempt_at), final_by,
         )  # fmt: skip
+
+    async def _at_risk(self, batch: int) -> tuple[int | None, datetime | None]:
+        next_attempt_at, payload = await self._list(tuple[int | None, str | None], "at_risk", id=batch)
+        event = None if payload is None else msgspec.json.decode(payload, type=_AtRisk)
+        return next_attempt_at, None if event is None else event.data.final_by
 
     async def _list(self, kind: type[T], query: str, **parameters: object) -> T:
         row = await self._run(self._queries[query], parameters)

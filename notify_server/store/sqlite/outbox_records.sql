@@ -112,3 +112,9 @@ FROM (
     ORDER BY oss_object_name
     LIMIT :limit
 ) AS found;
+
+-- name: at_risk
+SELECT json_array(
+    (SELECT min(next_attempt_at) FROM file WHERE batch = :id AND state = 'pending'),
+    (SELECT payload FROM event WHERE batch = :id AND type = 'batch.at_risk' ORDER BY revision DESC LIMIT 1)
+);

@@ -76,7 +76,7 @@ def _seconds(text: str) -> float:
         raise RefusedError(400, "400", f"wait: {error}") from error
 
 
-async def _known(answer: Awaitable[T]) -> T:
+async def known(answer: Awaitable[T]) -> T:
     try:
         return await answer
     except UnknownEndpointError as error:
@@ -108,7 +108,7 @@ async def forward_endpoints(api: Api) -> Page[ForwardEndpointItem]:
 
 async def forward_deliveries(api: Api, name: str, query: DeliveriesQuery) -> Page[DeliveryRow]:
     before = MAX_ID if query.cursor is None else query.cursor
-    return await _known(api.forward.deliveries(name, query.state, before, query.limit))
+    return await known(api.forward.deliveries(name, query.state, before, query.limit))
 
 
 async def forward_delivery(api: Api, id: int) -> DeliveryDetail | None:
@@ -116,21 +116,21 @@ async def forward_delivery(api: Api, id: int) -> DeliveryDetail | None:
 
 
 async def forward_test(api: Api, name: str) -> ForwardTested:
-    return await _known(api.forward.test(name))
+    return await known(api.forward.test(name))
 
 
 async def forward_replay(api: Api, name: str, wanted: ReplayWanted) -> ForwardReplayed:
     since = to_ms(wanted.since)
     assert since is not None
-    return await _known(api.forward.replay(name, since, to_ms(wanted.until), dry_run=wanted.dry_run))
+    return await known(api.forward.replay(name, since, to_ms(wanted.until), dry_run=wanted.dry_run))
 
 
 async def forward_stop(api: Api, name: str) -> ForwardChanged:
-    return await _known(api.forward.stop(name))
+    return await known(api.forward.stop(name))
 
 
 async def forward_start(api: Api, name: str) -> ForwardChanged:
-    return await _known(api.forward.start(name))
+    return await known(api.forward.start(name))
 
 
 FORWARD_ENDPOINTS: tuple[Endpoint, ...] = (

@@ -21,6 +21,7 @@ async def confirm_recheck(dashboard: Dashboard, request: web.Request) -> web.Res
     counted = existing(await dashboard.api.recheck(wanted.recheck(dry_run=True)))
     return dashboard.outcome(
         request,
+        heading="recheck.title",
         outcome="confirm" if counted.files else "nothing",
         files=counted.files,
         fields=wanted.fields(),
@@ -33,6 +34,7 @@ async def recheck(dashboard: Dashboard, request: web.Request, form: Form) -> web
     done = existing(await dashboard.api.recheck(wanted.recheck(dry_run=False)))
     response = dashboard.outcome(
         request,
+        heading="recheck.title",
         outcome=("more" if done.more else "done") if done.files else "nothing",
         files=done.files,
         back=wanted.origin,
@@ -47,7 +49,14 @@ async def replay(dashboard: Dashboard, request: web.Request, form: Form) -> web.
     rejection = existing(await dashboard.api.rejection(id))
     body = await asyncio.to_thread(readable, rejection.body, rejection.detail)
     taken = existing(await dashboard.api.replay(id))
-    return dashboard.outcome(request, outcome="replayed", taken=taken, batch_id=body.batch_id, back="/ui/rejections")
+    return dashboard.outcome(
+        request,
+        heading="rejection.replay",
+        outcome="replayed",
+        taken=taken,
+        batch_id=body.batch_id,
+        back="/ui/rejections",
+    )
 
 
 async def login_form(dashboard: Dashboard, request: web.Request) -> web.Response:

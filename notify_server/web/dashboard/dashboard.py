@@ -110,9 +110,14 @@ class Dashboard:
         location = self.public_url.prefix(request) + target
         return web.Response(status=303, headers={**page_headers(), "Location": location})
 
-    def outcome(self, request: web.Request, **context: Any) -> web.Response:
-        """Render the result of an action: in place of its button, or as a page where there are no scripts."""
-        return self.render(request, "outcome.html" if is_htmx(request) else "action.html", current="", **context)
+    def outcome(
+        self, request: web.Request, *, heading: str, part: str = "outcome.html", **context: Any
+    ) -> web.Response:
+        """Render the result of an action: in place of its button, or as a page where there are no scripts. `heading` is
+        a key of the texts.
+        """
+        template = part if is_htmx(request) else "action.html"
+        return self.render(request, template, current="", part=part, heading=heading, **context)
 
     def callback(self, request: web.Request) -> Callback:
         """Describe the callback to someone who is about to register it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import CircuitState, FileState, Verdict
+from notify_server.store.outbox import DeliveryState
 from notify_server.store.reading.types import FailureGroup, FileDetail, FileItem, Found, Totals
 from notify_server.web.api.endpoints import NO_SUCH_ID
 from notify_server.web.api.handlers import MAX_GROUPS
@@ -30,6 +32,8 @@ MAX_ATTENTION = 5
 CALM_SECONDS = 60.0
 MAX_HOSTS_SHOWN = 200
 MAX_PICTURES = 60
+# Causes that a batch at risk is explained with.
+MAX_CAUSES = 4
 # Refresh interval of pages that show something unsettled.
 REFRESH_SECONDS = 3
 
@@ -59,6 +63,9 @@ async def overview(dashboard: Dashboard, request: web.Request) -> web.Response:
         incomplete=incomplete.items,
         unreachable=unreachable[:MAX_ATTENTION],
         failing=failing[:MAX_ATTENTION],
+        endpoints=[each for each in await dashboard.api.forward.endpoints() if each.state != "ok"]
+        if dashboard.api.forward.names()
+        else [],
         empty=_is_empty(totals),
         callback=dashboard.callback(request),
     )
@@ -99,6 +106,8 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         state = None if asked.state == "all" else FileState(asked.state)
     query = BatchFileQuery(state=state, cursor=asked.cursor, limit=MAX_PICTURES if pictures else 50)
     files = existing(await dashboard.api.batch_files(id, query))
+    gate, sent = await dashboard.api.forward.of_batch(id)
+    waiting = any(each.state is DeliveryState.PENDING for each in sent)
     return dashboard.render(
         request,
         "batch.html",
@@ -110,7 +119,14 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         files=files,
         shown=[file for file in files.items if _is_picture(file)] if pictures else files.items,
         askable=batch.pending + batch.unavailable + batch.blocked,
-        refresh=REFRESH_SECONDS if batch.pending and not pictures else 0,
+        gate=gate,
+        causes=Counter((each.reason, each.state) for each in gate.missing if each.reason).most_common(MAX_CAUSES)
+        if gate is not None and gate.provisional
+        else [],
+        sent=sent,
+        latest={each.endpoint: each for each in sent},
+        now=datetime.fromtimestamp(dashboard.now() / 1000, UTC),
+        refresh=REFRESH_SECONDS if (batch.pending or waiting) and not pictures else 0,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from notify_server.web.dashboard import actions, pages
+from notify_server.web.dashboard import actions, deliveries, pages
 from notify_server.web.dashboard.dashboard import View
+
+_ENDPOINT = "/ui/deliveries/{name:[A-Za-z0-9_-]{1,64}}"
 
 VIEWS = (
     View("GET", "/", pages.overview),
@@ -19,6 +21,14 @@ VIEWS = (
     View("GET", "/ui/recheck", actions.confirm_recheck),
     View("POST", "/ui/recheck", actions.recheck),
     View("POST", "/ui/rejections/{id:[0-9]{1,18}}/replay", actions.replay),
+    View("GET", "/ui/deliveries", deliveries.endpoints),
+    View("GET", "/ui/delivery/{id:[0-9]{1,18}}", deliveries.delivery),
+    View("GET", _ENDPOINT, deliveries.endpoint),
+    View("POST", f"{_ENDPOINT}/test", deliveries.test),
+    View("GET", f"{_ENDPOINT}/replay", deliveries.confirm_replay),
+    View("POST", f"{_ENDPOINT}/replay", deliveries.replay),
+    View("POST", f"{_ENDPOINT}/stop", deliveries.stop),
+    View("POST", f"{_ENDPOINT}/start", deliveries.start),
     View("GET", "/docs", pages.docs),
     View("GET", "/ui/login", actions.login_form, open=True),
     View("POST", "/ui/login", actions.login, open=True),
