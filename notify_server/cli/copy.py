@@ -47,7 +47,7 @@ def run(config_path: Path | None, source: str | None, target: str | None, *, res
     config = read_config(config_path)
     set_up_logging(LogConfig(level="warning"))
     stopped_by: list[int] = []
-    later = "the same command goes on from here" if not restart else "without --restart it goes on from here"
+    later = "the same command continues from here" if not restart else "without --restart it continues from here"
     try:
         if source is None and target is None:
             raise UsageError("name --from, --to or both: the other one is [store] url")
@@ -102,7 +102,7 @@ def _is_file(url: str) -> bool:
 async def _open(url: str, *, to_read: bool) -> Side:
     if _is_file(url):
         path = Path(url.removeprefix("sqlite:///"))
-        return SqliteSide.source(path) if to_read else SqliteSide.target(path)
+        return await (SqliteSide.source(path) if to_read else SqliteSide.target(path))
     # Its driver is loaded by those who use it.
     from notify_server.store.copying.postgres import PostgresSide
 
@@ -183,10 +183,10 @@ def _verdict(report: Report) -> Text:
     rows = sum(table.copy_rows for table in report.tables)
     if report.verified:
         done = f"Verified: {rows:,} rows in {report.seconds:,.1f} s."
-        return Text(f"{done} Set [store] url to the copy and start the server; {report.source} is as it was.", "green")
+        return Text(f"{done} Set [store] url to the copy and start the server; {report.source} is unchanged.", "green")
     different = ", ".join(table.table for table in report.tables if not table.same)
     return Text(
-        f"The copy differs in {different}, and no server will start on it: --restart begins it anew. {report.source} "
-        "is as it was.",
+        f"The copy differs in {different}, and no server will start on it: --restart starts over. {report.source} "
+        "is unchanged.",
         "bold red",
     )

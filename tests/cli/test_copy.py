@@ -152,7 +152,7 @@ async def test_a_copy_to_postgresql_that_was_stopped_is_gone_on_with(
         rest = (await process.stderr.read()).decode()
         code = await process.wait()
     if stop is not signal.SIGKILL:
-        assert (code, rest.splitlines()[-1]) == (128 + stop, "stopped: the same command goes on from here")
+        assert (code, rest.splitlines()[-1]) == (128 + stop, "stopped: the same command continues from here")
     assert await fetch(url, "SELECT count(*), max(id) FROM file") == [(5000, 5000)]
     end = await copy(path, url)
     assert end.code == 0, end
@@ -173,7 +173,7 @@ async def test_a_database_that_goes_away_is_told_in_a_line_and_its_copy_gone_on_
         assert process.stderr is not None
         (line,) = (await process.stderr.read()).decode().splitlines()
         assert await process.wait() == 1
-    assert re.fullmatch(r"notify_server: postgresql://.*: the same command goes on from here", line), line
+    assert re.fullmatch(r"notify_server: postgresql://.*: the same command continues from here", line), line
     assert (await copy(path, url)).code == 0
 
 
@@ -237,7 +237,7 @@ async def test_a_copy_that_differs_is_found_out_and_cannot_be_served(path: Path,
     assert different[0]["rows"] == different[0]["copy_rows"] == MANY
     again = await copy(path, url)
     assert again.code == 1
-    assert "The copy differs in file, and no server will start on it: --restart begins it anew." in again.stdout
+    assert "The copy differs in file, and no server will start on it: --restart starts over." in again.stdout
     assert "unfinished copy" in await refused_daemon(path.parent, url)
     anew = await copy(path, url, "--restart")
     assert (anew.code, "copying file: 0 of 12,000" in anew.stderr) == (0, True)
@@ -268,7 +268,7 @@ async def test_a_server_on_either_side_is_told_to_be_stopped(tmp_path: Path, url
     async with Daemon(tmp_path / "file") as daemon:
         line = line_of(await copy(daemon.database, url))
         assert line == (
-            f"notify_server: {daemon.database}: in use by process {daemon.pid}: stop that first, what changes meanwhile"
+            f"notify_server: {daemon.database}: in use by process {daemon.pid}: stop it first, or the copy"
             " cannot be verified"
         )
         line = line_of(await copy(await new_schema_migrated(), daemon.database))
@@ -301,7 +301,7 @@ async def test_a_copy_goes_into_what_is_empty_or_was_begun_from_the_same(path: P
     await fetch(url, "CREATE TABLE copying (source text)")
     await fetch(url, f"INSERT INTO copying VALUES ('{path}')")
     line = line_of(await copy(other, url))
-    assert line.endswith(f"is an unfinished copy of {path}: go on with --from that, or begin anew with --restart")
+    assert line.endswith(f"is an unfinished copy of {path}: continue with --from that, or start over with --restart")
     assert (await copy(other, url, "--restart")).code == 0
     assert await fetch(url, "SELECT count(*) FROM file") == [(6,)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from notify_server.store.base import Engine
 from notify_server.store.reading.types import Records
-from notify_server.store.sqlite import database, reader
+from notify_server.store.sqlite import database, read_connection
 from tests.store.backends import BACKENDS, Backend
 
 
@@ -49,5 +49,5 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for locks for next to no time. Must come before the store."""
-    for module in (database, reader):
+    for module in (database, read_connection):
         monkeypatch.setattr(module, "BUSY_TIMEOUT_MS", 20)

@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 async def up(path: Path, url: str, *, restart: bool = False) -> dict[str, Checked]:
     """Copy the file to the database."""
     async with AsyncExitStack() as stack:
-        source = SqliteSide.source(path)
+        source = await SqliteSide.source(path)
         stack.push_async_callback(source.close)
         target = await PostgresSide.target(url)
         stack.push_async_callback(target.close)
@@ -52,7 +52,7 @@ async def down(url: str, path: Path) -> dict[str, Checked]:
     async with AsyncExitStack() as stack:
         source = await PostgresSide.source(url)
         stack.push_async_callback(source.close)
-        target = SqliteSide.target(path)
+        target = await SqliteSide.target(path)
         stack.push_async_callback(target.close)
         return {table.table: table for table in await copy(source, target)}
 
@@ -126,9 +126,8 @@ async def test_what_postgresql_cannot_hold_is_replaced_and_told(path: Path, url:
 async def test_no_more_is_in_memory_than_a_chunk(path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(path)
     await up(path, url)
-    sides: list[Side] = [SqliteSide.source(path), await PostgresSide.source(url)]
-    for module in ("copying.sqlite", "copying.postgres"):
-        monkeypatch.setattr(f"notify_server.store.{module}.CHUNK_ROWS", 7)
+    sides: list[Side] = [await SqliteSide.source(path), await PostgresSide.source(url)]
+    monkeypatch.setattr(copying, "CHUNK_ROWS", 7)
     for side in sides:
         columns = await side.columns("notification")
         body = columns.index("body")
@@ -172,11 +171,11 @@ async def test_while_it_is_copied_no_server_gets_either_side(
         with pytest.raises(StoreRefusedError, match="is locked by another program"):
             await PostgresSide.target(url)
         await side.close()
-    target = SqliteSide.target(path)
+    target = await SqliteSide.target(path)
     with pytest.raises(StoreRefusedError, match="in use by another notify_server"):
         await SqliteStore.open(path)
     await target.close()
-    source = SqliteSide.source(path)
+    source = await SqliteSide.source(path)
     with pytest.raises(StoreRefusedError, match="in use by another notify_server"):
         await SqliteStore.open(path)
     await source.close()
@@ -205,7 +204,7 @@ async def test_a_row_that_the_other_engine_cannot_have_is_named_and_what_came_be
 
 async def test_a_server_that_goes_away_leaves_a_copy_that_is_gone_on_with(path: Path, url: str) -> None:
     fill(path)
-    source, target = SqliteSide.source(path), await PostgresSide.target(url)
+    source, target = await SqliteSide.source(path), await PostgresSide.target(url)
 
     def cut(step: str, table: str, done: int, total: int) -> None:
         if table == "file" and done == 0:

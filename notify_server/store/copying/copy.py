@@ -1,23 +1,24 @@
-"""A record is copied from one engine to the other, and verified, while no server has either.
+"""Copies a record from one engine to the other and verifies the copy, while no server has either open.
 
-Rows go over in the order of their keys, a chunk in a transaction, so what is there tells how far the copy has come, and
-whoever was stopped goes on from there. A table `copying` is in the copy until it has been verified: no server starts on
-one that has it (`base.UNFINISHED_COPY`).
+Rows are copied in the order of their keys, a chunk in a transaction, so the highest key of the copy is where an
+interrupted copy continues. The copy has a table `copying` until it is verified: no server starts on a record that has
+it (`store.sql.unfinished`).
 
-Both are verified by what they hold, read back to the end from each: for every table the number of rows, and the sum
-(modulo 2**128) of a BLAKE2b hash of each row. What is hashed is the row's values as MessagePack, in the order of the
-columns of the table on SQLite: integers as integers, floats as their 8 bytes, text as UTF-8, bytes as they are, each
-with its kind and length. Neither engine is asked to print a number or to sort a text, where they differ.
+Both sides are read back to the end and compared: for every table the number of rows, and the sum (modulo 2**128) of a
+BLAKE2b hash of each row. The hash is of the row's values as MessagePack, in the order of the columns of the table on
+SQLite: integers as integers, floats as their 8 bytes, text as UTF-8, bytes unchanged, each with its kind and length.
+The engines differ in how they print numbers and sort texts, so neither does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -26,82 +27,157 @@ from notify_server.errors import StoreRefusedError
 Row: TypeAlias = tuple[Any, ...]
 Key: TypeAlias = int | str
 
-# What is referred to comes first. `heartbeat`, `node` and `lease` are about servers that run.
+# Referenced tables come first. `heartbeat`, `node` and `lease` describe running servers and are not copied.
 TABLES = (
     "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
 )  # fmt: skip
-# Those whose ids are given out one after the other, and none twice.
+# Tables whose ids are given out in sequence, and never twice.
 COUNTED = ("notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt")
 _NAMED = {"nonce": "key", "endpoint": "name"}
-# Before the first of its kind.
+# Keys before the first one.
 FIRST: dict[str, Key] = {"id": -(2**63), "key": "", "name": ""}
-# At most so much is in memory, and in a transaction: rows, and bytes of their bodies.
+# The most in memory, and in a transaction: rows, and bytes of their bodies.
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
 
 Step: TypeAlias = Literal["copy", "verify"]
-# Told the step, the table, how many rows are done, and of how many.
+# Receives the step, the table, the rows done, and their total.
 Progress: TypeAlias = Callable[[Step, str, int, int], object]
 
 
 def key_of(table: str) -> str:
-    """The column that a table is copied in the order of."""
+    """Return the column by which a table is ordered."""
     return _NAMED.get(table, "id")
 
 
-class Side(Protocol):
-    """A record that no server has, and that none can get, as long as this is open."""
+class Side(ABC):
+    """A record that servers cannot open as long as this is open. Statements raise StoreUnavailableError."""
 
-    @property
-    def place(self) -> str:
-        """Where it is, without secrets. In the other's table `copying` it tells what that is a copy of."""
+    # How a statement refers to its n-th parameter; the bytes of a body; the errors that refuse a row.
+    parameter: str
+    body_bytes: str
+    refusals: tuple[type[Exception], ...]
 
+    def __init__(self, place: str) -> None:
+        # Where it is, without secrets. The other side's table `copying` names its source by this.
+        self.place = place
+
+    @abstractmethod
     async def close(self) -> None:
-        """Let servers have it again."""
+        """Let servers open it again."""
+
+    @abstractmethod
+    async def _fetch(self, query: str, *parameters: object) -> list[Row]: ...
+
+    @abstractmethod
+    async def _execute(self, statement: str, *parameters: object) -> None: ...
+
+    @abstractmethod
+    async def _tables(self) -> set[str]: ...
 
     # To read
 
+    @abstractmethod
     async def columns(self, table: str) -> list[str]:
-        """The names of a table's columns."""
+        """Return the names of a table's columns."""
 
     async def count(self, table: str) -> int:
-        """How many rows a table has."""
+        """Return the number of a table's rows."""
+        return int((await self._fetch(f"SELECT count(*) FROM {table}"))[0][0])  # noqa: S608
 
-    def chunks(self, table: str, columns: Sequence[str], after: Key) -> AsyncIterator[list[Row]]:
-        """The rows behind the key `after`, in the order of their keys, some at a time."""
+    async def chunks(self, table: str, columns: Sequence[str], after: Key) -> AsyncIterator[list[Row]]:
+        """Yield the rows behind the key `after` in the order of their keys, some at a time."""
+        key = key_of(table)
+        place = columns.index(key)
+        some = f"FROM {table} WHERE {key} > {self.parameter.format(1)} ORDER BY {key} LIMIT {self.parameter.format(2)}"
+        numbers: list[int] = []
+        while True:
+            if "body" not in columns:
+                numbers = [CHUNK_ROWS]
+            elif not numbers:
+                # The sizes first: SQLite and PostgreSQL would hand over any number of large bodies at once.
+                sizes = await self._fetch(f"SELECT {self.body_bytes} {some}", after, CHUNK_ROWS)
+                numbers = split([size for (size,) in sizes])
+            rows = await self._fetch(f"SELECT {', '.join(columns)} {some}", after, numbers.pop(0) if numbers else 1)
+            if not rows:
+                return
+            after = rows[-1][place]
+            yield rows
 
+    @abstractmethod
     async def counters(self) -> dict[str, int]:
-        """The last id that was given out, of those of `COUNTED` where one was."""
+        """Return the last id given out by each table of `COUNTED` that has given one out."""
 
     # To write
 
     async def copied_from(self) -> str | None:
-        """What this is an unfinished copy of; None when it is none."""
+        """Return the source of this unfinished copy, None if it is none."""
+        return (await self._fetch("SELECT source FROM copying"))[0][0] if "copying" in await self._tables() else None
 
     async def filled(self) -> str | None:
-        """The name of a table that has rows; None when all are empty."""
+        """Return the name of a table that has rows, None if all are empty."""
+        present = await self._tables()
+        for table in TABLES:
+            if table in present and await self._fetch(f"SELECT 1 FROM {table} LIMIT 1"):  # noqa: S608
+                return table
+        return None
 
-    async def begin(self, source: str, *, anew: bool) -> None:
-        """Make it an unfinished copy of `source`; with `anew` one that has no rows any more."""
+    async def begin(self, source: str, *, restart: bool) -> None:
+        """Mark it as an unfinished copy of `source`; with `restart`, empty it."""
+        async with self.transaction():
+            if restart:
+                await self._empty()
+            await self._execute("CREATE TABLE IF NOT EXISTS copying (source TEXT NOT NULL)")
+            await self._execute("DELETE FROM copying")
+            await self._execute(f"INSERT INTO copying (source) VALUES ({self.parameter.format(1)})", source)  # noqa: S608
+
+    @abstractmethod
+    async def _empty(self) -> None: ...
 
     async def last(self, table: str) -> Key | None:
-        """The highest key of a table, None when it is empty."""
+        """Return the highest key of a table, None if it is empty."""
+        return (await self._fetch(f"SELECT max({key_of(table)}) FROM {table}"))[0][0]  # type: ignore[no-any-return] # noqa: S608
 
+    @abstractmethod
     def transaction(self) -> AbstractAsyncContextManager[None]:
-        """What is appended inside is there in its whole, or not at all."""
+        """Commit everything appended inside, or nothing."""
 
+    @abstractmethod
     def fit(self, columns: Sequence[str], rows: list[Row], replaced: Counter[str]) -> None:
-        """Make rows what this engine can hold of them; columns with a value that was not are counted in `replaced`."""
+        """Replace values that this engine cannot store, and count them by column in `replaced`."""
 
     async def append(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
-        """Add rows. Raises StoreRefusedError when one of them is none that the table can have."""
+        """Add rows. Raises StoreRefusedError when the table refuses one of them."""
+        try:
+            await self._insert(table, columns, rows)
+        except self.refusals as error:
+            place = columns.index(key_of(table))
+            raise StoreRefusedError(
+                f"{self.place}: cannot have a row of {table} between {rows[0][place]} and {rows[-1][place]} ({error})"
+            ) from error
 
+    @abstractmethod
+    async def _insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None: ...
+
+    @abstractmethod
     async def finish(self, counters: dict[str, int]) -> None:
-        """Give out no id again that has been given out before, and make it a record like any other."""
+        """Reserve the ids that the source has given out, and unmark the copy: from now on it is an ordinary record."""
+
+
+def split(sizes: Sequence[int]) -> list[int]:
+    """Return how many rows with bodies of these sizes make up each chunk, one row at least."""
+    numbers: list[int] = []
+    rows = total = 0
+    for size in sizes:
+        rows, total = rows + 1, total + size
+        if total > CHUNK_BYTES:
+            numbers.append(rows)
+            rows = total = 0
+    return [*numbers, rows] if rows else numbers
 
 
 class Digest:
-    """What a table holds, in two numbers that do not depend on the order of its rows."""
+    """Sums up a table in two numbers that do not depend on the order of its rows."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -152,10 +228,10 @@ async def copy(
             f"{target.place}: is not empty (there are rows in {table}): copy into a new file or an empty database"
         )
     if begun is None or restart:
-        await target.begin(source.place, anew=begun is not None)
+        await target.begin(source.place, restart=begun is not None)
     elif begun != source.place:
         raise StoreRefusedError(
-            f"{target.place}: is an unfinished copy of {begun}: go on with --from that, or begin anew with --restart"
+            f"{target.place}: is an unfinished copy of {begun}: continue with --from that, or start over with --restart"
         )
     columns = {table: await source.columns(table) for table in TABLES}
     for table in TABLES:
