@@ -26,7 +26,7 @@ demo: $(STAMP) ## Play the platform against a daemon of its own, and show what i
 
 test: $(STAMP_DEV) lint ## Set everything up and run the tests
 	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql pgbouncer nginx systemd
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP_DEV) ## Check format, style and types
 	@$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ lint: $(STAMP_DEV) ## Check format, style and types
 	@$(BIN)/codespell
 
 check: lint ## Check style, logic, pages and the store on SQLite, within two minutes
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile tests/unit tests/web tests/store -m "not postgres" -k "not postgres"
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/unit tests/web tests/store -m "not postgres" -k "not postgres"
 
 lock: $(STAMP_DEV) ## Renew the lock files that everything is installed from
 	@$(PIP) uv

@@ -41,7 +41,7 @@ async def test_large_bodies_that_are_refused_do_not_stay_in_memory(tmp_path: Pat
 async def test_refused_requests_that_are_pipelined_do_not_pile_up(tmp_path: Path) -> None:
     """Row 117."""
     request = b"POST /notify HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
-    number = 2 * MEBIBYTE // len(request)
+    number = MEBIBYTE // 2 // len(request)
     async with Daemon(tmp_path, {"auth": {"callback_token": "a-token-for-the-test"}}) as daemon:
 
         async def flood() -> int:

@@ -50,6 +50,7 @@ async def test_moved_database_refuses_callbacks_until_it_is_back(tmp_path: Path)
         assert "was deleted or moved" in line["error"]
         elsewhere.rename(daemon.database)
         await ready_again(daemon)
+        await daemon.line("the record is back")
         assert daemon.count("the record is back") == 1
         await daemon.deliver("after", [])
         assert daemon.value("SELECT count(*) FROM notification WHERE batch_id IN ('before', 'after')") == 2

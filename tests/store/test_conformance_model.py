@@ -294,7 +294,7 @@ def run(new_backend: Callable[[], Backend]) -> None:
         Machine,
         settings=settings(
             # A keeper is the store of SQLite in a process that has to be started for each of them.
-            max_examples=5 if isinstance(new_backend(), KeptBackend) else 25,
+            max_examples=3 if isinstance(new_backend(), KeptBackend) else 10,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

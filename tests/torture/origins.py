@@ -44,7 +44,7 @@ STRAY_FILES = 10
 STRAY_CONNECTIONS = 4
 # Kinds at once. All of them together would be a test of this process, which plays every origin.
 KINDS = 12
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 CONNECT_TIMEOUT = 1.0
 SLACK = 0.5
 PATIENCE = 120.0

@@ -346,7 +346,7 @@ async def test_who_does_not_read_its_answers_is_not_read_from_and_gets_them_all(
     # Few answers fit on the way.
     stubborn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader, writer = await asyncio.open_connection(sock=stubborn, limit=1024)
-    number = 3000
+    number = 1000
     data = request(json.dumps({"batch_id": "pipelined", "api_code": "c", "file_list": []}).encode(), JSON)
     before = daemon.count("notification")
 
