@@ -213,7 +213,9 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
     }
     # Strangers learn no versions.
     metrics.build_info(**versions if config.auth.admin_token is not None else {})
-    listener = ExpansionListener(_add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain)
+    listener = ExpansionListener(
+        _add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain, metrics.reported_failed.add_plain
+    )
     tasks = [
         start_task(prune_record(app[LIVE], store, metrics, now), "prune the record"),
         start_task(survey_record(app[RECORDS], metrics), "survey the record"),

@@ -86,6 +86,9 @@ class Expander:
             self._listener.on_files(hosts)
         if verdicts:
             self._listener.on_verdicts(verdicts)
+        failed = sum(file.state is FileState.UPLOAD_FAILED for expansion in group for file in expansion.files)
+        if failed:
+            self._listener.on_reported_failed(failed)
 
     def _read(self, item: InboxItem) -> Notification:
         envelope = open_envelope(item.body)

@@ -1,4 +1,4 @@
-"""What Prometheus is told of forwarding."""
+"""Counts attempts at deliveries, and deliveries that wait, for Prometheus."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from notify_server.errors import StoreUnavailableError
 from notify_server.forward.outcome import Attempt
 from notify_server.store.outbox import Outgoing
+
+# The times at which series began would double their number.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 log = structlog.get_logger("notify_server.forward")
 
@@ -20,7 +23,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 300.0, 
 
 
 class Waiting(Protocol):
-    """The deliveries of an endpoint that wait."""
+    """The deliveries of an endpoint that wait, and its health."""
 
     @property
     def name(self) -> str: ...
@@ -28,6 +31,10 @@ class Waiting(Protocol):
     def pending(self) -> int: ...
     @property
     def oldest_at(self) -> int | None: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def stopped_at(self) -> int | None: ...
 
 
 class ForwardMetrics:
@@ -55,12 +62,23 @@ class ForwardMetrics:
             ["endpoint"],
             registry=registry,
         )
+        self._failures = Gauge(
+            "notify_server_forward_failures", "Attempts that failed in a row.", ["endpoint"], registry=registry
+        )
+        self._stopped = Gauge(
+            "notify_server_forward_stopped",
+            "1 while the endpoint is stopped until a person starts it.",
+            ["endpoint"],
+            registry=registry,
+        )
         for endpoint in endpoints:
             for outcome in ("delivered", "failed", "throttled"):
                 self._attempts.labels(endpoint, outcome)
             self._seconds.labels(endpoint)
             self._pending.labels(endpoint)
             self._oldest.labels(endpoint)
+            self._failures.labels(endpoint)
+            self._stopped.labels(endpoint)
 
     def on_attempt(self, endpoint: str, delivery: Outgoing, attempt: Attempt) -> None:
         """Count an attempt."""
@@ -75,6 +93,8 @@ class ForwardMetrics:
             self._pending.labels(each.name).set(each.pending)
             age = 0 if each.oldest_at is None else max(0, self._now() - each.oldest_at)
             self._oldest.labels(each.name).set(age / 1000)
+            self._failures.labels(each.name).set(each.failures)
+            self._stopped.labels(each.name).set(each.stopped_at is not None)
 
     async def survey(self, read: Callable[[], Awaitable[Iterable[Waiting]]]) -> None:
         """Refresh the gauges until cancelled; `read` is a coroutine function that returns what waits."""

@@ -149,7 +149,9 @@ class Keeper:
         if self._expanding is None:
             config = self._config
             guard = Guard(config.allowed_hosts, config.allowed_networks, config.allowed_ports)
-            listener = ExpansionListener(self._on_files, self._on_verdicts, self._on_unknown_fields)
+            listener = ExpansionListener(
+                self._on_files, self._on_verdicts, self._on_unknown_fields, self._on_reported_failed
+            )
             expander = Expander(self._store, guard, lambda: self._now, listener)
             self._expanding = start_task(expander.run(), "expand the inbox", on_failure=_exit)
 
@@ -161,6 +163,9 @@ class Keeper:
 
     def _on_unknown_fields(self, count: int) -> None:
         self._send(Expanded(self._store.backlog, unknown_fields=count))
+
+    def _on_reported_failed(self, count: int) -> None:
+        self._send(Expanded(self._store.backlog, reported_failed=count))
 
     def _log(self, logger: object, level: str, event: MutableMapping[str, Any]) -> str:
         fields = {name: value if isinstance(value, int | float) else str(value) for name, value in event.items()}

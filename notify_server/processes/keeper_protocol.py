@@ -82,6 +82,7 @@ class Expanded(msgspec.Struct, frozen=True, array_like=True, tag="expanded"):
     hosts: set[str] = set()
     verdicts: list[BatchVerdict] = []
     unknown_fields: int = 0
+    reported_failed: int = 0
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):

@@ -75,13 +75,14 @@ class Nodes(msgspec.Struct, frozen=True):
 
 
 class ExpansionListener(msgspec.Struct, frozen=True):
-    """The callbacks of an expansion: hosts that have new files, verdicts of batches that settle at once, and the number
-    of fields that the contract does not know.
+    """The callbacks of an expansion: hosts that have new files, verdicts of batches that settle at once, the number of
+    fields that the contract does not know, and of files reported as FAILED.
     """
 
     on_files: Callable[[set[str]], object]
     on_verdicts: Callable[[Sequence[BatchVerdict]], object]
     on_unknown_fields: Callable[[int], object]
+    on_reported_failed: Callable[[int], object]
 
 
 class FileQueue(Protocol):

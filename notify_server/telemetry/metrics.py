@@ -48,6 +48,9 @@ class Metrics:
         self.unknown_fields = self._counts(
             "notify_server_unknown_fields", "Fields in notifications that the contract does not know.", ""
         )
+        self.reported_failed = self._counts(
+            "notify_server_files_reported_failed", "Files that notifications report as FAILED, at each delivery.", ""
+        )
         self.verdicts = self._counts(
             "notify_server_verdicts", "Verdicts reached; a batch that is checked again reaches another.",
             "verdict", *SETTLED_VERDICTS,

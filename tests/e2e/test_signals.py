@@ -318,6 +318,7 @@ async def test_every_metric_and_label_that_the_dashboard_and_the_alerts_name_is_
     tmp_path: Path, certificate: tuple[trustme.CA, dict[str, Any]]
 ) -> None:
     authority, config = certificate
+    config = config | {"forward": [{"name": "listings", "url": "http://127.0.0.1:9/hook"}]}
     async with Origin() as origin, Daemon(tmp_path / "plain") as daemon, Daemon(tmp_path / "tls", config) as other:
         await busy(daemon, origin)
         _, text = await get(daemon, "/metrics")
@@ -356,7 +357,7 @@ def test_the_dashboard_can_be_imported_anywhere() -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]
-    wanted = ["Callbacks", "Latency", "Backlog", "Verification", "Hosts", "Storage", "Process"]
+    wanted = ["Callbacks", "Latency", "Backlog", "Verification", "Hosts", "Forwarding", "Storage", "Process"]
     assert rows == ["At a glance", *wanted]
     taken: set[tuple[int, int]] = set()
     for panel in panels:

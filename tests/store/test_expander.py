@@ -30,7 +30,7 @@ async def expand_all(store: Engine, backend: Backend) -> list[BatchVerdict]:
     def on_verdicts(reached: Sequence[BatchVerdict]) -> None:
         verdicts.extend(reached)
 
-    told = ExpansionListener(lambda hosts: None, on_verdicts, lambda count: None)
+    told = ExpansionListener(lambda hosts: None, on_verdicts, lambda count: None, lambda count: None)
     task = asyncio.create_task(backend.expand_inbox(Guard([], [], [80, 443]), told))
     async with asyncio.timeout(20):
         while await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") != [(0,)]:

@@ -167,12 +167,15 @@ async def test_the_metrics_count_acks_and_refusals_by_their_code(start: Start) -
 
 async def test_the_metrics_count_unknown_fields_and_verdicts(start: Start) -> None:
     daemon = await start()
-    body = daemon.notification(daemon.entry(size=1, etag="x"), daemon.entry(size=2), extra={"not": "counted"}, more=1)
+    failed = daemon.entry(target_url=None, status="FAILED", size=2)
+    body = daemon.notification(daemon.entry(size=1, etag="x"), failed, extra={"not": "counted"}, more=1)
+    assert (await measures(daemon))["notify_server_files_reported_failed_total"] == 0
     (await daemon.post(body)).accepted()
     await daemon.settled(body["batch_id"])
     await daemon.serves()
     after = await measures(daemon)
     assert after["notify_server_unknown_fields_total"] == 5
+    assert after["notify_server_files_reported_failed_total"] == 1
     assert after["notify_server_verdicts_total verdict=incomplete"] == 2
     assert after["notify_server_backlog_files"] == 0
     assert after["notify_server_in_flight_files"] == 0

@@ -73,11 +73,11 @@ FROM (SELECT started_at, status, error, total_ms FROM forward_attempt WHERE forw
 
 -- name: waiting
 SELECT json_agg(
-    json_build_object('name', name, 'pending', pending, 'oldest_at', oldest_at)
+    json_build_object('name', name, 'pending', pending, 'oldest_at', oldest_at, 'failures', failures, 'stopped_at', stopped_at)
 )
 FROM (
     SELECT
-        name,
+        name, failures, stopped_at,
         (SELECT count(*) FROM forward WHERE forward.endpoint = endpoint.name AND state = 'pending') AS pending,
         (
             SELECT event.occurred_at FROM event

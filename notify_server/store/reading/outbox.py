@@ -61,11 +61,15 @@ class DeliveryRow(Struct, frozen=True):
 
 
 class WaitingRow(Struct, frozen=True):
-    """The deliveries of an endpoint that wait. `oldest_at` (Unix ms) is the time of their oldest event."""
+    """An endpoint's waiting deliveries and its health: `oldest_at` is the time of their oldest event, `failures` counts
+    those in a row. Times are Unix ms.
+    """
 
     name: str
     pending: int
     oldest_at: int | None
+    failures: int
+    stopped_at: int | None
 
 
 class BatchGate(Struct, frozen=True):

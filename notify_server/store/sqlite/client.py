@@ -167,7 +167,7 @@ class SqliteClient:
                     future.set_exception(failure.error())
                 else:
                     future.set_result(self._decoders[verb](answer))
-            case Expanded(backlog, hosts, verdicts, unknown_fields):
+            case Expanded(backlog, hosts, verdicts, unknown_fields, reported_failed):
                 self._backlog = backlog
                 if self._listener is not None:
                     if hosts:
@@ -176,6 +176,8 @@ class SqliteClient:
                         self._listener.on_verdicts(verdicts)
                     if unknown_fields:
                         self._listener.on_unknown_fields(unknown_fields)
+                    if reported_failed:
+                        self._listener.on_reported_failed(reported_failed)
             case Logged(level, event, fields):
                 log.log(logging.getLevelNamesMapping()[level.upper()], event, **fields)
 
