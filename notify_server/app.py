@@ -33,6 +33,7 @@ from notify_server.operations import Actions
 from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.reloading import Live
 from notify_server.store.base import Engine, ExpansionListener, Store
+from notify_server.store.reading.outbox import WaitingRow
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
@@ -178,6 +179,11 @@ async def _forwarding(app: web.Application) -> AsyncIterator[None]:
         pool = app.get(POOL)
         return pool is not None and pool.cut_off
 
+    async def read_waiting() -> list[WaitingRow]:
+        waiting = await app[RECORDS].outbox.waiting()
+        sender.compare(row.name for row in waiting)
+        return waiting
+
     tasks = [
         start_task(
             watch_at_risk(app[STORE].outbox, config.verify, config.alert.at_risk_after, now, is_cut_off, on_news),
@@ -185,7 +191,7 @@ async def _forwarding(app: web.Application) -> AsyncIterator[None]:
         )
     ]
     if config.forward:
-        tasks.append(start_task(metrics.survey(app[RECORDS].outbox.waiting), "survey deliveries"))
+        tasks.append(start_task(metrics.survey(read_waiting), "survey deliveries"))
     yield
     await stop_tasks(*tasks)
     await sender.stop(app[GRACE].left() * FORWARD_SHARE)

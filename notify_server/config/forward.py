@@ -33,6 +33,13 @@ MAX_SECRET_BYTES = 64
 BOTS = ("dingtalk", "wecom", "feishu")
 # Robots that refuse a message without one of their own safeguards.
 _BOT_SECRETS = ("dingtalk", "feishu")
+# The vendors' hosts: whose robots they are, and the parameter that has the robot's token.
+_ROBOT_HOSTS = {
+    "oapi.dingtalk.com": ("dingtalk", "access_token"),
+    "qyapi.weixin.qq.com": ("wecom", "key"),
+    "open.feishu.cn": ("feishu", None),
+    "open.larksuite.com": ("feishu", None),
+}
 
 
 def webhook_secret(value: object) -> SecretStr:
@@ -246,4 +253,17 @@ def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...])
             lines.append(
                 f"forward[{number}].secret: none, and no keyword: the {each.bot} robot must allow this address"
             )
+        if isinstance(each, BotEndpoint):
+            lines += _robot_warnings(number, each)
     return lines
+
+
+def _robot_warnings(number: int, endpoint: BotEndpoint) -> list[str]:
+    """Return what is wrong with the address of a robot at its vendor; nothing is known of other addresses (relays)."""
+    url = URL(endpoint.url.get_secret_value())
+    bot, token = _ROBOT_HOSTS.get(url.host or "", (endpoint.bot, None))
+    if bot != endpoint.bot:
+        return [f'forward[{number}].bot: is {endpoint.bot}, but {url.host} is the address of {bot}: set bot = "{bot}"']
+    if token is not None and not url.query.get(token):
+        return [f"forward[{number}].url: has no {token}: copy the whole address that the robot's settings show"]
+    return []

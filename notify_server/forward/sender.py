@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import structlog
@@ -60,6 +60,7 @@ class Sender:
         self._queues: dict[str, EndpointQueue | BotQueue] = {}
         self._tests: dict[int, asyncio.Future[Attempt]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._different: set[str] = set()
 
     async def start(self) -> None:
         """Subscribe the endpoints, and send what is due from now on."""
@@ -98,6 +99,18 @@ class Sender:
             now=self._now,
             place=endpoint.place,
         )
+
+    def compare(self, present: Iterable[str]) -> None:
+        """Log a warning when the store has other endpoints than this process: another node with another configuration
+        has started since, and the one that started last decides which endpoints get events.
+        """
+        different = self.endpoints.keys() ^ set(present)
+        if different - self._different:
+            log.warning(
+                "the nodes have different [[forward]] tables, give all of them the same",
+                endpoints=", ".join(sorted(different)),
+            )
+        self._different = set(different)
 
     def wake(self) -> None:
         """Look for due deliveries now: something has been committed."""

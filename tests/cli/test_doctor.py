@@ -8,9 +8,12 @@ import datetime
 import json
 import os
 import sqlite3
+import ssl
 import stat
 from collections.abc import Iterable, Mapping
+from email.utils import formatdate
 from pathlib import Path
+from time import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -64,11 +67,11 @@ def sort(found: Iterable[Finding]) -> dict[str, list[Finding]]:
     return findings
 
 
-def configure(folder: Path, **sections: Mapping[str, object]) -> Path:
+def configure(folder: Path, **sections: Any) -> Path:
     """A configuration in `folder`, on any port unless one is given; the database's path."""
-    base: dict[str, dict[str, Any]] = {"server": {"port": 0}, "store": {"url": f"sqlite:///{folder}/notify.db"}}
+    base: dict[str, Any] = {"server": {"port": 0}, "store": {"url": f"sqlite:///{folder}/notify.db"}}
     for section, keys in sections.items():
-        base[section] = base.get(section, {}) | dict(keys)
+        base[section] = base.get(section, {}) | dict(keys) if isinstance(keys, Mapping) else keys
     (folder / "config.toml").write_text(to_toml(base))
     return folder / "notify.db"
 
@@ -349,3 +352,56 @@ async def test_on_a_terminal_each_check_has_a_line_and_what_mends_it_another(tmp
     assert "warning" in lines[at]
     assert '-> set [auth] callback_token, callback_networks, or signature = "required"' in lines[at + 1]
     assert "0 problems, " in lines[-1]
+
+
+# Forwarding
+
+
+async def test_endpoints_are_checked_for_name_address_tls_and_clock(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(server)
+    script = tmp_path / "on-verdict"
+    script.touch(0o755)
+
+    def date(seconds: float) -> Answer:
+        return Answer(headers={"Date": formatdate(time() + seconds, usegmt=True)})
+
+    async with Origin(tls=server) as secure, Origin() as plain, Origin() as slow, Origin() as wrong:
+        secure.default, plain.default = date(0), Answer()
+        slow.default, wrong.default = date(-120), date(3600)
+        common = {"allowed_networks": ["127.0.0.0/8"]}
+        configure(tmp_path, forward=[
+            {"name": "trusted", "url": secure.url("/hook?token=hush-hush"), "ca_file": f"{tmp_path}/ca.pem"} | common,
+            {"name": "untrusted", "url": secure.url("/hook")} | common,
+            {"name": "plain", "url": plain.url("/hook")} | common,
+            {"name": "slow", "url": slow.url("/hook")} | common,
+            {"name": "wrong", "url": wrong.url("/hook")} | common,
+            {"name": "private", "url": plain.url("/hook")},
+            {"name": "closed", "url": f"http://127.0.0.1:{free_port()}/hook"} | common,
+            {"name": "unknown", "url": "http://no-such-host.invalid/hook"},
+            {"name": "script", "command": [str(script)]},
+            {"name": "no-script", "command": ["/no/such/program"]},
+        ])  # fmt: skip
+        findings = {each.text.partition(":")[0]: each for each in (await examine(tmp_path)).findings["forward"]}
+        assert [len(each.hits) for each in (secure, plain, slow, wrong)] == [1, 1, 1, 1]
+        assert {hit.method for hit in secure.hits + plain.hits} == {"HEAD"}
+    assert not any("hush-hush" in str(finding) for finding in findings.values())
+    assert {name: finding.level for name, finding in findings.items()} == {
+        "trusted": Level.OK, "untrusted": Level.PROBLEM, "plain": Level.OK, "slow": Level.WARNING,
+        "wrong": Level.PROBLEM, "private": Level.PROBLEM, "closed": Level.PROBLEM, "unknown": Level.PROBLEM,
+        "script": Level.OK, "no-script": Level.PROBLEM,
+    }  # fmt: skip
+    for name, words in (
+        ("trusted", "TLSv1.3); its clock agrees"),
+        ("untrusted", "is not trusted"),
+        ("plain", "no TLS"),
+        ("slow", "ahead of its clock"),
+        ("wrong", "behind its clock"),
+        ("private", "is 127.0.0.1, which is not public and never contacted"),
+        ("closed", "cannot be reached"),
+        ("unknown", "does not resolve"),
+    ):
+        assert words in findings[name].text, findings[name]
+    assert findings["private"].mend == "if it is yours, set [[forward]] private allowed_networks"

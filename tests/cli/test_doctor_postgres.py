@@ -80,6 +80,11 @@ async def test_beside_a_server_it_names_it_and_what_waits(tmp_path: Path, url: s
         assert f":{daemon.pid} (lease ends in " in seen.worst("servers").text
         assert seen.worst("backlog").text.startswith("7 files wait")
         assert seen.worst("connections").level is Level.OK
+        assert "endpoints" not in seen.findings
+        configure(tmp_path, store={"url": url}, forward=[{"name": "listings", "command": ["/bin/true"]}])
+        different = (await examine(tmp_path)).worst("endpoints")
+        assert different.level is Level.WARNING
+        assert "different [[forward]] tables (only here: listings)" in different.text
 
 
 async def test_a_server_has_no_more_connections_than_is_told(tmp_path: Path, poor: PostgresServer) -> None:

@@ -142,3 +142,19 @@ def test_unsigned_endpoint_is_warned_about(tmp_path: Path) -> None:
     config = load(tmp_path, "", NOTIFY_SERVER__FORWARD=json.dumps([URL, URL | {"name": "s", "secrets": [SECRET]}, BOT]))
     found = warnings(config.forward)
     assert [line.partition(":")[0] for line in found] == ["forward[0].secrets", "forward[2].secret"]
+
+
+@pytest.mark.parametrize(
+    ("bot", "url", "found"),
+    [
+        ("dingtalk", "https://oapi.dingtalk.com/robot/send?access_token=t", []),
+        ("dingtalk", "https://relay.internal/robot", []),
+        ("feishu", "https://open.larksuite.com/open-apis/bot/v2/hook/t", []),
+        ("wecom", "https://qyapi.weixin.qq.com/cgi-bin/webhook/send", ["forward[0].url: has no key"]),
+        ("dingtalk", "https://oapi.dingtalk.com/robot/send?access_token=", ["forward[0].url: has no access_token"]),
+        ("feishu", "https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key=k", ["forward[0].bot: is feishu"]),
+    ],
+)
+def test_address_of_a_robot_that_cannot_work_is_warned_about(bot: str, url: str, found: list[str]) -> None:
+    config = Config(forward=[{"name": "a", "bot": bot, "url": url, "keyword": "files"}])  # type: ignore[arg-type]
+    assert [line.partition(",")[0].partition(": copy")[0] for line in warnings(config.forward)] == found

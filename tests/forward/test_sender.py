@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from standardwebhooks import Webhook
+from structlog.testing import capture_logs
 
 from notify_server.forward.sender import Sender
 from notify_server.store.sqlite.store import SqliteStore
@@ -297,3 +298,11 @@ async def test_without_endpoints_nothing_runs(send: Send, store: SqliteStore) ->
     assert asyncio.all_tasks() == before
     sender.wake()
     await sender.stop(0.0)
+
+
+async def test_other_endpoints_in_the_store_are_logged_once(send: Send, receiver: Receiver) -> None:
+    sender = await send(endpoint(receiver, "a"), endpoint(receiver, "b"))
+    with capture_logs() as logs:
+        for present in (["a", "b"], ["a", "c"], ["a", "c"], ["a", "b"], ["a"]):
+            sender.compare(present)
+    assert [(line["log_level"], line["endpoints"]) for line in logs] == [("warning", "b, c"), ("warning", "b")]

@@ -97,7 +97,9 @@ def check_secrets(subject: Subject) -> Iterator[Finding]:
     if subject.file is not None:
         written = tomllib.loads(subject.file.read_bytes().decode("utf-8-sig"))
         keys = written.get("auth", {}).keys() & {name for name, value in auth if isinstance(value, SecretStr)}
-        if keys or _has_password(written.get("store", {}).get("url", "")):
+        # Addresses of receivers may hold a token.
+        addressed = any("url" in table for table in written.get("forward", ()))
+        if keys or addressed or _has_password(written.get("store", {}).get("url", "")):
             secret.append(subject.file)
     open_to_all = [path for path in secret if path.stat().st_mode & stat.S_IROTH]
     for path in open_to_all:

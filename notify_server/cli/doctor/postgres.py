@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 from notify_server.cli.doctor.findings import (
@@ -75,13 +75,14 @@ def check_database(subject: Subject) -> Iterator[Finding]:
     """Yield the findings about the database."""
     url = subject.config.store.url
     try:
-        yield from asyncio.run(refuse_on_error(url, _look(url, subject.config.verify.backlog_limit)))
+        endpoints = {each.name for each in subject.config.forward}
+        yield from asyncio.run(refuse_on_error(url, _look(url, subject.config.verify.backlog_limit, endpoints)))
     except StoreRefusedError as error:
         text, _, remedy = str(error).rpartition(": ")
         yield problem("database", text, remedy)
 
 
-async def _look(url: str, backlog_limit: int) -> list[Finding]:
+async def _look(url: str, backlog_limit: int, endpoints: Set[str]) -> list[Finding]:
     place = without_secrets(url)
     began = time.monotonic()
     with translate_errors(place):
@@ -98,7 +99,7 @@ async def _look(url: str, backlog_limit: int) -> list[Finding]:
                 ok("pooler", "a connection pooler, in session mode" if pooled else "none, connections are direct"),
                 _encoding(about),
                 *_durability(about),
-                *await _record(connection, place, backlog_limit),
+                *await _record(connection, place, backlog_limit, endpoints),
             ]
         finally:
             await close(connection)
@@ -140,7 +141,7 @@ def _durability(about: _About) -> Iterator[Finding]:
         yield ok("durability", "fsync, full_page_writes and synchronous_commit are on")
 
 
-async def _record(connection: Connection, place: str, backlog_limit: int) -> list[Finding]:
+async def _record(connection: Connection, place: str, backlog_limit: int, endpoints: Set[str]) -> list[Finding]:
     sql, known = load_queries("postgres"), len(load_migrations("postgres"))
     version = await schema_version(connection)
     found: list[Finding] = []
@@ -161,7 +162,23 @@ async def _record(connection: Connection, place: str, backlog_limit: int) -> lis
     if version == known:
         backlog = int(await connection.fetchval(sql["backlog"]))
         found.append(backlog_finding(backlog, backlog_limit))
+        present = {name for (name,) in await connection.fetch("SELECT name FROM endpoint")}
+        if servers and endpoints and present != endpoints:
+            found.append(_different_endpoints(present, endpoints))
     return found
+
+
+def _different_endpoints(present: Set[str], configured: Set[str]) -> Finding:
+    parts = [
+        f"{place} {', '.join(sorted(names))}"
+        for place, names in (("only here:", configured - present), ("only on other servers:", present - configured))
+        if names
+    ]
+    return warning(
+        "endpoints",
+        f"the servers of this database have different [[forward]] tables ({'; '.join(parts)})",
+        "give all of them the same: the one that started last decides which endpoints get events",
+    )
 
 
 def _connections(limit: int, servers: int) -> Finding:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, config_file, output, printable
-from notify_server.cli.doctor import endpoint, probing, programs, record
+from notify_server.cli.doctor import endpoint, forwarding, probing, programs, record
 from notify_server.cli.doctor.findings import Check, Finding, Level, Subject
 from notify_server.config import load_config
 from notify_server.errors import ConfigError
@@ -86,7 +86,7 @@ def _configured_checks(subject: Subject) -> dict[str, Check]:
             "daemon": record.check_daemon,
             "database": record.check_database,
         }
-    return {name: partial(check, subject) for name, check in checks.items()}
+    return {name: partial(check, subject) for name, check in checks.items()} | forwarding.endpoint_checks(subject)
 
 
 def _count(findings: Iterable[Finding], level: Level) -> int:

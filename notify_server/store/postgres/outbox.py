@@ -196,6 +196,7 @@ class PostgresOutbox:
 
         async def write(connection: Connection) -> None:
             kept = {subscription.name for subscription in subscriptions}
+            # A node that runs with other endpoints sees the difference too (forward.sender).
             for present in await read_subscriptions(connection):
                 if present.name not in kept:
                     await connection.execute(SQL["endpoint_remove"], present.name)
