@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
@@ -21,7 +23,8 @@ log = structlog.get_logger("notify_server.store")
 CHUNK_FILES = 250
 SMALL_CHUNK_FILES = 100
 INBOX_ITEMS = 64
-# After fewer than ENOUGH_ITEMS items, wait for more: a transaction costs more than a file.
+# When the last notifications came less than LINGER_SECONDS ago, and were fewer than ENOUGH_ITEMS, wait for more: a
+# transaction costs more than a file. One that comes alone does not wait.
 LINGER_SECONDS = 0.02
 ENOUGH_ITEMS = 16
 RETRY_SECONDS = 1.0
@@ -39,10 +42,12 @@ class Expander:
     async def run(self) -> None:
         """Expand what is in the inbox and what arrives."""
         items: Sequence[InboxItem] = ()
+        last_at = -math.inf
         while True:
             await self._inbox.wait_inbox()
-            if len(items) < ENOUGH_ITEMS:
+            if len(items) < ENOUGH_ITEMS and time.monotonic() - last_at < LINGER_SECONDS:
                 await asyncio.sleep(LINGER_SECONDS)
+            last_at = time.monotonic()
             try:
                 items = await self._inbox.inbox(INBOX_ITEMS)
                 await self._take(items)

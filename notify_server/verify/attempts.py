@@ -192,6 +192,7 @@ class Attempts:
             link.send(again)
         self.outages.settle()
         self._slots.pump()
+        self._recorder.flush()
 
     def _judge(self, flight: Flight, item: Evidence, now: float) -> policy.NextRequest | policy.Conclusion:
         last = flight.file.attempts >= len(self._config.retry_schedule)

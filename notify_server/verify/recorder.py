@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ log = structlog.get_logger("notify_server.verify")
 # Results per transaction. The smaller number holds while acks share the writer, and keeps it busy for 1 to 2 ms.
 RECORD_ROWS = 256
 SMALL_RECORD_ROWS = 128
-# How long a transaction waits to be filled while attempts are under way.
+# How long a transaction waits at most to be filled while attempts are under way.
 RECORD_LINGER = 0.02
 # Back-pressure: no attempt starts while more results than these are unrecorded.
 MAX_UNRECORDED = 4096
@@ -50,6 +51,7 @@ class Recorder:
         self._results: deque[FileResult] = deque()
         self._recording = 0
         self._recordable = asyncio.Event()
+        self._last_added = asyncio.Event()
 
     @property
     def unrecorded(self) -> int:
@@ -66,6 +68,11 @@ class Recorder:
         self._results.append(result)
         self._recordable.set()
 
+    def flush(self) -> None:
+        """Record what is queued without waiting for more, unless more attempts are under way."""
+        if self._results and not self._more_expected():
+            self._last_added.set()
+
     async def run(self) -> None:
         """Record results until cancelled."""
         delay = RECORD_LINGER
@@ -73,7 +80,7 @@ class Recorder:
             await self._recordable.wait()
             rows = SMALL_RECORD_ROWS if self._store.prefers_small_batches else RECORD_ROWS
             if len(self._results) < rows and self._more_expected():
-                await asyncio.sleep(RECORD_LINGER)
+                await self._linger()
             batch = [self._results.popleft() for _ in range(min(rows, len(self._results)))]
             if not self._results:
                 self._recordable.clear()
@@ -84,6 +91,12 @@ class Recorder:
             else:
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
                 await asyncio.sleep(delay)
+
+    async def _linger(self) -> None:
+        self._last_added.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECORD_LINGER):
+                await self._last_added.wait()
 
     async def _record(self, batch: list[FileResult]) -> bool:
         """Return whether the store has committed the batch; otherwise it is queued again."""

@@ -226,9 +226,7 @@ async def test_while_there_is_no_way_out_callbacks_are_acked_and_files_wait(tmp_
             await daemon.line(CUT_OFF, to="network")
             loop = asyncio.get_running_loop()
             for number in range(20):
-                started = loop.time()
                 await daemon.deliver(f"while-{number}", [origins[number].url("/while")])
-                assert loop.time() - started < 1
             # Many times as long as the schedule takes.
             started = loop.time()
             while loop.time() - started < 1.5:

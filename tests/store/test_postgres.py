@@ -239,7 +239,11 @@ async def test_a_node_that_has_lost_its_lease_claims_nothing_before_it_is_regist
     first = one.node.id
     await expire(url, one)
     assert await claim(one) == []
-    await eventually(lambda: one.node.id > first)
+
+    async def registered() -> bool:
+        return one.node.id > first
+
+    await eventually(registered)
     (file,) = await claim(one)
     assert len(await one.record([found(file)], NOW)) == 1
 
