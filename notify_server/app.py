@@ -32,6 +32,7 @@ from notify_server.model import BatchVerdict, FileResult
 from notify_server.operations import Actions
 from notify_server.processes.prober_client import ProberLink, prober_config
 from notify_server.reloading import Live
+from notify_server.store.admin_token import make_token
 from notify_server.store.base import Engine, ExpansionListener, Store
 from notify_server.store.reading.outbox import WaitingRow
 from notify_server.store.reading.types import Records
@@ -111,7 +112,6 @@ def make_app(
     app[DRAINING] = asyncio.Event()
     app[GRACE] = Grace(config.server.shutdown_grace)
     app[STREAM] = Stream()
-    app[ADMIN] = Admin(config, clocks.now)
     app[RATES] = HostRates()
     verify = config.verify
     app[GUARD] = Guard(
@@ -150,6 +150,8 @@ async def _record(app: web.Application) -> AsyncIterator[None]:
     if not config.store.is_postgres:
         metrics.watch_files(config.store.path)
     app[RECORDS] = await _open_records(config)
+    own_token = await make_token(config.store) if config.auth.admin_token is None else None
+    app[ADMIN] = Admin(config, app[CLOCKS].now, own_token)
     yield
     await app[RECORDS].close()
     await store.close(app[GRACE].left() * STORE_SHARE)
@@ -301,7 +303,7 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         config.server.takes_callbacks,
         (lambda: False) if pool is None else lambda: pool.is_short,
         # Open without a configured token, so that a scraper of a new installation works.
-        app[ADMIN].guard if config.auth.admin_token is not None else _let_in,
+        app[ADMIN].guard if app[ADMIN].is_configured else _let_in,
     )
     timeline = Timeline(metrics, now=now, backlog=lambda: store.backlog, in_flight=lambda: _in_flight(pool))
     state = RuntimeState(

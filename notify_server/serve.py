@@ -11,7 +11,7 @@ from typing import NamedTuple
 import structlog
 from aiohttp import web
 
-from notify_server.app import GRACE, LIVE, METRICS, POOL, STREAM, TRACING, make_app
+from notify_server.app import ADMIN, GRACE, LIVE, METRICS, POOL, STREAM, TRACING, make_app
 from notify_server.callbacks.connection import CallbackConnection
 from notify_server.config import Config, ServerConfig
 from notify_server.listening import Certificate, Listener, listen, listen_when_free
@@ -20,6 +20,7 @@ from notify_server.reloading import reload as reload_configuration
 from notify_server.service_manager import ServiceManager
 from notify_server.supervise import start_task, stop_tasks
 from notify_server.waiting import wait_for_store
+from notify_server.web.admin import CODE_SECONDS, Admin
 from notify_server.web.routes import CALLBACK, DRAINING
 
 log = structlog.get_logger("notify_server")
@@ -93,6 +94,7 @@ async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager, r
         if listener is None:
             return
         _announce(config, listener)
+        _offer_log_in(config, listener, app[ADMIN])
         manager.ready("ready for notifications" if server.takes_callbacks else "probing files")
         reloads = start_task(_reload(app[LIVE], certificate, reload), "reload the configuration") if reload else None
         await stop.wait()
@@ -126,6 +128,22 @@ async def _drain(config: Config, app: web.Application, listener: Listener, conne
     listener.close()
     app[STREAM].close()
     await asyncio.gather(app[CALLBACK].drain(grace / 4), connections.drain(grace / 4))
+
+
+def _offer_log_in(config: Config, listener: Listener, admin: Admin) -> None:
+    """Log an address that logs in once, unless people have a token of their own choice."""
+    if admin.is_configured:
+        return
+    server = config.server
+    port = listener.sockets[0].getsockname()[1]
+    base = server.local_url.removesuffix(f":{server.port}") + f":{port}"
+    if server.public_url is not None and not config.store.is_postgres:
+        # Several servers may share a database, and behind the public address another of them may answer.
+        base = server.public_url.rstrip("/")
+    log.info(
+        f"open the dashboard with this address, once within {CODE_SECONDS // 60} minutes",
+        url=f"{base}/ui/login/{admin.make_code()}",
+    )
 
 
 def _announce(config: Config, listener: Listener) -> None:

@@ -11,8 +11,10 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,6 +23,7 @@ from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.operations import Actions, Prune, Pruned, Recheck, Rechecked, Replayed
+from notify_server.store.admin_token import own_token
 from notify_server.store.reading.types import (
     BatchDetail,
     BatchFilter,
@@ -146,7 +149,10 @@ class Remote:
         except (msgspec.MsgspecError, KeyError, TypeError) as error:
             raise self._another(status) from error
         if status == 401:
-            refused += ": set [auth] admin_token here, or NOTIFY_SERVER__AUTH__ADMIN_TOKEN, as the daemon has it"
+            refused += (
+                ": set NOTIFY_SERVER__AUTH__ADMIN_TOKEN to the server's [auth] admin_token, "
+                "or to the content of the file admin_token beside its database"
+            )
         raise SourceError(f"{self.url}: {refused}")
 
     def _another(self, status: int) -> SourceError:
@@ -263,10 +269,9 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
     """The record at `url`, or that of the configuration, which daemons may be writing to. Raises SourceError, or
     StoreRefusedError for one on PostgreSQL.
     """
-    token = config.auth.admin_token.get_secret_value() if config.auth.admin_token else None
     async with contextlib.AsyncExitStack() as stack:
         if url is not None:
-            remote = Remote(url, token)
+            remote = Remote(url, await _token(config, is_ours=_is_here(url)))
             stack.push_async_callback(remote.close)
             yield Source(f"the daemon at {remote.url}", remote, remote, served=True)
             return
@@ -282,9 +287,29 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
             yield Source(f"{path}, no daemon has it", records, None, served=False)
             return
         certificate = config.server.ssl_certificate
-        daemon = Remote(config.server.local_url, token, trust_only(certificate) if certificate else None)
+        daemon = Remote(
+            config.server.local_url,
+            await _token(config, is_ours=True),
+            trust_only(certificate) if certificate else None,
+        )
         stack.push_async_callback(daemon.close)
         yield Source(f"{path}, which process {running} has", records, daemon, served=True)
+
+
+async def _token(config: Config, *, is_ours: bool) -> str | None:
+    """Return the configured admin_token; without one that of the record, which only its own server is sent."""
+    if config.auth.admin_token is not None:
+        return config.auth.admin_token.get_secret_value()
+    return await own_token(config.store) if is_ours else None
+
+
+def _is_here(url: str) -> bool:
+    """Return True for an address that only a program on this machine listens on."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Source:

@@ -1,5 +1,6 @@
-"""Authorizes access to the dashboard and the API: by the admin_token, as a Bearer or through a log-in; without one,
-only from this machine.
+"""Authorizes access to the dashboard and the API: by the admin_token, as a Bearer or through a log-in.
+
+Where the request comes from never counts: a proxy in front gives every request the address of this machine.
 
 The session cookie holds its expiry and a MAC keyed by the admin_token. No session is stored, so it is valid on every
 node, and changing the token ends all sessions.
@@ -10,15 +11,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
 from uuid import uuid4
 
 import structlog
-import yarl
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from notify_server.callbacks.access import RateLimit, client_address, source_of, within
 from notify_server.callbacks.errors import RefusedError, error_response
@@ -35,49 +33,32 @@ LOGINS_A_SECOND = 3
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# A log-in code is in the log, which others may read later.
+CODE_SECONDS = 15 * 60
+
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-LOCAL_NAMES = frozenset({"localhost", "localhost."})
-# Headers that proxies add. A proxy that adds none, like nginx by default, speaks HTTP/1.0.
-_FORWARDED = re.compile(
-    "forwarded|via|x-forwarded-.+|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip", re.IGNORECASE
-)
-
-
-def is_loopback(host: str) -> bool:
-    """Return True for a loopback address or a name of this machine."""
-    if host.lower() in LOCAL_NAMES:
-        return True
-    try:
-        return ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_of(request: web.Request) -> str:
-    """The name in the Host header, without its port."""
-    try:
-        return yarl.URL(f"http://{request.host}").host or ""
-    except ValueError:
-        return ""
 
 
 class Admin:
-    """Checks requests against the admin_token and issues session cookies. `now` gives Unix ms."""
+    """Checks requests against the admin_token and issues session cookies. `now` gives Unix ms.
 
-    def __init__(self, config: Config, now: Callable[[], int]) -> None:
-        token = config.auth.admin_token
-        self._token = token.get_secret_value().encode() if token is not None else None
-        # Without a token there are no sessions; the random key cannot be guessed.
-        self._key = hmac.digest(self._token or secrets.token_bytes(), b"notify_server log-in", hashlib.sha256)
+    The configured token counts; `own_token` is the one that the server made for itself, for when none is configured.
+    """
+
+    def __init__(self, config: Config, now: Callable[[], int], own_token: str | None = None) -> None:
+        configured = config.auth.admin_token
+        self.is_configured = configured is not None
+        token = configured.get_secret_value() if configured is not None else own_token
+        if not token:
+            raise ValueError("there is no admin_token")
+        self._token = token.encode()
+        self._key = hmac.digest(self._token, b"notify_server log-in", hashlib.sha256)
         self._trusted = config.server.trusted_proxies
         self._secure = config.server.ssl_certificate is not None
         self._logins = RateLimit(LOGINS_A_SECOND)
         self._now = now
-
-    @property
-    def needs_login(self) -> bool:
-        """True when there is an admin_token, so that browsers have to log in."""
-        return self._token is not None
+        self._code = b""
+        self._code_ends = 0
 
     def guard(self, handler: Handler) -> Handler:
         """Wrap a handler so that unauthorized requests get the API's error answer."""
@@ -98,36 +79,32 @@ class Admin:
 
         `csrf` is the token of a form; scripts send it in a header.
         """
-        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        if self._token is None:
-            self._check_local(request)
-        elif scheme.lower() == "bearer":
+        if (has_token := self._presents_token(request)) is not None:
             # A page of another site cannot make a browser send this header.
-            if not hmac.compare_digest(credentials.strip().encode("utf-8", "surrogatepass"), self._token):
+            if not has_token:
                 raise _unauthorized("this is not the admin_token")
             return
-        elif not self.logged_in(request):
+        if not self.logged_in(request):
             raise _unauthorized("send the admin_token as Authorization: Bearer, or log in")
         if request.method in SAFE_METHODS:
             self._check_not_embedded(request)
             return
         self.check_same_site(request)
         presented = csrf if csrf is not None else request.headers.get(CSRF_HEADER, "")
-        if self._token is not None and not hmac.compare_digest(
-            presented.encode("utf-8", "surrogatepass"), self.csrf(request).encode()
-        ):
+        if not hmac.compare_digest(presented.encode("utf-8", "surrogatepass"), self.csrf(request).encode()):
             raise RefusedError(403, "403", f"{CSRF_HEADER}: is missing or stale, load the page again")
 
-    def _check_local(self, request: web.Request) -> None:
-        # Requests through a proxy are not local, nor are those to a foreign name (DNS rebinding).
-        peer, host = request.remote or "", _host_of(request)
-        forwarded = (
-            within(peer, self._trusted)
-            or request.version < HttpVersion11
-            or any(_FORWARDED.fullmatch(name) for name in request.headers)
-        )
-        if forwarded or not is_loopback(peer) or not (is_loopback(host) or host in LOCAL_NAMES):
-            raise RefusedError(403, "403", "without [auth] admin_token this is answered on this machine only: set one")
+    def knows(self, request: web.Request) -> bool:
+        """Return True when the request has the token or a session."""
+        has_token = self._presents_token(request)
+        return self.logged_in(request) if has_token is None else has_token
+
+    def _presents_token(self, request: web.Request) -> bool | None:
+        """Return whether the request's Bearer is the admin_token, None without a Bearer."""
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        return hmac.compare_digest(credentials.strip().encode("utf-8", "surrogatepass"), self._token)
 
     @staticmethod
     def _check_not_embedded(request: web.Request) -> None:
@@ -154,12 +131,39 @@ class Admin:
     def log_in(self, request: web.Request, token: str, response: web.StreamResponse) -> bool:
         """Return True and set the session cookie if this is the admin_token. Raises RefusedError (429) when the source
         has tried too often."""
+        peer = self._admit(request)
+        if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token):
+            log.warning("log-in refused", remote=peer)
+            return False
+        self._start_session(request, peer, response)
+        return True
+
+    def make_code(self) -> str:
+        """Return a code that logs in once, within CODE_SECONDS. The code before it is void."""
+        code = secrets.token_urlsafe()
+        self._code = code.encode()
+        self._code_ends = self._now() + CODE_SECONDS * 1000
+        return code
+
+    def log_in_once(self, request: web.Request, code: str, response: web.StreamResponse) -> bool:
+        """Return True and set the session cookie if this is the code, which is void from then on. Raises RefusedError
+        (429) when the source has tried too often."""
+        peer = self._admit(request)
+        valid = self._code and self._now() < self._code_ends
+        if not hmac.compare_digest(code.encode("utf-8", "surrogatepass"), self._code) or not valid:
+            log.warning("log-in refused: the address was used already, or is too old", remote=peer)
+            return False
+        self._code = b""
+        self._start_session(request, peer, response)
+        return True
+
+    def _admit(self, request: web.Request) -> str:
         peer = client_address(request.remote or "", request.headers, self._trusted)
         if self._logins.wait(source_of(peer), asyncio.get_running_loop().time()):
             raise RefusedError(429, "429", "too many log-ins, wait a moment", headers={"Retry-After": "1"})
-        if self._token is None or not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token):
-            log.warning("log-in refused", remote=peer)
-            return False
+        return peer
+
+    def _start_session(self, request: web.Request, peer: str, response: web.StreamResponse) -> None:
         ends = self._now() // 1000 + SESSION_SECONDS
         response.set_cookie(
             COOKIE,
@@ -171,7 +175,6 @@ class Admin:
             path="/",
         )
         log.info("logged in", remote=peer)
-        return True
 
     @staticmethod
     def log_out(response: web.StreamResponse) -> None:
@@ -180,8 +183,6 @@ class Admin:
 
     def logged_in(self, request: web.Request) -> bool:
         """Return True when the request has a valid session cookie."""
-        if self._token is None:
-            return False
         ends, _, mac = request.cookies.get(COOKIE, "").partition(".")
         if not (ends.isascii() and ends.isdigit() and len(ends) < 16):
             return False

@@ -61,10 +61,8 @@ class Endpoint(NamedTuple):
         return re.findall(r"{(\w+)}", self.path)
 
 
-def document(
-    endpoints: Sequence[Endpoint], version: str, summary: Callable[[Endpoint], str], *, guarded: bool = True
-) -> dict[str, Any]:
-    """Return the OpenAPI document; `guarded` is True when an admin_token is needed."""
+def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[Endpoint], str]) -> dict[str, Any]:
+    """Return the OpenAPI document."""
     types = [kind for e in endpoints for kind in (e.query, e.body, e.answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
@@ -117,7 +115,7 @@ def document(
             "schemas": {**{name: schema for name, schema in components.items() if name not in queries}, "Error": ERROR},
             "securitySchemes": {"admin_token": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{"admin_token": []}] if guarded else [],
+        "security": [{"admin_token": []}],
     }
 
 

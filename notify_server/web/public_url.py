@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -43,6 +44,14 @@ class PublicUrl:
     def _forwarded(self, request: web.Request, header: str) -> str:
         value = request.headers.get(header, "").strip()
         return value if value and within(request.remote or "", self._trusted) else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for a loopback address or a name of this machine."""
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
 
 
 def with_prefix(html: str, prefix: str) -> str:

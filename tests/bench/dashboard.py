@@ -31,8 +31,12 @@ class Page(msgspec.Struct):
     kib: float
 
 
+TOKEN = "token-of-this-benchmark"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
+
 def _get(connection: HTTPConnection, path: str) -> bytes:
-    connection.request("GET", path)
+    connection.request("GET", path, headers=HEADERS)
     response = connection.getresponse()
     body = response.read()
     if response.status != 200:
@@ -73,7 +77,7 @@ def _dashboard(port: int) -> Iterator[None]:
     def listen() -> None:
         connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
         try:
-            connection.request("GET", "/api/v1/stream")
+            connection.request("GET", "/api/v1/stream", headers=HEADERS)
             response = connection.getresponse()
             # A sample comes every second, so that this ends soon after the rest.
             while not done.is_set():
@@ -109,7 +113,7 @@ def run(setting: Setting) -> Outcome:
         "/api/v1/search?q={batch_id}": f"/api/v1/search?q={batch_name(files // 200)}",
         "/api/v1/batches": "/api/v1/batches",
     }
-    with daemon(store) as server:
+    with daemon(store, auth__admin_token=TOKEN) as server:
         setting.say("loading pages")
         pages = {name: _page(server.port, path, times) for name, path in paths.items()}
 

@@ -97,6 +97,8 @@ async def test_the_record_is_shown_the_same_from_the_file_and_over_the_api(tmp_p
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         url = daemon.callback.removesuffix("/notify")
+        token = (tmp_path / "admin_token").read_text().strip()
+        environ = clean_environment(NOTIFY_SERVER__AUTH__ADMIN_TOKEN=token)
         asked = [
             ["batches", "--json", "--verdict", "incomplete"],
             ["batches", "--json", "--api-code", "two", "--since", "1h"],
@@ -107,7 +109,8 @@ async def test_the_record_is_shown_the_same_from_the_file_and_over_the_api(tmp_p
         ]
         for arguments in asked:
             file, remote = await asyncio.gather(
-                command(daemon, *arguments), run_command(*arguments, "--url", url, cwd=tmp_path / "..")
+                command(daemon, *arguments),
+                run_command(*arguments, "--url", url, cwd=tmp_path / "..", environ=environ),
             )
             assert (file.code, file.stdout) == (remote.code, remote.stdout), arguments
             assert file.stdout
@@ -266,7 +269,7 @@ async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tm
         )
         assert right.stdout == "2 files would be asked for anew\n"
         assert (refused.code, refused.stdout) == (1, "")
-        assert "this is not the admin_token: set [auth] admin_token here" in refused.stderr
+        assert "this is not the admin_token: set NOTIFY_SERVER__AUTH__ADMIN_TOKEN to the server's" in refused.stderr
         # The file can be read all the same.
         assert json.loads(shown.stdout)["totals"]["batches"] >= 4 and json.loads(shown.stdout)["status"] is None
         assert "this is not the admin_token" in shown.stderr

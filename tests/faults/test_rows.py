@@ -80,7 +80,7 @@ async def test_a_name_in_any_script_is_one_host_in_the_record_by_its_ascii_form(
             url: ("available", host) for url, host in wanted.items()
         }
         assert {hit.headers["host"] for hit in origin.hits} == set(wanted.values())
-        async with session.get(page(daemon, "/api/v1/export")) as response:
+        async with session.get(page(daemon, "/api/v1/export"), headers=daemon.admin) as response:
             exported = await response.text()
         assert all(f",{host}," in exported for host in wanted.values())
         assert daemon.text.isascii()
@@ -212,7 +212,7 @@ async def test_reads_of_the_daemon_itself_that_never_cease_do_not_let_the_log_gr
         async def read() -> None:
             nonlocal exports
             while True:
-                async with session.get(page(daemon, "/api/v1/export")) as response:
+                async with session.get(page(daemon, "/api/v1/export"), headers=daemon.admin) as response:
                     assert (await response.read()).count(b"\n") == 5_001
                 exports += 1
 
@@ -245,12 +245,12 @@ async def test_an_export_of_a_huge_record_takes_no_more_memory_than_one_of_a_sma
     files = 40_000
     make_record(tmp_path / "notify.db", files)
     async with Daemon(tmp_path) as daemon, aiohttp.ClientSession() as session:
-        async with session.get(page(daemon, "/api/v1/export?reason=http_418")) as response:
+        async with session.get(page(daemon, "/api/v1/export?reason=http_418"), headers=daemon.admin) as response:
             assert (await response.read()).count(b"\n") == 1
         before = most_memory(daemon.pid)
         for kind in ("csv", "ndjson"):
             size = lines = 0
-            async with session.get(page(daemon, f"/api/v1/export?format={kind}")) as response:
+            async with session.get(page(daemon, f"/api/v1/export?format={kind}"), headers=daemon.admin) as response:
                 async for chunk in response.content.iter_any():
                     size += len(chunk)
                     lines += chunk.count(b"\n")

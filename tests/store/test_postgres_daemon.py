@@ -38,7 +38,8 @@ def server() -> Iterator[PostgresServer]:
 
 
 def config(url: str, **verify: Any) -> dict[str, dict[str, Any]]:
-    return {"store": {"url": url, "lease": "5s"}, "verify": verify}
+    auth = {"admin_token": "token-of-these-nodes"}
+    return {"auth": auth, "store": {"url": url, "lease": "5s"}, "verify": verify}
 
 
 async def test_a_daemon_acks_probes_and_tells_on_postgresql(tmp_path: Path, url: str) -> None:
@@ -280,7 +281,7 @@ async def test_callbacks_whose_commit_is_cut_off_are_to_be_sent_again_and_the_da
     async with Daemon(tmp_path, config(url)) as daemon, aiohttp.ClientSession() as session:
 
         async def pruned() -> bool:
-            async with session.get(f"{daemon.callback.removesuffix('/notify')}/metrics") as answer:
+            async with session.get(f"{daemon.url}/metrics", headers=daemon.admin) as answer:
                 lines = (await answer.text()).splitlines()
             # The help of a metric is there before its first sample.
             return any(line.startswith("notify_server_prune_last_run_timestamp_seconds ") for line in lines)
@@ -355,7 +356,7 @@ async def test_while_all_connections_but_those_of_acks_are_held_up_callbacks_are
         base = daemon.callback.removesuffix("/notify")
 
         async def recheck(file: int) -> int:
-            async with session.post(f"{base}/api/v1/recheck", json={"file": file}) as answer:
+            async with session.post(f"{base}/api/v1/recheck", json={"file": file}, headers=daemon.admin) as answer:
                 return answer.status
 
         async with locked(url, "lease") as holder:

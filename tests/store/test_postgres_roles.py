@@ -32,6 +32,7 @@ async def node(folder: Path, url: str, roles: Sequence[str], **verify: Any) -> A
     """A daemon with these roles alone."""
     config: dict[str, dict[str, Any]] = {
         "server": {"roles": list(roles)},
+        "auth": {"admin_token": "token-of-these-nodes"},
         "store": {"url": url, "lease": "5s"},
         "verify": verify,
     }
@@ -42,7 +43,7 @@ async def node(folder: Path, url: str, roles: Sequence[str], **verify: Any) -> A
 async def get(daemon: Daemon, path: str) -> tuple[int, str]:
     async with (
         aiohttp.ClientSession() as session,
-        session.get(daemon.callback.removesuffix("/notify") + path) as response,
+        session.get(daemon.url + path, headers=daemon.admin) as response,
     ):
         return response.status, await response.text()
 

@@ -25,11 +25,14 @@ from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.contract.signature import load_platform_key
 from notify_server.serve import make_connections, serve
+from notify_server.store.admin_token import read_token
 from tests.support.http import Connection, Reply
 from tests.support.notification import entry, notification, numbers
 from tests.support.waiting import eventually
 
 JSON: Final = {"Content-Type": "application/json"}
+# Paths that need no admin_token; /metrics needs one only where one is configured.
+OPEN: Final = ("/healthz", "/readyz", "/metrics")
 
 
 class Clock:
@@ -89,7 +92,26 @@ class AppServer:
         self._session = session
         self._connections: list[Connection] = []
 
-    async def ask(self, method: str, path: str, **options: Any) -> Reply:
+    @property
+    def token(self) -> str:
+        """The admin_token that the server made for itself."""
+        token = read_token(self.path)
+        assert token is not None
+        return token
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The header with that token."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    async def ask(self, method: str, path: str, *, anonymous: bool = False, **options: Any) -> Reply:
+        """Send a request, which has the server's own admin_token unless the server has another, the path is open, or
+        it is to be `anonymous`.
+        """
+        if not (
+            anonymous or self.config.auth.admin_token or path.startswith((*OPEN, self.config.server.callback_path))
+        ):
+            options["headers"] = {**self.admin, **(options.get("headers") or {})}
         async with self._session.request(method, path, **options) as response:
             return Reply(response.status, response.headers, await response.read())
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import aiohttp
 
+from notify_server.store.admin_token import read_token
 from tests.support.http import Reply
 from tests.support.notification import batch_body
 from tests.support.waiting import SECONDS, Bell, eventually
@@ -136,6 +137,7 @@ class Daemon:
         }
         for section, keys in (config or {}).items():
             base[section] = base.get(section, {}) | dict(keys) if isinstance(keys, Mapping) else list(keys)
+        self._token = base.get("auth", {}).get("admin_token")
         self.database = folder / str(base["store"]["url"]).removeprefix("sqlite:///")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(base), encoding="utf-8")
@@ -320,9 +322,20 @@ class Daemon:
         reply = await self.post(batch_body(batch_id, entries))
         assert (reply.status, reply.code) == (200, "000"), reply
 
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+        return self.callback.removesuffix("/notify")
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The header with the admin_token, configured or made by the server for a record on SQLite; none without."""
+        token = self._token or read_token(self.database)
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
     async def get(self, path: str) -> Reply:
-        """Ask the daemon for a path."""
-        async with self._client().get(f"{self.callback.removesuffix('/notify')}{path}") as response:
+        """Ask the daemon for a path, with the admin_token."""
+        async with self._client().get(f"{self.url}{path}", headers=self.admin) as response:
             return Reply(response.status, response.headers, await response.read())
 
     async def settle(self, batch_id: str, entries: Iterable[dict[str, Any] | str]) -> dict[str, sqlite3.Row]:

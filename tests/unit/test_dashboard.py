@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 Client = TestClient[web.Request, web.Application]
 
+TOKEN = "admin-token-of-this-test"
+
 
 class Site:
     """The web side of a daemon, with a host list and metrics that a test can set."""
@@ -72,7 +74,7 @@ class Site:
             lambda: 0,
             lambda: self.hosts,
         )
-        admin = Admin(config, lambda: NOW)
+        admin = Admin(config, lambda: NOW, TOKEN)
         actions = Actions(config, store, self.records, now=lambda: NOW)
         sender = Sender((), store.outbox, now=lambda: NOW)
         forward = ForwardService(sender, store.outbox, self.records.outbox, News(), lambda: NOW)
@@ -105,6 +107,12 @@ async def site(tmp_path: Path, store: SqliteStore, sections: dict[str, Any]) -> 
 
 @pytest.fixture
 async def client(aiohttp_client: AiohttpClient, site: Site) -> Client:
+    return await aiohttp_client(site.app, headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+@pytest.fixture
+async def stranger(aiohttp_client: AiohttpClient, site: Site) -> Client:
+    """A client without a token."""
     return await aiohttp_client(site.app)
 
 
@@ -278,13 +286,12 @@ async def test_a_search_for_a_malformed_address_finds_nothing(client: Client, ad
     assert "Nothing found for" in await page(client, "/ui/search", params={"q": address})
 
 
-@pytest.mark.parametrize("sections", [{"auth": {"admin_token": "admin-token-of-this-test"}}])
 @pytest.mark.parametrize(
     "address", ["http://[", "http://[x/ui", "//evil.example/x", "http://h/\\evil", "http://h:99999/"]
 )
-async def test_a_malformed_page_address_leads_to_the_log_in(client: Client, address: str) -> None:
+async def test_a_malformed_page_address_leads_to_the_log_in(stranger: Client, address: str) -> None:
     headers = {"HX-Request": "true", "HX-Current-URL": address}
-    async with client.get("/ui/batches", headers=headers) as answer:
+    async with stranger.get("/ui/batches", headers=headers) as answer:
         assert answer.status == 401
         target = answer.headers["HX-Redirect"]
         assert target.startswith("/ui/login?next=%2F") and "evil" not in target.partition("%2F")[0]
@@ -308,7 +315,7 @@ PREFIXED = re.compile(r'(?:href|action|src|hx-get|hx-post)="(/[^"]*)"')
     ("sections", "headers"),
     [
         ({"server": {"public_url": "https://example.com/tools/notify/"}}, {}),
-        ({"server": {"trusted_proxies": ["127.0.0.1"]}, "auth": {"admin_token": "admin-token-of-this-test"}},
+        ({"server": {"trusted_proxies": ["127.0.0.1"]}},
          {"X-Forwarded-Prefix": "/tools/notify"}),
     ],
 )  # fmt: skip
@@ -316,8 +323,6 @@ async def test_under_a_sub_path_every_link_begins_with_it(
     client: Client, store: SqliteStore, path: str, headers: dict[str, str]
 ) -> None:
     await fill(store)
-    if headers:
-        headers = {**headers, "Authorization": "Bearer admin-token-of-this-test"}
     async with client.get(path, headers=headers) as answer:
         assert answer.status == 200
         html = await answer.text()

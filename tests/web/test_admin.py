@@ -1,8 +1,9 @@
-"""Who is let in to look at the record and act on it: with an admin_token, and without one."""
+"""Who may look at the record and act on it: with a configured admin_token, and with the one that the server makes."""
 
 from __future__ import annotations
 
 import hmac
+import itertools
 from collections.abc import AsyncIterator, Mapping
 from http.cookies import Morsel, SimpleCookie
 from pathlib import Path
@@ -16,8 +17,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from notify_server.app import ADMIN
 from notify_server.callbacks.errors import RefusedError, error_response
-from notify_server.web.admin import COOKIE, CSRF_HEADER, LOGINS_A_SECOND, SESSION_SECONDS, Admin
-from tests.support.app import JSON, AppServer, Clock, Start, build_config
+from notify_server.web.admin import CODE_SECONDS, COOKIE, CSRF_HEADER, LOGINS_A_SECOND, SESSION_SECONDS, Admin
+from tests.support.app import JSON, AppServer, Clock, Events, Start, build_config
 from tests.support.http import Connection, Reply
 from tests.support.notification import notification
 
@@ -130,8 +131,9 @@ async def test_secrets_are_compared_in_constant_time(guarded: AppServer, compare
 class Browser:
     """A page with a log-in, and what it guards, answered by an Admin as the dashboard does. Keeps its cookie."""
 
-    def __init__(self, client: TestClient[web.Request, web.Application]) -> None:
+    def __init__(self, client: TestClient[web.Request, web.Application], admin: Admin) -> None:
         self._client = client
+        self.admin = admin
         self.cookie: Morsel[str] | None = None
 
     async def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, **options: Any) -> Reply:
@@ -170,6 +172,14 @@ async def open_browser(tmp_path: Path) -> AsyncIterator[Any]:
         async def page(request: web.Request) -> web.StreamResponse:
             return web.Response(text=admin.csrf(request))
 
+        async def once(request: web.Request) -> web.StreamResponse:
+            response = web.Response(text="in")
+            try:
+                entered = admin.log_in_once(request, request.match_info["code"], response)
+            except RefusedError as error:
+                return error_response(str(uuid4()), error.status, error.code, error.message, error.headers)
+            return response if entered else web.Response(status=401)
+
         async def logout(request: web.Request) -> web.StreamResponse:
             response = web.Response(text="out")
             admin.log_out(response)
@@ -177,13 +187,14 @@ async def open_browser(tmp_path: Path) -> AsyncIterator[Any]:
 
         app = web.Application()
         app.router.add_post("/login", login)
+        app.router.add_get("/once/{code}", once)
         app.router.add_get("/page", admin.guard(page))
         app.router.add_post("/act", admin.guard(page))
         app.router.add_post("/logout", admin.guard(logout))
         client = TestClient(TestServer(app), cookie_jar=DummyCookieJar())
         await client.start_server()
         clients.append(client)
-        return Browser(client)
+        return Browser(client, admin)
 
     yield go
     for client in clients:
@@ -356,104 +367,164 @@ async def test_who_guesses_has_to_wait_and_others_do_not(open_browser: Any) -> N
     assert (await browser.log_in(TOKEN, {"X-Forwarded-For": "192.0.2.2"})).status == 200
 
 
-# --- Without one ---
+# --- The token that the server makes ---
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:9", "127.8.8.8", "[::1]:8080", "localhost."]
-)
-async def test_without_a_token_this_machine_is_let_in_under_its_own_names(daemon: AppServer, host: str) -> None:
-    assert (await daemon.get("/api/v1/totals", headers={"Host": host})).status == 200
-    assert (await daemon.get("/openapi.json", headers={"Host": host})).status == 200
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "127.1", "2130706433", "0x7f.1",
-     "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "evil.example#127.0.0.1", "x y", "[", ""],
-)  # fmt: skip
-async def test_a_name_that_was_made_to_point_here_is_refused(daemon: AppServer, host: str) -> None:
-    """DNS rebinding: the browser believes itself on the page's own site."""
-    for path in ("/api/v1/totals", "/openapi.json"):
-        (await daemon.get(path, headers={"Host": host})).refusal(403, "403")
-    for path in ("/", "/docs", "/ui/batches"):
-        assert (await daemon.get(path, headers={"Host": host})).status == 403
-
-
+@pytest.mark.parametrize("path", GUARDED)
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Forwarded": "for=192.0.2.1"},
+        {},
+        {"Host": "localhost"},
+        {"Host": "127.0.0.1:8080"},
+        {"Host": "[::1]"},
+        {"Host": "evil.example"},
+        {"Host": "["},
+        {"Forwarded": "for=127.0.0.1"},
         {"X-Forwarded-For": "127.0.0.1"},
-        {"x-forwarded-for": ""},
-        {"X-Forwarded-Host": "localhost"},
-        {"X-Forwarded-Proto": "https"},
         {"X-Real-IP": "127.0.0.1"},
-        {"Via": "1.1 proxy"},
-        {"CF-Connecting-IP": "192.0.2.1"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer None"},
+        {"Cookie": f"{COOKIE}="},
+        {"Cookie": f"{COOKIE}=99999999999."},
     ],
 )
-async def test_who_comes_through_a_proxy_is_not_of_this_machine(daemon: AppServer, headers: dict[str, str]) -> None:
-    message = (await daemon.get("/api/v1/totals", headers=headers)).refusal(403, "403")
-    assert message == "without [auth] admin_token this is answered on this machine only: set one"
+async def test_without_a_configured_token_no_address_opens_anything(
+    daemon: AppServer, path: str, headers: dict[str, str]
+) -> None:
+    answer = await daemon.get(path, headers=headers, anonymous=True, allow_redirects=False)
+    if answer.status == 303:
+        assert answer.headers["Location"].startswith("/ui/login")
+    else:
+        assert answer.status == 401
+    assert b"schemas" not in answer.body and b"batches" not in answer.body
 
 
-async def raw(daemon: AppServer, request: str) -> Reply:
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_no_version_of_http_opens_anything(daemon: AppServer, version: str) -> None:
+    """nginx forwards in HTTP/1.0 by default before version 1.29.7, and in HTTP/1.1 since."""
     connection: Connection = await daemon.connect()
-    await connection.send(request.replace("\n", "\r\n").encode())
-    return await connection.answer()
+    await connection.send(f"GET /api/v1/totals HTTP/{version}\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    (await connection.answer()).refusal(401, "401")
 
 
-async def test_a_proxy_that_says_nothing_is_known_by_its_old_version_of_http(daemon: AppServer) -> None:
-    # nginx, told nothing but where to pass things to.
-    (await raw(daemon, "GET /api/v1/totals HTTP/1.0\nHost: 127.0.0.1:8080\nConnection: close\n\n")).refusal(403, "403")
-    assert (await raw(daemon, "GET /api/v1/totals HTTP/1.1\nHost: 127.0.0.1\n\n")).status == 200
+@pytest.mark.parametrize("trusted", [[], ["127.0.0.1", "::1"]])
+async def test_without_a_configured_token_strangers_cannot_act(start: Start, trusted: list[str]) -> None:
+    daemon = await start(server={"port": 0, "trusted_proxies": trusted})
+    headers = {**JSON, "Host": "localhost"}
+    (await daemon.post(b"{}", headers, path="/api/v1/prune", anonymous=True)).refusal(401, "401")
 
 
-async def test_a_trusted_proxy_is_not_of_this_machine(start: Start) -> None:
-    daemon = await start(server={"port": 0, "trusted_proxies": ["127.0.0.1"]})
-    (await daemon.get("/api/v1/totals")).refusal(403, "403")
+async def test_key_of_sessions_cannot_be_derived_without_the_token(daemon: AppServer) -> None:
+    ends = "99999999999"
+    for guess in (b"", b"None"):
+        key = hmac.digest(guess, b"notify_server log-in", "sha256")
+        cookie = f"{ends}.{hmac.new(key, f'session {ends}'.encode(), 'sha256').hexdigest()}"
+        answer = await daemon.get("/api/v1/totals", headers={"Cookie": f"{COOKIE}={cookie}"}, anonymous=True)
+        answer.refusal(401, "401")
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({}, 200),
-        ({"Origin": "http://127.0.0.1:{port}"}, 200),
-        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:{port}"}, 200),
-        ({"Origin": "http://localhost:3000"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"}, 403),
-    ],
-)
-async def test_without_a_token_other_sites_cannot_act(daemon: AppServer, headers: dict[str, str], status: int) -> None:
-    sent = {name: value.format(port=daemon.port) for name, value in headers.items()}
-    answer = await daemon.post(b"{}", {**JSON, **sent}, path="/api/v1/prune")
-    assert answer.status == status
-
-
-async def test_without_a_token_other_sites_cannot_look(daemon: AppServer) -> None:
-    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "script"}
-    for path in ("/api/v1/totals", "/api/v1/export", "/api/v1/stream", "/openapi.json"):
-        (await daemon.get(path, headers=headers)).refusal(403, "403")
+async def test_other_sites_cannot_read_answers(daemon: AppServer) -> None:
     answer = await daemon.get("/api/v1/totals")
+    assert answer.status == 200
     assert "Access-Control-Allow-Origin" not in answer.headers
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
-async def test_without_a_token_nobody_is_logged_in_and_no_cookie_can_be_made(daemon: AppServer, start: Start) -> None:
-    key = hmac.digest(b"", b"notify_server log-in", "sha256")
-    ends = "99999999999"
-    cookie = f"{ends}.{hmac.new(key, f'session {ends}'.encode(), 'sha256').hexdigest()}"
-    headers = {"Cookie": f"{COOKIE}={cookie}", "Host": "evil.example"}
-    (await daemon.get("/api/v1/totals", headers=headers)).refusal(403, "403")
-    assert not admin_of(daemon).needs_login
+async def test_token_is_kept_with_the_record_and_survives_a_restart(start: Start) -> None:
+    first = await start()
+    file = first.path.with_name("admin_token")
+    token = file.read_text().strip()
+    assert (len(token) >= 32, file.stat().st_mode & 0o777) == (True, 0o600)
+    await first.stop()
+    second = await start()
+    assert second.token == token
+    assert (await second.get("/api/v1/totals")).status == 200
 
 
-async def test_another_machine_is_refused(daemon: AppServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peer as a neighbour on the network has it: no socket of this machine can show it."""
-    for peer, status in (("192.0.2.7", 403), ("fe80::1%eth0", 403), ("", 403), ("::1", 200), ("127.0.0.1", 200)):
-        monkeypatch.setattr(web.Request, "remote", peer)
-        assert (await daemon.get("/api/v1/totals")).status == status
+async def test_configured_token_counts_in_place_of_the_one_that_the_server_made(start: Start) -> None:
+    first = await start()
+    made = first.token
+    await first.stop()
+    second = await start(auth={"admin_token": TOKEN})
+    (await second.get("/api/v1/totals", headers={"Authorization": f"Bearer {made}"})).refusal(401, "401")
+    assert (await second.get("/api/v1/totals", headers=BEARER)).status == 200
+
+
+async def test_configured_token_makes_no_file_and_no_log_in_address(start_server: Start, events: Events) -> None:
+    since = len(events.all)
+    daemon = await start_server(auth={"admin_token": TOKEN})
+    assert not daemon.path.with_name("admin_token").exists()
+    assert not [event for event in events.all[since:] if "/ui/login" in str(event.get("url"))]
+
+
+# --- The log-in address ---
+
+OFFER = "open the dashboard with this address, once within 15 minutes"
+
+
+async def test_address_in_the_log_logs_in_once(start_server: Start, events: Events) -> None:
+    since = len(events.all)
+    daemon = await start_server()
+    address = (await events.seen(OFFER, since))["url"]
+    assert address.startswith(f"http://127.0.0.1:{daemon.port}/ui/login/")
+    # A chat program's preview and a browser that looks ahead do not use it up.
+    assert (await daemon.ask("HEAD", address, anonymous=True)).status == 200
+    assert (await daemon.get(address, anonymous=True, headers={"Sec-Purpose": "prefetch;prerender"})).status == 200
+    wrong = await daemon.get(address[:-1], anonymous=True, allow_redirects=False)
+    assert (wrong.status, "Set-Cookie" in wrong.headers) == (401, False)
+    entered = await daemon.get(address, anonymous=True, allow_redirects=False)
+    assert (entered.status, entered.headers["Location"]) == (303, "/")
+    cookie = SimpleCookie(entered.headers["Set-Cookie"])[COOKIE].value
+    page = await daemon.get("/", anonymous=True, headers={"Cookie": f"{COOKIE}={cookie}"}, allow_redirects=False)
+    assert page.status == 200
+    again = await daemon.get(address, anonymous=True, headers={"Accept-Language": "en"})
+    assert again.status in (401, 429)
+    assert "Set-Cookie" not in again.headers
+
+
+async def test_log_in_address_of_a_server_behind_a_public_url_begins_with_it(
+    start_server: Start, events: Events
+) -> None:
+    since = len(events.all)
+    await start_server(server={"port": 0, "public_url": "https://example.com/notify/"})
+    assert (await events.seen(OFFER, since))["url"].startswith("https://example.com/notify/ui/login/")
+
+
+async def test_code_is_void_after_its_use_after_its_time_and_once_there_is_another(open_browser: Any) -> None:
+    clock = Clock(NOW)
+    browser = await open_browser(clock, server={"trusted_proxies": ["127.0.0.1"]})
+    admin: Admin = browser.admin
+    sources = itertools.count(1)
+
+    async def enter(code: str) -> int:
+        headers = {"X-Forwarded-For": f"192.0.2.{next(sources)}"}
+        return int((await browser.ask("GET", f"/once/{code}", headers)).status)
+
+    assert await enter("x") == 401
+    old, code = admin.make_code(), admin.make_code()
+    assert [await enter(old), await enter(code), await enter(code)] == [401, 200, 401]
+    code = admin.make_code()
+    clock.fixed = NOW + CODE_SECONDS * 1000 - 1
+    assert await enter(code) == 200
+    code = admin.make_code()
+    clock.fixed += CODE_SECONDS * 1000
+    assert await enter(code) == 401
+
+
+async def test_click_on_another_site_logs_in_too(start_server: Start, events: Events) -> None:
+    since = len(events.all)
+    daemon = await start_server()
+    address = (await events.seen(OFFER, since))["url"]
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    answer = await daemon.get(address, anonymous=True, headers=headers, allow_redirects=False)
+    # A browser sends no SameSite cookie after a redirect that began elsewhere.
+    assert (answer.status, answer.headers["Refresh"]) == (200, "0; url=/")
+    assert "SameSite=Strict" in answer.headers["Set-Cookie"]
+
+
+async def test_codes_are_guessed_no_faster_than_tokens(open_browser: Any) -> None:
+    browser = await open_browser()
+    statuses = [(await browser.ask("GET", f"/once/{number}")).status for number in range(LOGINS_A_SECOND + 1)]
+    assert statuses == [401] * LOGINS_A_SECOND + [429]

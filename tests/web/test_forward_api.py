@@ -184,7 +184,7 @@ async def test_stream_has_ids_and_resumes_behind_the_last_one(start: Start) -> N
     await incomplete(daemon, "r1")
     await incomplete(daemon, "r2")
     first, second = (await get(daemon, "/api/v1/events"))["items"]
-    url, headers = f"http://127.0.0.1:{daemon.port}/api/v1/stream", {"Last-Event-ID": str(first["id"])}
+    url, headers = f"http://127.0.0.1:{daemon.port}/api/v1/stream", {"Last-Event-ID": str(first["id"]), **daemon.admin}
     received = b""
     async with asyncio.timeout(30), aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
         while not (b"event: verdict" in received and received.endswith(b"\n\n")):

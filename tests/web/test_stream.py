@@ -23,7 +23,9 @@ from tests.support.daemon import Daemon
 from tests.support.notification import notification
 from tests.support.waiting import SECONDS, eventually
 
-REQUEST = b"GET /api/v1/stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+def listen_request(daemon: AppServer) -> bytes:
+    return f"GET /api/v1/stream HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {daemon.token}\r\n\r\n".encode()
 
 
 async def events(reader: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]:
@@ -45,7 +47,7 @@ def listeners(daemon: AppServer) -> int:
 
 
 async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(daemon: AppServer) -> None:
-    async with daemon._session.get("/api/v1/stream") as response:
+    async with daemon._session.get("/api/v1/stream", headers=daemon.admin) as response:
         assert response.headers["Content-Type"] == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
         assert response.headers["X-Accel-Buffering"] == "no"
@@ -67,7 +69,7 @@ async def test_a_sample_comes_every_second_and_every_verdict_when_it_is_reached(
 async def test_a_listener_that_goes_is_no_error(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         url = daemon.callback.replace("/notify", "/api/v1/stream")
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SECONDS)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SECONDS), headers=daemon.admin) as session:
             for _ in range(3):
                 gone = await session.get(url)
                 assert (await gone.content.readuntil(b"\n\n")).startswith(b"event: sample")
@@ -85,14 +87,14 @@ async def test_no_more_listen_than_may_and_a_place_is_free_again(start: Start, m
     daemon = await start()
     first, second = await daemon.connect(), await daemon.connect()
     for connection in (first, second):
-        await connection.send(REQUEST)
+        await connection.send(listen_request(daemon))
     await eventually(lambda: listeners(daemon) == 2)
     answer = await daemon.get("/api/v1/stream")
     assert "too many" in answer.refusal(503, "503")
     assert answer.headers["Retry-After"] == "5"
     await first.close()
     await eventually(lambda: listeners(daemon) == 1)
-    async with daemon._session.get("/api/v1/stream") as response:
+    async with daemon._session.get("/api/v1/stream", headers=daemon.admin) as response:
         assert response.status == 200
 
 
@@ -102,10 +104,10 @@ async def test_a_listener_that_reads_nothing_is_cut_off_and_no_other_waits(
     monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.3)
     daemon = await start()
     slow = await daemon.connect()
-    await slow.send(REQUEST)
+    await slow.send(listen_request(daemon))
     await slow._reader.readuntil(b"\r\n\r\n")
     await eventually(lambda: listeners(daemon) == 1)
-    async with daemon._session.get("/api/v1/stream") as response:
+    async with daemon._session.get("/api/v1/stream", headers=daemon.admin) as response:
         # More than sockets hold, in fewer events than a listener may be behind.
         for _ in range(100):
             stream_of(daemon).publish("large", "x" * 200_000)
@@ -147,7 +149,9 @@ async def test_once_closed_all_listeners_are_ended_and_nobody_may_listen() -> No
 async def test_a_daemon_with_listeners_stops_at_once(tmp_path: Path) -> None:
     async with Daemon(tmp_path, {"server": {"shutdown_grace": "20s"}}) as daemon:
         url = daemon.callback.replace("/notify", "/api/v1/stream")
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_read=30)) as session:
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, sock_read=30), headers=daemon.admin
+        ) as session:
             responses = [await session.get(url) for _ in range(5)]
             for response in responses:
                 assert (await response.content.readuntil(b"\n\n")).startswith(b"event: sample")

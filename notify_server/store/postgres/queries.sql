@@ -69,6 +69,12 @@ WHERE key = ANY(ARRAY(
     SELECT key FROM nonce WHERE expires_at < $1 ORDER BY expires_at LIMIT 10000 FOR UPDATE SKIP LOCKED
 ));
 
+-- name: secret_keep
+INSERT INTO secret (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING;
+
+-- name: secret
+SELECT value FROM secret WHERE name = $1;
+
 -- name: rejections_replayed
 DELETE FROM rejection WHERE id = ANY($1::bigint[]) RETURNING id;
 

@@ -101,10 +101,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 
 
-def describe(version: str, *, guarded: bool) -> dict[str, Any]:
+def describe(version: str) -> dict[str, Any]:
     """Return the OpenAPI document. Its summaries are the English texts of the reference page."""
     texts = LANGUAGES["en"]
-    return document(ENDPOINTS, version, lambda endpoint: str(texts(f"docs_of.{endpoint.id}")), guarded=guarded)
+    return document(ENDPOINTS, version, lambda endpoint: str(texts(f"docs_of.{endpoint.id}")))
 
 
 def _parameter(name: str, value: str) -> str | int:
@@ -118,7 +118,7 @@ class HttpApi:
     def __init__(self, api: Api, admin: Admin, version: str) -> None:
         self._api = api
         self._admin = admin
-        self._document = msgspec.json.encode(describe(version, guarded=admin.needs_login))
+        self._document = msgspec.json.encode(describe(version))
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
         """Answer with the OpenAPI document."""

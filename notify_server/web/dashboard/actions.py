@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -61,22 +63,49 @@ async def replay(dashboard: Dashboard, request: web.Request, form: Form) -> web.
 
 async def login_form(dashboard: Dashboard, request: web.Request) -> web.Response:
     to = local_target(request.query.get("next"))
-    if not dashboard.admin.needs_login or dashboard.admin.logged_in(request):
+    if dashboard.admin.logged_in(request):
         return dashboard.redirect(request, to)
     return dashboard.render(request, "login.html", to=to, wrong="")
 
 
+async def log_in_once(dashboard: Dashboard, request: web.Request) -> web.Response:
+    """Log in by the code in the address, which a look ahead at the address does not use up."""
+    if request.method != "GET" or _is_prefetch(request):
+        return dashboard.render(request, "login.html", to="/", wrong="")
+    code = request.match_info["code"]
+    return _logged_in(dashboard, request, "/", "used", partial(dashboard.admin.log_in_once, request, code))
+
+
 async def login(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
-    to = local_target(form.get("next"))
-    response = dashboard.redirect(request, to)
+    token = form.get("token", "").strip()
+    return _logged_in(
+        dashboard, request, local_target(form.get("next")), "wrong", partial(dashboard.admin.log_in, request, token)
+    )
+
+
+def _logged_in(
+    dashboard: Dashboard, request: web.Request, to: str, wrong: str, log_in: Callable[[web.StreamResponse], bool]
+) -> web.Response:
+    """Answer a log-in, which `log_in` tries; `wrong` is the text's key for one that is refused."""
+    if request.headers.get("Sec-Fetch-Site") == "cross-site":
+        # A click elsewhere: a redirect would count as that site's, to which the browser sends no session cookie.
+        response = dashboard.message(request, "logged_in", 200)
+        response.headers["Refresh"] = f"0; url={dashboard.public_url.prefix(request)}{to}"
+    else:
+        response = dashboard.redirect(request, to)
     try:
-        if dashboard.admin.log_in(request, form.get("token", "").strip(), response):
+        if log_in(response):
             return response
     except RefusedError as error:
         slow = dashboard.render(request, "login.html", to=to, wrong="slow", status=error.status)
         slow.headers.extend(error.headers)
         return slow
-    return dashboard.render(request, "login.html", to=to, wrong="wrong", status=401)
+    return dashboard.render(request, "login.html", to=to, wrong=wrong, status=401)
+
+
+def _is_prefetch(request: web.Request) -> bool:
+    """Return True when a browser looks ahead at an address that nobody has clicked yet (W3C, `Sec-Purpose`)."""
+    return "prefetch" in request.headers.get("Sec-Purpose", request.headers.get("Purpose", ""))
 
 
 async def logout(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:

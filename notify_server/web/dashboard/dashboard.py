@@ -16,12 +16,12 @@ from yarl import URL
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config import Config
 from notify_server.errors import StoreUnavailableError
-from notify_server.web.admin import CSRF_FIELD, Admin, is_loopback
+from notify_server.web.admin import CSRF_FIELD, Admin
 from notify_server.web.api.endpoints import describe
 from notify_server.web.api.handlers import Api
 from notify_server.web.dashboard.forms import local_target, read_form
 from notify_server.web.language import texts_for
-from notify_server.web.public_url import PublicUrl
+from notify_server.web.public_url import PublicUrl, is_loopback
 from notify_server.web.reference import reference
 from notify_server.web.rendering import Static, page, page_headers
 
@@ -58,7 +58,7 @@ class Dashboard:
         self.now = now
         self.public_url = PublicUrl(config.server)
         self.static = Static()
-        self.reference = reference(describe(version, guarded=admin.needs_login))
+        self.reference = reference(describe(version))
         self.rejection_days = config.retention.rejections / 86_400
         self._callback_token = config.auth.callback_token is not None
         self._body_timeout = config.server.body_timeout
@@ -67,7 +67,8 @@ class Dashboard:
     async def answer(self, view: View, request: web.Request) -> web.StreamResponse:
         """Answer a request to the view's path."""
         request_id = str(uuid4())
-        log.debug("request", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
+        # The path of a log-in holds its code.
+        log.debug("request", request_id=request_id, method=request.method, path=view.path, remote=request.remote)
         try:
             form = await read_form(request, self._body_timeout) if view.method == "POST" else None
             if not view.open:
@@ -92,8 +93,8 @@ class Dashboard:
             "static": f"/ui/static/{self.static.version}",
             "csrf": self.admin.csrf(request),
             "here": request.rel_url.raw_path_qs if request.method == "GET" else "/",
-            "needs_login": self.admin.needs_login,
-            "known": self.admin.logged_in(request) if self.admin.needs_login else True,
+            "logged_in": self.admin.logged_in(request),
+            "known": self.admin.knows(request),
             "version": self._version,
             "q": "",
             "root": prefix,
@@ -149,9 +150,7 @@ class Dashboard:
             if request.method in ("GET", "HEAD") and "Authorization" not in request.headers:
                 query = urlencode({"next": request.rel_url.raw_path_qs})
                 return self.redirect(request, "/ui/login" if request.path == "/" else f"/ui/login?{query}")
-        if error.status == 403 and not self.admin.needs_login:
-            response = self.message(request, "forbidden", 403, error.message)
-        elif error.status == 404:
+        if error.status == 404:
             response = self.message(request, "not_found", 404)
         elif is_htmx(request):
             # Shown in place of the action's button.

@@ -32,6 +32,7 @@ VIEWS = (
     View("GET", "/docs", pages.docs),
     View("GET", "/ui/login", actions.login_form, open=True),
     View("POST", "/ui/login", actions.login, open=True),
+    View("GET", "/ui/login/{code:[A-Za-z0-9_-]{1,100}}", actions.log_in_once, open=True),
     View("POST", "/ui/logout", actions.logout),
     View("POST", "/ui/language", actions.language, open=True),
     View("GET", "/ui/static/{version}/{name:.+}", pages.static, open=True),
