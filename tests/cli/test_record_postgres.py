@@ -73,6 +73,10 @@ async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
     async with started(tmp_path, url) as daemon:
         await fill(daemon, origin, url)
         server = daemon.callback.removesuffix("/notify")
+        ((token,),) = await fetch(url, "SELECT value FROM secret WHERE name = 'admin_token'")
+        environ = clean_environment(NOTIFY_SERVER__AUTH__ADMIN_TOKEN=token)
+        # In the folder of the configuration the command finds the token by itself.
+        assert (await command(daemon, "batches", "--url", server)).code == 0
         asked = [
             ["batches", "--json", "--verdict", "incomplete"],
             ["batches", "--json", "--api-code", "two", "--since", "1h"],
@@ -84,7 +88,8 @@ async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
         ]
         for arguments in asked:
             own, remote = await asyncio.gather(
-                command(daemon, *arguments), run_command(*arguments, "--url", server, cwd=tmp_path / "..")
+                command(daemon, *arguments),
+                run_command(*arguments, "--url", server, cwd=tmp_path / "..", environ=environ),
             )
             if arguments[0] == "status":
                 assert json.loads(own.stdout)["totals"] == json.loads(remote.stdout)["totals"]

@@ -393,6 +393,10 @@ class Front(NamedTuple):
         return "".join((self.folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr"))
 
 
+# The folders of tests are their owner's alone.
+AS_ROOT = "user root root;" if os.geteuid() == 0 else ""
+
+
 def nginx_conf(folder: Path, port: int, nodes: Mapping[str, int]) -> list[str]:
     """The command that runs nginx as deploy/ has it, at other addresses and with its files in the folder."""
     folder.mkdir()
@@ -408,9 +412,10 @@ def nginx_conf(folder: Path, port: int, nodes: Mapping[str, int]) -> list[str]:
         assert old in text, old
         text = text.replace(old, new)
     (folder / "nginx.conf").write_text(text, "utf-8")
-    # The folders of tests are their owner's alone.
-    more = "daemon off;" + (" user root root;" if os.geteuid() == 0 else "")
-    return [tool("nginx"), "-e", f"{folder}/stderr", "-p", str(folder), "-c", f"{folder}/nginx.conf", "-g", more]
+    return [
+        tool("nginx"), "-e", f"{folder}/stderr", "-p", str(folder), "-c", f"{folder}/nginx.conf",
+        "-g", f"daemon off; {AS_ROOT}",
+    ]  # fmt: skip
 
 
 def test_nginx_has_nothing_to_say_against_its_configuration(tmp_path: Path) -> None:
@@ -439,6 +444,37 @@ async def behind_nginx(folder: Path, url: str) -> AsyncIterator[tuple[Front, lis
         command = nginx_conf(folder / "nginx", port, dict(zip(NODES, map(port_of, daemons), strict=True)))
         stack.enter_context(running(command, port))
         yield Front(f"http://127.0.0.1:{port}", folder / "nginx"), daemons
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_nginx_on_the_same_machine_opens_nothing_of_a_server_without_a_configured_token(
+    tmp_path: Path, version: str
+) -> None:
+    """A proxy as people write one: it adds no header, and connects from a loopback address."""
+    async with Daemon(tmp_path / "daemon") as daemon:
+        port = free_port()
+        folder = tmp_path / "nginx"
+        folder.mkdir()
+        names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        temporary = " ".join(f"{name}_temp_path {folder}/{name};" for name in names)
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/pid; error_log stderr crit; events {{}}\n"
+            f"http {{ access_log off; proxy_http_version {version};\n"
+            f"{temporary}\n"
+            f"server {{ listen 127.0.0.1:{port}; location / {{\n"
+            f"proxy_pass http://127.0.0.1:{port_of(daemon)}; proxy_set_header Host localhost; }} }} }}\n"
+        )
+        with running([tool("nginx"), "-p", str(folder), "-c", f"{folder}/nginx.conf", "-g", AS_ROOT], port):
+            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+                for path in ("/api/v1/totals", "/openapi.json", "/api/v1/export"):
+                    async with session.get(path) as answer:
+                        assert answer.status == 401
+                async with session.post("/api/v1/prune", json={"rejected_before": "2030-01-01T00:00:00Z"}) as answer:
+                    assert answer.status == 401
+                async with session.get("/") as page:
+                    assert page.url.path == "/ui/login"
+                async with session.get("/api/v1/totals", headers=daemon.admin) as answer:
+                    assert answer.status == 200
 
 
 @pytest.fixture
