@@ -26,9 +26,9 @@ async def confirm(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UsageError("nobody is there to confirm it: add --yes")
+        raise UsageError("confirmation needs a terminal: add --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    # Reading would keep Ctrl-C waiting; a terminal has whole lines to be read.
+    # A blocking read would delay Ctrl-C; once a terminal is readable it has a whole line.
     loop, typed = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(sys.stdin, typed.set)
     try:
@@ -55,7 +55,7 @@ async def _refusable(work: Awaitable[T]) -> T:
 
 
 class RecheckSelection(NamedTuple):
-    """What to ask for anew, as it was named."""
+    """The files to check again, as the options name them."""
 
     file: int | None
     batch_id: str | None
@@ -67,7 +67,7 @@ class RecheckSelection(NamedTuple):
 
 
 async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, yes: bool, as_json: bool) -> int:
-    """Ask for files anew, after saying how many."""
+    """Check files again, after confirming their number."""
     if chosen.file is None and chosen.batch_id is None and chosen.reason is None:
         raise UsageError("name files with --file, --batch or --reason")
     batch = None if chosen.batch_id is None else (await find_batch(source, chosen.batch_id, chosen.api_code)).id
@@ -97,7 +97,7 @@ async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, y
 
 
 async def replay(config: Config, source: Source, ids: Sequence[int], *, as_json: bool) -> int:
-    """Take refused bodies after all; 1 when any is refused again, or not there."""
+    """Accept refused bodies again. Returns 1 when one is refused again or does not exist."""
     code = 0
     async with _by(config, source) as actor:
         for id in ids:
@@ -120,7 +120,7 @@ async def replay(config: Config, source: Source, ids: Sequence[int], *, as_json:
 async def prune(
     config: Config, source: Source, completed: str | None, refused: str | None, *, yes: bool, as_json: bool
 ) -> int:
-    """Delete what is old, after saying what that is."""
+    """Delete old data, after confirming the numbers."""
     wanted = Prune(None if completed is None else moment(completed), None if refused is None else moment(refused))
     now = datetime.now(UTC)
     if wanted.completed_before is None and wanted.rejections_before is None and source.daemon is not source.records:

@@ -1,4 +1,4 @@
-"""Lists of addresses, as people have them: text, CSV, JSON, or a notification's body. Read as a stream, never whole."""
+"""Reads lists of addresses as a stream: text, CSV, JSON, or a notification's body."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from notify_server.contract.wire import parse_notification
 from notify_server.errors import ContractError, NotifyServerError
 from notify_server.model import ReportedStatus
 
-# What a column, or a field of an object, with addresses may be called; the first counts.
+# Names of a column, or a field of an object, with addresses; the first match counts.
 NAMES = ("target_url", "url", "address")
 BLOCK_BYTES = 1 << 16
-# A notification may be one line, and is never longer than the daemon takes by default.
+# A notification may be one line, and is never longer than the daemon's default limit.
 LINE_BYTES = 8 * 1024**2
 
 _is_address = re.compile(r"\s*https?://", re.IGNORECASE).match
 
 
 class InputError(NotifyServerError):
-    """A list that cannot be read, or not be understood; the text says where."""
+    """The list cannot be read or understood; the text says where."""
 
 
 class Entry(NamedTuple):
-    """An address to ask for; or, when the platform reported the file as FAILED, one not to, which may be empty."""
+    """An address to check. With `failed`, the platform reported the file as FAILED: it is not checked, and may be
+    empty.
+    """
 
     url: str
     failed: bool = False
@@ -41,9 +43,9 @@ class Entry(NamedTuple):
 class AddressFile:
     """A list in a file, or on standard input when its name is `-`. Raises InputError when it cannot be opened.
 
-    The format is told from the content: JSON begins with a brace; CSV has the suffix `.csv`, or a first line with a
-    column of addresses or of their name; anything else is text. `bytes_read` of `size` bytes have been read; `size` is
-    None where it cannot be known.
+    The content decides the format: JSON begins with a brace; CSV has the suffix `.csv`, or a first line with a column
+    of addresses or of their name; anything else is text. `bytes_read` of `size` bytes have been read; `size` is None if
+    unknown.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,7 +54,7 @@ class AddressFile:
         self.bytes_read = 0
         self._number = 0
         try:
-            # A descriptor without a buffer of Python's: a thread that waits for one keeps the process from ending.
+            # An unbuffered descriptor: a thread blocked in Python's buffered read would keep the process from ending.
             self._descriptor = 0 if name == "-" else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(self._descriptor)
             if stat.S_ISDIR(status.st_mode):
@@ -65,9 +67,9 @@ class AddressFile:
         return InputError(f"{self.name}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
     def entries(self, before_reading: Callable[[], None]) -> Iterator[Entry]:
-        """The entries, one by one; `before_reading` is called before each read, which may block.
+        """Yield the entries one by one; `before_reading` is called before each read, which may block.
 
-        Raises InputError. What was yielded before it holds.
+        Raises InputError. Entries yielded before the error are valid.
         """
         lines = self._lines(before_reading)
         first = next((line for line in lines if not _is_blank(line)), None)
@@ -106,7 +108,7 @@ class AddressFile:
                 )
             for line in whole:
                 self._number += 1
-                # What is not UTF-8 stays recognisable, and is refused as an address.
+                # Invalid UTF-8 stays recognisable, and is refused as an address.
                 yield line.decode("utf-8", "surrogateescape")
 
     def _json(self, lines: Iterator[str]) -> Iterator[Entry]:
@@ -117,7 +119,7 @@ class AddressFile:
             try:
                 found = msgspec.json.decode(body)
             except msgspec.DecodeError:
-                # One object over many lines.
+                # One object on many lines.
                 body = _whole(body, lines)
                 found = msgspec.json.decode(body)
             if not isinstance(found, dict):
@@ -159,14 +161,14 @@ def _looks_like_csv(line: str) -> bool:
 
 
 def _csv(lines: Iterator[str], delimiter: str) -> Iterator[Entry]:
-    """Rows without an address are passed over."""
+    """Yield the addresses of the rows; rows without one are skipped."""
     rows: Iterator[list[str]] = (row for row in csv.reader(lines, delimiter=delimiter) if row)
     first = next(rows, [])
     column = _named_column(first)
     if column is None:
         column = _address_column(first)
         if column is None:
-            # A header with other names.
+            # The header has other names.
             first = next(rows, [])
             column = _address_column(first)
             if column is None:

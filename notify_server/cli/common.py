@@ -1,4 +1,4 @@
-"""What the commands have in common. It loads quickly, so that a command pays only for what it does itself."""
+"""Functions that the commands share. Imports are deferred, so that a command loads only what it uses."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-# Where there is no terminal to fit into, wide enough for a row to be one line.
+# Wide enough for a row to be one line if there is no terminal to fit into.
 PIPE_WIDTH = 200
 
 
 class UsageError(NotifyServerError):
-    """The command cannot mean that; the text says what it could."""
+    """The options of the command contradict each other or are incomplete; the text says what to do."""
 
 
 def read_config(path: Path | None) -> Config:
-    """The configuration, or exit 2 with a line on standard error for every wrong key."""
+    """Return the configuration, or exit 2 with a line on standard error for every wrong key."""
     from notify_server.config import load_config
     from notify_server.errors import ConfigError
 
@@ -42,7 +42,7 @@ def read_config(path: Path | None) -> Config:
 
 
 def config_file(path: Path | None) -> Path | None:
-    """The file that `read_config` reads, None when there is none."""
+    """Return the file that `read_config` reads, None if there is none."""
     if path is not None:
         return path
     here = Path("config.toml")
@@ -50,21 +50,21 @@ def config_file(path: Path | None) -> Path | None:
 
 
 def output() -> Console:
-    """Standard output, for tables."""
+    """Return the console for tables on standard output."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False, highlight=False)
 
 
 def printable(text: str) -> str:
-    """Text from outside as a terminal may be shown it: what is not printable is escaped."""
+    """Escape the characters of an external text that a terminal must not receive."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def trust_only(certificate: Path) -> ssl.SSLContext:
-    """Return a context that trusts the server's own certificate, whoever issued it to whatever name, and no other.
+    """Return a context that trusts the server's own certificate alone, whatever its issuer and names.
 
     Raises NotifyServerError.
     """
@@ -72,7 +72,7 @@ def trust_only(certificate: Path) -> ssl.SSLContext:
 
     end = "-----END CERTIFICATE-----"
     try:
-        # What follows the first are its issuers, which must not be trusted.
+        # The certificates after the first are its issuers, which must not be trusted.
         first = certificate.read_text("utf-8").partition(end)[0] + end
         context = ssl.create_default_context(cadata=first)
     except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ def trust_only(certificate: Path) -> ssl.SSLContext:
 
 
 async def until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> T:
-    """Do the work. SIGTERM and SIGINT cancel it, and are added to `stopped_by`."""
+    """Run the coroutine. SIGTERM and SIGINT cancel it, and are appended to `stopped_by`."""
     import asyncio
     import signal
 

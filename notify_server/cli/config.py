@@ -28,7 +28,7 @@ _UNITS = (("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0))
 
 
 class Setting(NamedTuple):
-    """A key in effect. `value` is what JSON and TOML have a form for, None when it is not set."""
+    """A key in effect. `value` is a JSON and TOML value, None when the key is not set."""
 
     section: str
     key: str
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 
 def check(path: Path | None) -> None:
-    """Exit 2 with a line for every wrong key, else say what the configuration is made of."""
+    """Exit 2 with a line for every wrong key, else print the sources of the configuration."""
     config = read_config(path)
     file = config_file(path)
     print(f"file: {printable(str(file)) if file else 'none, config.toml is not there'}")
@@ -49,7 +49,7 @@ def check(path: Path | None) -> None:
 
 
 def show(path: Path | None, *, as_json: bool) -> None:
-    """Print the configuration in effect: as TOML that can be read back, but for the secrets; or as JSON."""
+    """Print the configuration in effect: as TOML that can be loaded again, except for the secrets; or as JSON."""
     config = read_config(path)
     file = config_file(path)
     found = list(settings(config, file, os.environ))
@@ -68,7 +68,7 @@ def show(path: Path | None, *, as_json: bool) -> None:
             print(f"\n[{setting.section}]" if section else f"[{setting.section}]")
             section = setting.section
         if isinstance(setting.value, dict):
-            # Its tables go last: what follows a table's header belongs to it.
+            # The tables go last: keys after a table's header belong to that table.
             continue
         if setting.value is None:
             print(f"# {setting.key} is not set")
@@ -87,10 +87,10 @@ def show(path: Path | None, *, as_json: bool) -> None:
 
 
 def init(path: Path) -> None:
-    """Write the example to `path`, where nothing may be yet. Exits 1 with one line when it cannot be written."""
+    """Write the example to `path`, which must not exist. Exits 1 with one line when it cannot be written."""
     example = (files("notify_server") / "config.example.toml").read_text(encoding="utf-8")
     try:
-        # It will hold tokens.
+        # The file will hold tokens.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(example)
@@ -104,7 +104,7 @@ def init(path: Path) -> None:
 
 
 def settings(config: Config, file: Path | None, environ: Mapping[str, str]) -> Iterator[Setting]:
-    """Every key with its value, and where that comes from: `default`, the file's name, or `environment <name>`."""
+    """Return every key with its value and origin: `default`, the file's name, or `environment <name>`."""
     tables = {} if file is None else tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     variables = _variables(environ)
     for section, model in config:
@@ -136,7 +136,9 @@ def forwarded(config: Config, file: Path | None, environ: Mapping[str, str]) -> 
 
 
 def _variables(environ: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """The names of our variables by section and key. `load_config` has seen to it that each has both."""
+    """Return the names of our environment variables by section and key; `load_config` has checked that each has
+    both.
+    """
     found = {}
     for name in environ:
         if name.upper().startswith(ENV_PREFIX):
@@ -179,7 +181,7 @@ def _is_duration(field: FieldInfo) -> bool:
 
 
 def _duration(seconds: float) -> str:
-    """As it would be written: in the largest unit that it is a whole number of."""
+    """Return a duration as text, in the largest unit that divides it."""
     for unit, size in _UNITS:
         if seconds and seconds % size == 0:
             return f"{seconds / size:.0f}{unit}"
@@ -189,5 +191,5 @@ def _duration(seconds: float) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    # JSON's strings and numbers are TOML's, but for DEL.
+    # JSON's strings and numbers are valid TOML, except for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""`notify-server copy`: the record from SQLite to PostgreSQL or back, verified."""
+"""`notify-server copy`: copies a record from SQLite to PostgreSQL or back, and verifies the copy."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from notify_server.store.copying.copy import Checked, Progress, Side, Step, copy
 from notify_server.store.copying.sqlite import SqliteSide
 from notify_server.telemetry.logging import set_up_logging
 
-# Where there is no terminal, a table that takes longer is heard of so often.
+# Interval of the lines about a long table, if there is no terminal.
 LINE_SECONDS = 5.0
 DOING = {"copy": "copying", "verify": "verifying"}
 CHECKSUM_SHOWN = 12
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What `--json` prints."""
+    """The output of `--json`."""
 
     source: str = msgspec.field(name="from")
     target: str = msgspec.field(name="to")
@@ -41,8 +41,8 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run(config_path: Path | None, source: str | None, target: str | None, *, restart: bool, as_json: bool) -> None:
-    """Copy and verify. Exits 0 when the copy is the same, 1 when it is not or something is in the way, 2 for addresses
-    that cannot be meant, 130 when it was stopped.
+    """Copy and verify. Exits 0 when the copy is identical, 1 when it differs or cannot be made, 2 for wrong addresses,
+    and 128 plus the signal's number when stopped.
     """
     config = read_config(config_path)
     set_up_logging(LogConfig(level="warning"))
@@ -89,7 +89,7 @@ async def _copy(source_url: str, target_url: str, *, restart: bool) -> Report:
         stack.push_async_callback(source.close)
         target = await _open(target_url, to_read=False)
         stack.push_async_callback(target.close)
-        with _told(f"{source.place} -> {target.place}") as progress:
+        with _shown(f"{source.place} -> {target.place}") as progress:
             tables = await copy(source, target, restart=restart, progress=progress)
         verified = all(table.same for table in tables)
         return Report(source.place, target.place, verified, round(time.monotonic() - began, 3), tables)
@@ -103,15 +103,15 @@ async def _open(url: str, *, to_read: bool) -> Side:
     if _is_file(url):
         path = Path(url.removeprefix("sqlite:///"))
         return await (SqliteSide.source(path) if to_read else SqliteSide.target(path))
-    # Its driver is loaded by those who use it.
+    # Loaded only when used, because its driver takes time to load.
     from notify_server.store.copying.postgres import PostgresSide
 
     return await (PostgresSide.source(url) if to_read else PostgresSide.target(url))
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[Progress]:
-    """Tells how it goes, once it does: bars on a terminal, else lines."""
+def _shown(what: str) -> Iterator[Progress]:
+    """Show the progress from its first step on: bars on a terminal, else lines."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         columns = TextColumn("{task.description:<23}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -136,20 +136,20 @@ class _Bars:
 
 
 class _Lines:
-    """A line when a table begins, when it ends, and every few seconds between."""
+    """Prints a line when a table begins, when it ends, and every few seconds between."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._told = "", "", -1
+        self._last = "", "", -1
         self._at = 0.0
 
     def __call__(self, step: Step, table: str, done: int, total: int) -> None:
         now = time.monotonic()
         if not self._at:
             print(self._what, file=sys.stderr)
-        news = (step, table) != self._told[:2] or done >= total or now - self._at >= LINE_SECONDS
-        if news and (step, table, done) != self._told:
-            self._told, self._at = (step, table, done), now
+        is_new = (step, table) != self._last[:2] or done >= total or now - self._at >= LINE_SECONDS
+        if is_new and (step, table, done) != self._last:
+            self._last, self._at = (step, table, done), now
             print(f"{DOING[step]} {table}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The commands about events and forwarding. All of them ask the running daemon, which alone sends."""
+"""The commands about events and forwarding. All of them call the running daemon, the only process that sends."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test(source: Source, name: str, *, as_json: bool) -> int:
 async def replay(
     source: Source, name: str, since: str, until: str | None, *, dry_run: bool, yes: bool, as_json: bool
 ) -> int:
-    """Send the events of a time again, after their number was shown and confirmed."""
+    """Send the events of a period again, after confirming their number."""
     daemon = _daemon(source)
     body = {"since": moment(since).astimezone(UTC), "until": (_moment(until) or datetime.now(UTC)), "dry_run": True}
     counted = await daemon.ask(ForwardReplayed, "POST", f"forward/{name}/replay", body)
@@ -126,7 +126,7 @@ async def events(
     follow: bool,
     as_json: bool,
 ) -> int:
-    """Print events, oldest first; with `follow` go on as they happen."""
+    """Print events, oldest first; with `follow`, also new ones as they occur."""
     daemon = _daemon(source)
     cursor, left = after or 0, limit
     while left > 0 or follow:

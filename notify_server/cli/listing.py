@@ -41,18 +41,18 @@ def print_json(item: object) -> None:
 
 
 def moment(text: str) -> datetime:
-    """A time given to a command: RFC 3339, a date, or how long ago, like "2h". Raises UsageError."""
+    """Parse a time given to a command: RFC 3339, a date, or an age such as "2h". Raises UsageError."""
     try:
         with contextlib.suppress(ValueError):
             parsed = datetime.fromisoformat(text)
-            # Without an offset it is this machine's time, as everything that people write is.
+            # Without an offset it is local time, as people write it.
             return parsed if parsed.tzinfo is not None else parsed.astimezone()
         if text[-1:].isdigit():
             raise ValueError("a time has a unit")
         return datetime.now(UTC) - timedelta(seconds=duration(text))
     except (ValueError, OverflowError):
         raise UsageError(
-            f'"{printable(text)}" is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for so long ago'
+            f'"{printable(text)}" is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for two hours ago'
         ) from None
 
 
@@ -74,7 +74,7 @@ async def _pages(fetch: Callable[[str | None], Awaitable[Page[Item]]]) -> AsyncI
 
 
 async def _first(fetch: Callable[[str | None], Awaitable[Page[Item]]], limit: int) -> tuple[list[Item], bool]:
-    """The first items, and whether there are more."""
+    """Return the first items, and whether there are more."""
     items: list[Item] = []
     async for page in _pages(fetch):
         items += page
@@ -122,7 +122,7 @@ async def batches(
 
 
 async def find_batch(source: Source, batch_id: str, api_code: str | None) -> BatchItem:
-    """The batch of this batch_id. Raises SourceError when there is none, UsageError when there are several."""
+    """Return the batch of this batch_id. Raises SourceError when there is none, UsageError when there are several."""
     page = await source.records.batches(BatchFilter(batch_id=batch_id, api_code=api_code), None, 10)
     if not page.items:
         raise SourceError(f'there is no batch "{printable(batch_id)}": `notify-server batches` lists them')
@@ -142,7 +142,7 @@ async def show(
     every: bool,
     as_json: bool,
 ) -> int:
-    """A batch, and its files: those that are not available, unless others are asked for. 1 when it is incomplete."""
+    """Show a batch and its files: by default those that are not available. Returns 1 when it is incomplete."""
     item = await find_batch(source, batch_id, api_code)
     batch = await source.records.batch(item.id)
     if batch is None:

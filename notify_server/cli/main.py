@@ -1,4 +1,4 @@
-"""The command line: the program, its commands, and what it does with a wrong one."""
+"""The command line: the program, its commands, and the handling of wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`notify-server migrate`: bring the record's schema up to date; that of a file while no daemon runs."""
+"""`notify-server migrate`: updates the schema of a record; on SQLite while no daemon runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from notify_server.telemetry.logging import set_up_logging
 
 
 def run(config_path: Path | None) -> None:
-    """Apply what is missing and say from which version to which. Exits 1 with one line when that cannot be done."""
+    """Apply the missing migrations and print the versions. Exits 1 with one line when that fails."""
     store = read_config(config_path).store
     set_up_logging(LogConfig(level="warning"))
     try:
         if store.is_postgres:
-            # Its driver is loaded by those who use it.
+            # Loaded only when used, because its driver takes time to load.
             from notify_server.store.postgres.schema import migrate_at
 
             dialect, (before, after) = "postgres", asyncio.run(migrate_at(store.url))

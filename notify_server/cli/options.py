@@ -9,7 +9,7 @@ import typer
 
 from notify_server.model import FileState
 
-# typer brings click along under a name of its own; a wrong command line raises an exception of this family.
+# typer vendors click; a wrong command line raises an exception of this class.
 ClickUsageError: Any = typer.BadParameter.__base__
 
 

@@ -1,4 +1,4 @@
-"""`notify-server serve`, and no command at all: the daemon in the foreground."""
+"""`notify-server serve`, also the default without a command: runs the daemon in the foreground."""
 
 from __future__ import annotations
 

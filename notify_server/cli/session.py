@@ -1,4 +1,4 @@
-"""Runs a command on the record: opens the record that it names, and turns errors into exit codes."""
+"""Runs a command on a record: opens the record, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def run(config_path: Path | None, url: str | None, work: Callable[[Config, Source], Awaitable[int]]) -> None:
-    """Do the work with the record that is named, say on standard error which that is, and exit with what it returns."""
+    """Run `work` on the record, print on standard error which one that is, and exit with the result."""
     config = read_config(config_path)
-    # What a daemon would log is no news here, but what goes wrong is.
+    # Informational messages of the store are for daemons; warnings and errors are shown.
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("warning"),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -39,7 +39,7 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
     except asyncio.CancelledError:
         code = 128 + stopped_by[0] if stopped_by else EXIT_FAILED
     except BrokenPipeError:
-        # Whoever read the output has had enough; nothing is left to flush either.
+        # The reader has closed its end; there is nothing to flush either.
         sys.stdout = None
         code = EXIT_FAILED
     except UsageError as error:

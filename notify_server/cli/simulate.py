@@ -1,4 +1,4 @@
-"""`notify-server simulate`: a run of the simulator, watched and shown."""
+"""`notify-server simulate`: runs the simulator, and shows progress and results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOOPBACK_HINT = (
     "The daemon refuses this machine's own addresses. Set in its configuration: "
     '[verify] allowed_networks = ["127.0.0.0/8"] and allowed_ports = []'
 )
-# What a person would ask the record first.
+# The first queries that a person would run.
 QUERIES = (
     "SELECT batch_id, verdict, files, available FROM batch_summary LIMIT 5",
     "SELECT oss_object_name, state, reason, attempts FROM file_result WHERE state <> 'available' LIMIT 5",
@@ -51,7 +51,7 @@ GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """Which daemon to play against, and how patiently. Durations are seconds, `rate` is posts a second.
+    """The daemon to play against, and the limits. Durations are seconds, `rate` is posts per second.
 
     Raises ValueError, one line, when they contradict each other.
     """
@@ -83,7 +83,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Daemon:
-    """What is needed to play against a daemon. `tls` is aiohttp's `ssl`."""
+    """A daemon to play against. `tls` is aiohttp's `ssl`."""
 
     url: str
     record: Path
@@ -92,9 +92,9 @@ class Daemon:
 
 
 def run(plan: Plan, options: Options) -> None:
-    """Play the plan and show how it went.
+    """Play the plan and show the result.
 
-    Exits 1 when anything differs, or with one line when it cannot be played; 128 and the signal's number when stopped.
+    Exits 1 when anything differs, or with one line when it cannot be played; 128 plus the signal's number when stopped.
     """
     console = output()
     stopped_by: list[int] = []
@@ -112,7 +112,7 @@ def run(plan: Plan, options: Options) -> None:
 
 
 async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Console) -> int:
-    """Play against this daemon, or against one of its own; the exit code. Raises NotifyServerError."""
+    """Play against the daemon, or against one of its own if None. Returns the exit code. Raises NotifyServerError."""
     console.print(f"seed {plan.seed}")
     if daemon is not None:
         return show(await _watched(plan, options, daemon), plan, console)
@@ -120,14 +120,14 @@ async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Con
     async with own_daemon(directory, options.slow_seconds) as (daemon, process):
         report = await _while_alive(process, _watched(plan, options, daemon), directory)
         code = show(report, plan, console)
-        # The daemon closes the database last, so that it leaves one file.
+        # The daemon closes the database last, and so leaves a single file.
         async with await RecordViews.open(daemon.record) as views:
             await _show_queries(views, daemon.record, console)
     return code
 
 
 def configured(config: Config, options: Options) -> Daemon:
-    """The daemon of a configuration, as far as the options do not say otherwise."""
+    """Return the daemon of a configuration; options override it."""
     server, token = config.server, config.auth.callback_token
     url = options.url
     tls: ssl.SSLContext | bool = True
@@ -141,7 +141,7 @@ def configured(config: Config, options: Options) -> Daemon:
 
 
 async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:
-    """Run the simulation, with its progress on standard error when that is a terminal."""
+    """Run the simulation, with its progress on standard error if that is a terminal."""
     platform = Platform(plan)
     simulation = Simulation(
         platform,
@@ -184,9 +184,9 @@ async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:
 
 @contextlib.asynccontextmanager
 async def own_daemon(directory: Path, slow_seconds: float) -> AsyncIterator[tuple[Daemon, asyncio.subprocess.Process]]:
-    """A daemon on a free port, with its configuration, record and log in `directory`; stopped by SIGTERM at the end.
+    """Run a daemon on a free port, with its configuration, record and log in `directory`; SIGTERM stops it at the end.
 
-    Raises SimulationError when it does not start, or does not stop as it should.
+    Raises SimulationError when it does not start or does not stop properly.
     """
     config, record, log_path = _prepare(directory, slow_seconds)
     with log_path.open("wb") as log:
@@ -207,7 +207,7 @@ async def own_daemon(directory: Path, slow_seconds: float) -> AsyncIterator[tupl
 
 
 def _prepare(directory: Path, slow_seconds: float) -> tuple[Path, Path, Path]:
-    """Make the directory ready; the paths of configuration, record and log, the latter empty."""
+    """Prepare the directory; return the paths of configuration, record and log, the latter empty."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         directory = directory.resolve()
@@ -220,7 +220,7 @@ def _prepare(directory: Path, slow_seconds: float) -> tuple[Path, Path, Path]:
 
 
 def _own_config(record: Path, slow_seconds: float) -> str:
-    # JSON's strings are TOML's, except for characters that no terminal lets one type.
+    # JSON's strings are valid TOML, except for characters that no terminal lets one type.
     return f"""\
 [server]
 port = 0
@@ -238,7 +238,7 @@ format = "json"
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
-    """Wait until the daemon says in its log where it listens; that address."""
+    """Wait until the daemon's log says where it listens; return that address."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + START_SECONDS
     while clock() < deadline:
@@ -248,7 +248,7 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
             if '"ready for notifications"' in line:
                 return str(msgspec.json.decode(line)["url"])
         if exited:
-            raise SimulationError(f"the daemon does not start: {lines[-1] if lines else 'it says nothing'}")
+            raise SimulationError(f"the daemon does not start: {lines[-1] if lines else 'the log is empty'}")
         await asyncio.sleep(0.02)
     raise SimulationError(f"the daemon is not ready after {START_SECONDS:g} seconds: see {log}")
 
@@ -258,12 +258,12 @@ def _whole_lines(log: Path) -> list[str]:
 
 
 async def _while_alive(process: asyncio.subprocess.Process, work: Coroutine[Any, Any, T], directory: Path) -> T:
-    """Do the work; raise SimulationError as soon as the daemon is gone."""
+    """Run the coroutine; raise SimulationError as soon as the daemon ends."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(process.wait())
     try:
         await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise SimulationError(f"the daemon has ended in the middle of it: see {directory / 'daemon.log'}")
+            raise SimulationError(f"the daemon has ended during the run: see {directory / 'daemon.log'}")
         return await working
     finally:
         working.cancel()
@@ -272,7 +272,7 @@ async def _while_alive(process: asyncio.subprocess.Process, work: Coroutine[Any,
 
 
 async def _stop(process: asyncio.subprocess.Process) -> int:
-    """SIGTERM, and SIGKILL when that does not help in time; the exit code."""
+    """Send SIGTERM, and SIGKILL if it does not end in time; return the exit code."""
     try:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
@@ -291,7 +291,7 @@ async def _stop(process: asyncio.subprocess.Process) -> int:
 
 
 def show(report: Report, plan: Plan, console: Console) -> int:
-    """Print how the run went; the exit code that follows from it."""
+    """Print the result of the run; return the exit code."""
     comparison = report.comparison
     console.print(_kinds_table(comparison, plan))
     console.print(_figures(report, plan))
@@ -361,7 +361,7 @@ def _differences_table(comparison: Comparison) -> Table:
     for heading in ("planted", "expected", "state", "reason"):
         table.add_column(heading, overflow="fold")
     for difference in comparison.differences:
-        # As text: what a daemon says may look like markup.
+        # As plain text: the daemon's answers may look like markup.
         table.add_row(*(Text(value) for value in msgspec.structs.astuple(difference)))
     return table
 
@@ -372,7 +372,7 @@ async def _show_queries(views: RecordViews, record: Path, console: Console) -> N
         console.print(Text(f'\nsqlite3 {shlex.quote(str(record))} "{query}"', "bold cyan"), soft_wrap=True)
         columns, rows = await views.first_rows(query, 5)
         table = Table()
-        # Where it is narrow, the id or key that comes first is cut at its end, so that a row stays one line.
+        # On a narrow terminal the id or key in the first column is cut, so that a row stays one line.
         rest = sum(max(len(str(cell)) for cell in cells) for cells in list(zip(columns, *rows, strict=True))[1:])
         for index, column in enumerate(columns):
             number = all(isinstance(row[index], int) for row in rows)

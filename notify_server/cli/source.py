@@ -1,7 +1,7 @@
-"""Where a command finds the record, and who does what is asked: the record itself, or a running daemon over its API.
+"""Chooses where a command reads the record, and who changes it: the record itself, or a running daemon over its API.
 
-Reading never needs the daemon, whether it runs or not. While it runs, it alone may change its file, so it is asked to;
-a database on PostgreSQL may be changed by several, so a command does it there itself.
+Reading never needs the daemon. A daemon that runs is the only process that may change its SQLite file, so commands call
+it; several processes may change a PostgreSQL database, so commands do it themselves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
 
 if TYPE_CHECKING:
-    # Loaded when a daemon is asked: reading the file should not have to wait for it.
+    # Loaded only when a daemon is called: reading the file should not have to wait for it.
     import aiohttp
 
     from notify_server.web.api.types import Host, Status
@@ -56,11 +56,11 @@ CONNECT_PATIENCE = 5.0
 
 
 class SourceError(NotifyServerError):
-    """What was asked for cannot be had; the text says why, and what to do."""
+    """The record or a part of it is not available; the text says why, and what to do."""
 
 
 class Readable(Protocol):
-    """What commands read, of `Records`: from the record itself, or from a daemon."""
+    """The reads of `Records` that commands use, from the record itself or from a daemon."""
 
     async def totals(self) -> Totals: ...
 
@@ -80,7 +80,7 @@ class Readable(Protocol):
 
 
 class Acting(Protocol):
-    """Who acts: `Actions` on the record, or a daemon."""
+    """The changes that commands make: by `Actions` on the record, or by a daemon."""
 
     async def recheck(self, wanted: Recheck) -> Rechecked | None: ...
 
@@ -90,7 +90,7 @@ class Acting(Protocol):
 
 
 class Remote:
-    """A running daemon, asked over its API."""
+    """A running daemon, called over its API."""
 
     def __init__(self, url: str, token: str | None, trusted: ssl.SSLContext | None = None) -> None:
         self.url = url.rstrip("/")
@@ -103,7 +103,7 @@ class Remote:
             await self._session.close()
 
     async def ask(self, kind: type[T], method: str, path: str, body: object = None, **query: object) -> T | None:
-        """The answer, None for 404. Raises SourceError with the daemon's own words."""
+        """Return the answer, None for 404. Raises SourceError with the daemon's message."""
         content = {"Content-Type": "application/json"} if method == "POST" else {}
         data = msgspec.json.encode(body if body is not None else {}) if method == "POST" else None
         async with self._request(method, path, query, headers=content, data=data) as response:
@@ -120,11 +120,11 @@ class Remote:
     async def _request(
         self, method: str, path: str, query: Mapping[str, object], **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response while it lasts. Raises SourceError when it cannot be had, or not to its end."""
+        """Yield the response. Raises SourceError when there is none, or it breaks off."""
         import aiohttp
 
         if self._session is None:
-            # However long it takes, as long as something comes.
+            # No limit to the total time, as long as data arrives.
             patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_PATIENCE, sock_read=PATIENCE)
             self._session = aiohttp.ClientSession(timeout=patience)
         parameters = {name: str(value) for name, value in query.items() if value is not None}
@@ -136,12 +136,12 @@ class Remote:
             ) as response:
                 yield response
         except aiohttp.ClientPayloadError as error:
-            raise SourceError(f"{self.url}: the answer broke off, what has come of it is not all") from error
+            raise SourceError(f"{self.url}: the answer broke off and is incomplete") from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
             raise SourceError(f"{self.url}: no daemon answers there ({error or type(error).__name__})") from error
 
     def _check(self, status: int, answer: bytes) -> None:
-        """Raises SourceError with the daemon's own words unless the status is 200."""
+        """Raise SourceError with the daemon's message unless the status is 200."""
         if status == 200:
             return
         try:
@@ -197,7 +197,7 @@ class Remote:
         return await self._have(Page[FileItem], "files", host=wanted.host, **query)
 
     async def export(self, wanted: FileFilter, form: str) -> AsyncGenerator[bytes, None]:
-        """Files as the daemon exports them, in pieces."""
+        """Yield files as the daemon exports them, in pieces."""
         query = {"format": form, **msgspec.structs.asdict(wanted)}
         async with self._request("GET", "export", query) as response:
             if response.status != 200:
@@ -234,8 +234,8 @@ def _iso(moment_ms: int | None) -> str | None:
 
 
 class Source(NamedTuple):
-    """Where a command reads (`records`), and what it says of that; `daemon` is there when one runs that can be asked,
-    `itself` when the record may be changed beside those that run. `served` tells whether any does.
+    """The source of a command's reads (`records`) and its name. `daemon` is a running daemon that can be called,
+    `itself` is set when the record may be changed while daemons run. `served` is true if any daemon runs.
     """
 
     name: str
@@ -246,7 +246,7 @@ class Source(NamedTuple):
 
 
 async def check_record(path: Path, holder_process: str | None) -> None:
-    """Raises SourceError or StoreRefusedError unless there is a record at `path` and its schema is of this version."""
+    """Raise SourceError or StoreRefusedError unless there is a record at `path` with this version's schema."""
     try:
         async with await ReadConnection.open(path) as connection:
             present = await connection.schema_version()
@@ -266,8 +266,8 @@ async def check_record(path: Path, holder_process: str | None) -> None:
 
 @asynccontextmanager
 async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
-    """The record at `url`, or that of the configuration, which daemons may be writing to. Raises SourceError, or
-    StoreRefusedError for one on PostgreSQL.
+    """Open the record at `url`, or that of the configuration, beside daemons that may be writing to it. Raises
+    SourceError, or StoreRefusedError for one on PostgreSQL.
     """
     async with contextlib.AsyncExitStack() as stack:
         if url is not None:
@@ -284,7 +284,7 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
         records = SqliteRecords(path)
         stack.push_async_callback(records.close)
         if running is None:
-            yield Source(f"{path}, no daemon has it", records, None, served=False)
+            yield Source(f"{path}, no daemon has it open", records, None, served=False)
             return
         certificate = config.server.ssl_certificate
         daemon = Remote(
@@ -313,7 +313,7 @@ def _is_here(url: str) -> bool:
 
 
 async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Source:
-    # Its driver is loaded by those who use it.
+    # Loaded only when used, because its driver takes time to load.
     from notify_server.store.postgres.admin import PostgresAdmin
     from notify_server.store.postgres.records import PostgresRecords
 
@@ -323,7 +323,7 @@ async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Sour
     stack.push_async_callback(records.close)
     servers = f"which {', '.join(desk.servers)} {'has' if len(desk.servers) == 1 else 'share'}"
     return Source(
-        f"{config.store.place}, {servers if desk.servers else 'no daemon has it'}",
+        f"{config.store.place}, {servers if desk.servers else 'no daemon has it open'}",
         records,
         None,
         served=bool(desk.servers),
@@ -333,14 +333,15 @@ async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Sour
 
 @asynccontextmanager
 async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
-    """Who does what is asked: this process where it may; else the daemon when one runs, else this process, which keeps
-    daemons out meanwhile. Raises StoreRefusedError when the file cannot be had."""
+    """Choose who acts: this process where it may; else the daemon when one runs; else this process, which locks daemons
+    out meanwhile. Raises StoreRefusedError when the file cannot be opened.
+    """
     if source.itself is not None:
         yield source.itself
         return
     if source.daemon is not None:
         if source.daemon.url.endswith(":0"):
-            raise SourceError("[server] port is 0: name the address that the daemon has told with --url")
+            raise SourceError("[server] port is 0: name the address from the daemon's log with --url")
         yield source.daemon
         return
     store = await SqliteStore.open(config.store.path)

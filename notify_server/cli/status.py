@@ -31,7 +31,7 @@ def _number(value: float | None) -> str:
 
 
 async def status(source: Source, *, once: bool, as_json: bool) -> int:
-    """The record in numbers, and what a running daemon is at; on a terminal again every second until it is stopped."""
+    """Show totals and the current activity of a running daemon; on a terminal again every second until stopped."""
     if as_json:
         look = await _look(source)
         if look.problem:
@@ -50,7 +50,7 @@ async def status(source: Source, *, once: bool, as_json: bool) -> int:
 
 
 class Look(NamedTuple):
-    """The record in numbers, and what the daemon is at, unless none runs or there is a problem with it."""
+    """The totals, and the daemon's activity if one runs and can be called."""
 
     totals: Totals
     status: Status | None = None
@@ -89,7 +89,7 @@ def _screen(source: Source, look: Look) -> RenderableType:
     files.add_row(f"{totals.files:,}", *(f"{getattr(totals, state.value):,}" for state in FileState))
     parts += [counts, files]
     if look.problem:
-        parts.append(Text(f"what the daemon is at cannot be told: {printable(look.problem)}", "yellow"))
+        parts.append(Text(f"the activity of the daemon is unknown: {printable(look.problem)}", "yellow"))
     if totals.oldest_pending_at is not None:
         parts.append(Text(f"the oldest batch without a verdict was received {local(totals.oldest_pending_at)}"))
     if totals.rejections:

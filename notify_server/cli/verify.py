@@ -36,7 +36,7 @@ from notify_server.verify.guard import Guard
 from notify_server.verify.own_networks import own_networks
 from notify_server.verify.verifier import Verifier
 
-# A host that refuses everything for this long is reported as it is: a person is waiting.
+# A host that refuses everything for this long is reported in that state: a person is waiting.
 BUSY_PATIENCE = 30.0
 # Rows of the table on a terminal.
 MAX_ROWS = 1_000

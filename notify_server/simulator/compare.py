@@ -1,4 +1,4 @@
-"""Compares a server's record with what was planted."""
+"""Compares a server's record with the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABSENT = "not in the record"
 
 
 class Tally(msgspec.Struct):
-    """Of one kind: how many were planted and how many came out as expected, are still being retried, or differ."""
+    """Counts of one kind: planted, as expected, still being retried, different."""
 
     planted: int = 0
     as_expected: int = 0
@@ -26,7 +26,7 @@ class Tally(msgspec.Struct):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Something that is not as planted. `key` is a file's key, or a batch's id when `planted` is `batch`."""
+    """A difference from the plan. `key` is a file's key, or a batch's id when `planted` is `batch`."""
 
     key: str
     planted: str
@@ -36,10 +36,8 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct):
-    """What was expected against what the record says. All differences are counted and the first few are kept, of a
-    batch only when its files do not explain it.
-
-    `verified_at` has the moment of every file's last answer, in Unix seconds, in order.
+    """The plan compared with the record. All differences are counted and the first few are kept; a batch's own only
+    when its files do not explain it. `verified_at` has the time of every file's last answer, in Unix seconds, in order.
     """
 
     files: dict[Kind, Tally]
@@ -54,7 +52,7 @@ class Comparison(msgspec.Struct):
 
     @property
     def different(self) -> bool:
-        """Whether anything is."""
+        """Return whether anything differs."""
         return bool(self.different_files or self.batches.different)
 
     def note(self, difference: Difference) -> None:
@@ -66,13 +64,13 @@ class Comparison(msgspec.Struct):
 async def compare(
     batches: Iterable[PlantedBatch], record: RecordViews, objects: str, requests: Mapping[str, int]
 ) -> Comparison:
-    """Hold the record against what was planted. `objects` is the object store's address, `requests` what it counted."""
+    """Compare the record with the plan. `objects` is the object store's address, `requests` its request counts."""
     result = Comparison({kind: Tally() for kind in Kind}, Tally(), [])
     for batch in batches:
         before = result.different_files
         rows = record.files(batch.batch_id, batch.api_code)
         states = await _compare_files(result, batch, rows, objects, requests)
-        # Read after its files: a verdict that comes in between then shows as what it is, instead of as a missing one.
+        # Read after its files: a verdict reached meanwhile then appears as such, not as missing.
         found = await record.batches([(batch.batch_id, batch.api_code)])
         tally = result.batches
         tally.planted += 1
@@ -92,7 +90,7 @@ async def compare(
 async def _compare_files(
     result: Comparison, batch: PlantedBatch, rows: AsyncIterable[FileRow], objects: str, requests: Mapping[str, int]
 ) -> Counter[str]:
-    """Compare one batch's files; the states found, counted."""
+    """Compare one batch's files; return the counts of the states found."""
     states: Counter[str] = Counter()
     unseen = dict(batch.files)
     async for row in rows:
@@ -101,7 +99,7 @@ async def _compare_files(
             result.verified_at.append(datetime.fromisoformat(row.verified_at).timestamp())
         file = unseen.pop(row.oss_object_name, None)
         if file is None:
-            # Never planted: the batch then has too many.
+            # Not planned: the batch then has too many.
             continue
         tally = result.files[file.kind]
         tally.planted += 1
@@ -124,7 +122,9 @@ async def _compare_files(
 
 
 def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping[str, int]) -> str | None:
-    """What is wrong with a file's row: its reason when its state is, else which of its columns; None when nothing."""
+    """Return the fault of a file's row: its reason when its state is wrong, else the wrong column; None when
+    correct.
+    """
     if row.state is not EXPECTED[file.kind]:
         return row.reason or "no reason given"
     if file.kind is Kind.FAILED:
@@ -144,7 +144,7 @@ def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping
 
 
 def _batch_fault(batch: PlantedBatch, row: BatchRow, states: Mapping[str, int]) -> tuple[str, str, str] | None:
-    """(expected, found, what is wrong) of a batch's row, None when nothing is."""
+    """Return (expected, found, fault) of a batch's row, None when it is correct."""
     if row.files != len(batch.files):
         return f"{len(batch.files)} files", f"{row.files} files", "not what was planted"
     expected = Verdict.COMPLETE if batch.count(FileState.AVAILABLE) == len(batch.files) else Verdict.INCOMPLETE
@@ -157,7 +157,7 @@ def _batch_fault(batch: PlantedBatch, row: BatchRow, states: Mapping[str, int]) 
 
 
 def only_missing_left(batch: PlantedBatch, row: BatchRow) -> bool:
-    """Whether all that the batch waits for can be its missing files."""
+    """Return whether only missing files can be pending in the batch."""
     return row.available == batch.count(FileState.AVAILABLE) and row.upload_failed == batch.count(
         FileState.UPLOAD_FAILED
     )

@@ -1,4 +1,4 @@
-"""Plays the object store that the notifications point at, on loopback."""
+"""Plays the object store of the notifications, on loopback."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ PIXELS = bytes(LARGEST)
 
 
 class ObjectStore:
-    """An object store on loopback that answers as planted; 404 for what is not. Use it as an async context manager."""
+    """An object store on loopback that behaves as planned; 404 for unknown objects. Use it as an async context
+    manager.
+    """
 
     def __init__(self, *, slow_seconds: float = 1.0) -> None:
         self.requests: Counter[str] = Counter()
         self._slow_seconds = slow_seconds
         self._files: dict[str, PlantedFile] = {}
-        # A server without the routing and middleware of an application: it must not be what a run waits for.
+        # A plain server without an application's routing and middleware: it must not be the bottleneck of a run.
         self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=1.0)
 
     def plant(self, files: Iterable[PlantedFile]) -> None:
-        """Have these objects, from now on."""
+        """Serve these objects from now on."""
         self._files.update((file.key, file) for file in files)
 
     async def start(self) -> None:
@@ -45,7 +47,7 @@ class ObjectStore:
 
     @property
     def address(self) -> str:
-        """What an object's key is appended to. There is none before it is started."""
+        """Return the address to which an object's key is appended. There is none before the start."""
         host, port = self._runner.addresses[0][:2]
         return f"http://{host}:{port}/"
 
@@ -68,7 +70,7 @@ class ObjectStore:
 
 
 def _object(request: web.BaseRequest, file: PlantedFile) -> web.Response:
-    """The object, or the range of it that is asked for (RFC 9110 14.2: in answer to GET only)."""
+    """Return the object, or the requested range of it (RFC 9110 14.2: in answer to GET only)."""
     headers = {
         "Content-Type": CONTENT_TYPE,
         "ETag": f'"{file.key[-8:]}-{file.size:x}"',

@@ -14,14 +14,14 @@ from notify_server.model import FileState, ReportedStatus
 
 API_CODE = "rent.dcentralize.room.add"
 CONTENT_TYPE = "image/jpeg"
-# Objects are smaller than this, in bytes; a full GET gets as many of these.
+# Objects are smaller than this, in bytes; a full GET receives at most this much.
 LARGEST = 1 << 20
 _APP_ID = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SOURCE_NAME = "0123456789abcdefghijklmnopqrstuv"
 
 
 class Kind(StrEnum):
-    """How a planted file behaves, in the order in which they are shown."""
+    """The behaviour of a planted file, in the order of display."""
 
     PRESENT = "present"
     SLOW = "slow"
@@ -38,8 +38,8 @@ EXPECTED: Mapping[Kind, FileState] = MappingProxyType(
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to plant. `shares` are of all files, from 0 to 1, the rest is present; `redelivered` is a share of the
-    batches. Raises ValueError, one line naming the share, when they cannot be.
+    """A plan. `shares` are of all files, from 0 to 1, the rest is present; `redelivered` is a share of the batches.
+    Raises ValueError, one line naming the share, when they are impossible.
     """
 
     seed: int
@@ -52,15 +52,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         for name, share in [*self.shares.items(), ("redelivered", self.redelivered)]:
             if not 0 <= share <= 1:
                 raise ValueError(f"the share of {name} must be from 0 to 1, not {share:g}")
-        # A tenth ten times is a little more than 1 in binary.
+        # Ten times 0.1 is a little more than 1 in binary.
         if (total := sum(self.shares.values())) > 1 + 1e-9:
             named = " + ".join(f"{name} {share:g}" for name, share in self.shares.items() if share)
             raise ValueError(f"the shares of files come to {total:g}, more than 1: {named}")
 
 
 class PlantedFile(msgspec.Struct, frozen=True, gc=False):
-    """A file and its object. `size` is in bytes; `status` is what the object answers when it does not answer 200, and
-    `failures` how many requests it answers so before it is there.
+    """A file and its object. `size` is in bytes; `status` is the object's answer if not 200, and `failures` the number
+    of requests that get it before the object is there.
     """
 
     key: str
@@ -78,9 +78,11 @@ class PlantedBatch(msgspec.Struct, frozen=True):
     files: Mapping[str, PlantedFile]
 
     def body(self, objects: str) -> bytes:
-        """The notification as the platform posts it. `objects` is the object store's address, ending in a slash."""
+        """Return the notification as the platform posts it. `objects` is the object store's address, ending in a
+        slash.
+        """
         entries = [
-            # Every other FAILED file has no address: the document does not say that it has one.
+            # Every other FAILED file has no address: the platform's document does not require one.
             {"status": ReportedStatus.FAILED, "oss_object_name": file.key, "target_url": ""}
             if file.kind is Kind.FAILED and file.size % 2
             else {
@@ -93,7 +95,7 @@ class PlantedBatch(msgspec.Struct, frozen=True):
         return msgspec.json.encode({"batch_id": self.batch_id, "api_code": self.api_code, "file_list": entries})
 
     def count(self, state: FileState) -> int:
-        """How many of its files should end in this state."""
+        """Return the number of its files that should end in this state."""
         return sum(EXPECTED[file.kind] is state for file in self.files.values())
 
 
@@ -101,7 +103,7 @@ def plant_batches(plan: Plan, random: Random) -> Iterator[PlantedBatch]:
     app_id = "".join(random.choices(_APP_ID, k=16))
     kinds = _kinds(plan, plan.batches * plan.files)
     random.shuffle(kinds)
-    # 13 digits of milliseconds and 4 more, as in the published example; the moment is part of what the seed gives.
+    # 13 digits of milliseconds and 4 more, as in the published example; the seed decides them too.
     moment = random.randrange(10**16, 4 * 10**16)
     for start in range(0, len(kinds), plan.files):
         moment += random.randrange(1, 10**6)
@@ -111,7 +113,9 @@ def plant_batches(plan: Plan, random: Random) -> Iterator[PlantedBatch]:
 
 
 def _kinds(plan: Plan, total: int) -> list[Kind]:
-    """Exactly the shares, to within rounding: chance alone would leave small runs without the rare kinds."""
+    """Return kinds in exactly these shares, to within rounding: chance alone would leave small runs without the rare
+    kinds.
+    """
     kinds: list[Kind] = []
     reached = 0.0
     for kind in Kind:

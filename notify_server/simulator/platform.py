@@ -1,4 +1,4 @@
-"""Plays the platform: posts a plan's notifications, and posts again what is not acked."""
+"""Plays the platform: posts a plan's notifications, and repeats those that are not acked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import aiohttp
 from notify_server.errors import NotifyServerError
 from notify_server.simulator.plan import Plan, PlantedBatch, PlantedFile, plant_batches
 
-# The waits of a platform between deliveries of the same notification, in seconds; then it gives up.
+# The platform's waits between deliveries of the same notification, in seconds; then it gives up.
 RETRY_WAITS = (0.2, 0.5, 1.0, 2.0, 4.0)
 MAX_RETRY_AFTER = 5.0
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -22,7 +22,7 @@ ACK_TIMEOUT = 30.0
 
 
 class SimulationError(NotifyServerError):
-    """The simulation cannot be played to its end. One line, with what to do."""
+    """The simulation cannot be finished. One line, with what to do."""
 
 
 class Platform:
@@ -40,7 +40,7 @@ class Platform:
             self.deliveries.insert(random.randrange(len(self.deliveries) + 1), batch)
         self.posted = 0
         self.repeated = 0
-        # One for each delivery acked: milliseconds from the request to the whole answer, of the post that was acked.
+        # One per delivery acked: milliseconds from the request to the whole answer, of the post that was acked.
         self.latencies_ms: list[float] = []
 
     @property
@@ -49,7 +49,7 @@ class Platform:
 
     @property
     def files(self) -> Iterator[PlantedFile]:
-        """Every file of every batch."""
+        """Return every file of every batch."""
         return (file for batch in self.batches for file in batch.files.values())
 
     async def deliver(
@@ -62,11 +62,11 @@ class Platform:
         rate: float = 0.0,
         concurrency: int = 16,
     ) -> None:
-        """Post every delivery and return when the last is acked.
+        """Post every delivery and return when the last is acked. `rate` is posts per second, 0 as fast as they are
+        acked; at most `concurrency` are in flight.
 
-        `rate` is posts a second, 0 as fast as they are acked; at most `concurrency` are under way at once. What is
-        answered 5xx, 408 or 429, or not at all, is posted again a few times. Raises SimulationError when that does not
-        help, or at any other refusal.
+        Posts answered 5xx, 408 or 429, or not at all, are repeated a few times. Raises SimulationError when that does
+        not help, or at any other refusal.
         """
         headers = {"Content-Type": "application/json"}
         if token is not None:
@@ -97,7 +97,7 @@ class Platform:
     async def _deliver(self, session: aiohttp.ClientSession, url: str, batch: PlantedBatch, body: bytes) -> None:
         self.posted += 1
         for wait in (*self._retry_waits, None):
-            # The event loop's own clock ticks in whole milliseconds.
+            # The event loop's clock ticks in whole milliseconds.
             started = time.perf_counter()
             asked = 0.0
             try:
@@ -121,7 +121,7 @@ class Platform:
 
 
 def describe(error: BaseException) -> str:
-    """An error in a few words: sockets' errors are buried in aiohttp's, and a time-out has no text."""
+    """Describe an error in a few words: aiohttp wraps socket errors, and a time-out has no text."""
     if isinstance(error, TimeoutError):
         return "timed out"
     cause = getattr(error, "os_error", None) or error

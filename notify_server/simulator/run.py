@@ -4,7 +4,7 @@
                        |                                               |
                        +---- compare <- RecordViews <-- its record ----+
 
-What is planted depends on the plan alone; only the addresses hold the port that the object store was given.
+The content depends on the plan alone; only the port in the addresses is the object store's own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ POLL_SECONDS = 0.2
 
 
 class Report(msgspec.Struct, frozen=True):
-    """How a run went. Latencies and durations are milliseconds and seconds; `busiest` is the most files verified
-    within one second.
+    """The result of a run. Latencies are milliseconds, durations seconds; `busiest` is the most files verified within
+    one second.
     """
 
     comparison: Comparison
@@ -50,7 +50,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Simulation:
-    """One run against a daemon. `posted`, `acked` and `verified` can be looked at while it goes on."""
+    """One run against a daemon. `posted`, `acked` and `verified` are its progress."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Simulation:
         timeout: float = 120.0,
         settle: float = 10.0,
     ) -> None:
-        """`timeout` is how many seconds to wait for verdicts after the last ack; `settle` how many of them to wait on
-        when only missing files have none. `tls` is aiohttp's `ssl`.
+        """`timeout` is the number of seconds to wait for verdicts after the last ack; `settle` the number to wait once
+        only missing files are pending. `tls` is aiohttp's `ssl`.
         """
         self.platform = platform
         self.verified = 0
@@ -103,7 +103,7 @@ class Simulation:
         return self._report(comparison, seconds, timed_out)
 
     async def _reach(self) -> None:
-        """Raise SimulationError when nothing listens at the address: a platform's retries would only hide it."""
+        """Raise SimulationError when nothing listens at the address; the platform's retries would hide it."""
         url = URL(self._url)
         try:
             async with asyncio.timeout(5):
@@ -129,16 +129,16 @@ class Simulation:
             await asyncio.gather(delivering, return_exceptions=True)
 
     async def _look(self, record: RecordViews, batches: Sequence[PlantedBatch], settled: int = 0) -> list[BatchRow]:
-        """The batches' rows, and how far the daemon is with them and `settled` files of others."""
+        """Return the batches' rows, and the daemon's progress with them and `settled` files of others."""
         rows = await record.batches([(batch.batch_id, batch.api_code) for batch in batches])
         self.verified = settled + sum(row.files - row.pending for row in rows)
         return rows
 
     async def _verdicts(self, record: RecordViews, delivery: int) -> bool:
-        """Wait for the verdicts on what came up to `delivery`; whether all are there that can be expected."""
+        """Wait for the verdicts on deliveries up to `delivery`; return whether all expected ones were reached."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timeout
-        # Before, a verdict may be that of an earlier run of the same plan.
+        # Before that, a verdict may be that of an earlier run of the same plan.
         while not await record.expanded(delivery):
             if clock() >= deadline:
                 return False
@@ -186,10 +186,10 @@ class Simulation:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that this share of the values does not exceed (nearest rank); 0 of none."""
+    """Return the smallest value that this share of the values does not exceed (nearest rank), 0 if there is none."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
 def busiest_second(ordered: Sequence[float]) -> int:
-    """The most of these moments, in seconds and in order, that lie within one second."""
+    """Return the largest number of these times (seconds, in order) that lie within one second."""
     return max((end - bisect_left(ordered, moment - 1) for end, moment in enumerate(ordered, start=1)), default=0)

@@ -174,7 +174,7 @@ async def test_a_slip_is_told_in_a_line(tmp_path: Path, origin: Origin) -> None:
             (["recheck"], 2, "name files with --file, --batch or --reason"),
             (["recheck", "--file", "4711", "--yes"], 1, "there is no such file or batch"),
             (["recheck", "--file", "1", "--reason", "http_410", "-y"], 1, "file: name it alone, without batch"),
-            (["recheck", "--reason", "http_410"], 2, "nobody is there to confirm it: add --yes"),
+            (["recheck", "--reason", "http_410"], 2, "confirmation needs a terminal: add --yes"),
             (["replay", "4711"], 1, "rejection 4711: is not there, it may have been replayed"),
             (["export", "-o", "/nowhere/x.csv"], 2, "/nowhere/x.csv: cannot be written (No such file or directory)"),
             (["batches", "--url", nowhere], 1, f"notify_server: {nowhere}: no daemon answers there"),
@@ -215,7 +215,7 @@ async def test_what_is_asked_for_anew_on_the_file_is_asked_for_when_a_daemon_run
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
         assert (end.code, end.stdout) == (0, "1 files are asked for anew, as soon as a daemon runs\n")
         assert end.stderr.splitlines() == [
-            f"reading {daemon.database}, no daemon has it",
+            f"reading {daemon.database}, no daemon has it open",
             "acting through this command, on the file itself",
         ]
         assert daemon.files("bad")["gone"]["state"] == "pending"
@@ -286,9 +286,9 @@ async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tm
             command(daemon, "recheck", "--batch", "bad", "--yes"),
             command(daemon, "recheck", "--batch", "bad", "--yes", "--url", daemon.callback.removesuffix("/notify")),
         )
-        assert status.code == 0 and "what the daemon is at cannot be told" in status.stdout
+        assert status.code == 0 and "the activity of the daemon is unknown" in status.stdout
         assert refused.code == 1
-        assert "[server] port is 0: name the address that the daemon has told with --url" in refused.stderr
+        assert "[server] port is 0: name the address from the daemon's log with --url" in refused.stderr
         assert (named.code, named.stdout) == (0, "2 files are asked for anew\n")
 
 
@@ -477,7 +477,7 @@ async def test_an_export_over_the_api_that_breaks_off_is_no_success(tmp_path: Pa
         origin.default = Answer(raw=head, close=True)
         end = await run_command("export", "--url", origin.url(""), cwd=tmp_path)
     assert end.code == 1
-    assert "the answer broke off, what has come of it is not all" in end.stderr
+    assert "the answer broke off and is incomplete" in end.stderr
 
 
 @pytest.mark.parametrize(

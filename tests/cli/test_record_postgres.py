@@ -175,7 +175,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         assert (kept.code, kept.stdout) == (0, '{"rows":0}\n')
         if not runs:
             status = await command(daemon, "status", "--once")
-            assert status.stdout.startswith(f"{without_secrets(url)}, no daemon has it\n")
+            assert status.stdout.startswith(f"{without_secrets(url)}, no daemon has it open\n")
             assert await fetch(url, "SELECT count(*) FROM batch") == [(0,)]
             await daemon.start()
         assert (await daemon.verdict("x"))["available"] == 2
@@ -206,7 +206,7 @@ async def test_a_slip_is_told_in_a_line(tmp_path: Path, url: str) -> None:
         (["recheck", "--file", "4711", "--yes"], 1, "there is no such file or batch"),
         (["replay", str(2**63)], 1, "is not there, it may have been replayed"),
         (["replay", "4711"], 1, "rejection 4711: is not there, it may have been replayed"),
-        (["prune"], 2, "nobody is there to confirm it: add --yes"),
+        (["prune"], 2, "confirmation needs a terminal: add --yes"),
     ]
     environ = clean_environment(NOTIFY_SERVER__STORE__URL=url)
     ends = await asyncio.gather(*(run_command(*arguments, cwd=tmp_path, environ=environ) for arguments, *_ in asked))

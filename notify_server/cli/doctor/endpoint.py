@@ -51,7 +51,7 @@ def check_listen(subject: Subject) -> Iterator[Finding]:
 
 def _ask_healthz(host: str, port: int, *, tls: bool) -> tuple[int, bytes]:
     if tls:
-        # Nothing is told to it, and nothing believed: whose certificate it is makes no difference.
+        # Any certificate will do: nothing secret is sent, and the answer is not trusted.
         context = ssl._create_unverified_context()  # noqa: S323
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
             host, port, timeout=ASK_SECONDS, context=context
@@ -69,7 +69,7 @@ def check_certificate(subject: Subject) -> Iterator[Finding]:
     if server.ssl_certificate is None:
         return
     try:
-        # With a password, since OpenSSL would ask for one on the terminal.
+        # An explicit password keeps OpenSSL from prompting on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.ssl_certificate, server.ssl_key, password="")
         leaf = x509.load_pem_x509_certificates(server.ssl_certificate.read_bytes())[0]
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a check of `doctor` takes and gives, and the findings that both stores share."""
+"""The types of `doctor`'s checks, and the findings that both stores share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from notify_server.config import Config
 
 ASK_SECONDS = 3.0
 MEBIBYTE = 1024**2
-# Of backlog_limit, what is worth a warning.
+# The share of backlog_limit that is worth a warning.
 BACKLOG_SHARE = 0.8
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """The severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -25,7 +25,7 @@ class Level(StrEnum):
 
 
 class Finding(NamedTuple):
-    """What a check found, and how to mend it when that is needed. Each is one line."""
+    """The result of a check, and the remedy if one is needed. Each is one line."""
 
     check: str
     level: Level
@@ -47,7 +47,7 @@ def problem(check: str, text: str, mend: str) -> Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: the configuration, the file it came from, and a host whose name is to resolve."""
+    """The subject of the checks: the configuration, the file it came from, and a host whose name must resolve."""
 
     config: Config
     file: Path | None
@@ -58,7 +58,7 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def schema_finding(version: int, known: int) -> Finding:
-    """What is to be said of a schema of this version, by a program that knows as many."""
+    """Return the finding about a schema version, for a program that knows `known` versions."""
     if version > known:
         return problem(
             "schema",
@@ -71,7 +71,7 @@ def schema_finding(version: int, known: int) -> Finding:
 
 
 def backlog_finding(backlog: int, limit: int) -> Finding:
-    """What is to be said of so many files that wait."""
+    """Return the finding about the number of waiting files."""
     text = f"{backlog:,} files wait, of {limit:,} that may"
     if backlog >= limit:
         return problem(

@@ -32,7 +32,7 @@ from notify_server.store.postgres.session import (
 )
 from notify_server.store.sql import load_migrations, load_queries, unfinished
 
-# The most that one server opens.
+# The most connections that one server opens.
 CONNECTIONS = postgres.CONNECTIONS + postgres_records.CONNECTIONS
 
 _ABOUT = """
@@ -46,7 +46,7 @@ SELECT
     current_setting('synchronous_commit'),
     (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit')
 """
-# The server reserves some for superusers; a database and a role may have a limit of their own, where -1 is none.
+# The server reserves some for superusers; a database and a role may have a limit of their own, -1 for none.
 _CONNECTIONS = """
 SELECT least(
     current_setting('max_connections')::int
@@ -59,7 +59,7 @@ SELECT least(
 
 
 class _About(NamedTuple):
-    """The columns of _ABOUT; `commit` holds in our sessions, `commit_default` in those of the role or database."""
+    """The columns of _ABOUT; `commit` is the setting in our sessions, `commit_default` that of the role or database."""
 
     version: str
     standby: bool

@@ -15,7 +15,7 @@ from notify_server.processes.prober_client import system_certificates
 from notify_server.store.sqlite.lock import holder
 from notify_server.verify.guard import Guard
 
-# What the daemon has open beside connections: the database, pipes, the event loop's own.
+# Descriptors that the daemon opens besides connections: the database, pipes, the event loop.
 DESCRIPTORS_OWN = 64
 
 

@@ -91,10 +91,10 @@ def check_clock() -> Iterator[Finding]:
 
 
 def _synchronised() -> bool | None:
-    """Whether the kernel takes the clock for synchronised (adjtimex(2)); None when it cannot be told."""
+    """Return whether the kernel regards the clock as synchronised (adjtimex(2)), None if unknown."""
     if struct.calcsize("l") != 8:
         return None
-    # struct timex: unsigned int modes (0 changes nothing), four longs, int status. The rest is not looked at.
+    # struct timex: unsigned int modes (0 changes nothing), four longs, int status. The rest is not read.
     timex = ctypes.create_string_buffer(512)
     try:
         state = ctypes.CDLL(None, use_errno=True).adjtimex(timex)

@@ -1,4 +1,4 @@
-"""Checks a record on SQLite: its directory, its disk, the process that has it, its content."""
+"""Checks a record on SQLite: its directory, its disk, the process that has it open, its content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from notify_server.store.sql import load_migrations, load_queries, unfinished
 from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS, copied_from
 from notify_server.store.sqlite.lock import holder
 
-# Time for SQLite's quick_check, below what a check may take at all.
+# Time for SQLite's quick_check, less than CHECK_SECONDS.
 INTEGRITY_SECONDS = 4.0
 MIN_DISK = 64 * MEBIBYTE
 DISK_LITTLE = 1024 * MEBIBYTE
@@ -39,7 +39,7 @@ FLEETING_FILESYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
 def _nearest(path: Path) -> Path:
-    """The path, or of what it lies in the nearest that exists."""
+    """Return the path, or its nearest ancestor that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
@@ -93,14 +93,16 @@ def check_disk(subject: Subject) -> Iterator[Finding]:
 
 
 def filesystem(path: Path, mounts: str) -> tuple[str, list[str]]:
-    """The kind of filesystem that a path is on, and its mount options, from the text of proc_pid_mountinfo(5)."""
+    """Return the kind of filesystem that a path is on, and its mount options, from the text of
+    proc_pid_mountinfo(5).
+    """
     best, found = -1, ("unknown", [""])
     for line in mounts.splitlines():
         mounted, _, what = line.partition(" - ")
         fields = mounted.split(" ")
-        # Blanks in it are octal.
+        # Blanks are written in octal.
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-        # What is mounted later hides what was there before.
+        # A later mount hides an earlier one.
         if path.is_relative_to(point) and len(point) >= best:
             best, found = len(point), (what.split(" ")[0], fields[5].split(","))
     return found
@@ -109,7 +111,7 @@ def filesystem(path: Path, mounts: str) -> tuple[str, list[str]]:
 def check_daemon(subject: Subject) -> Iterator[Finding]:
     path = subject.config.store.path
     process = holder(path)
-    yield ok("daemon", f"process {process} has {path}" if process else f"no daemon has {path}")
+    yield ok("daemon", f"process {process} has {path} open" if process else f"no daemon has {path} open")
 
 
 def check_database(subject: Subject) -> Iterator[Finding]:
@@ -119,7 +121,7 @@ def check_database(subject: Subject) -> Iterator[Finding]:
         return
     wal = path.with_name(path.name + "-wal")
     wal_bytes = wal.stat().st_size if wal.exists() else 0
-    # At rest it is read as a plain file: SQLite would leave a -shm beside it.
+    # A database at rest is read as a plain file: SQLite would leave a -shm file beside it.
     at_rest = "&immutable=1" if not wal_bytes and holder(path) is None else ""
     deadline = time.monotonic() + INTEGRITY_SECONDS
     broken = f'restore a backup, or save what can be read with `sqlite3 {path} ".recover"`'
@@ -160,8 +162,8 @@ def _schema(connection: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     if application_id != APPLICATION_ID:
         yield problem("schema", f"{path} is not a record of notify_server", "name another file in [store] url")
     elif (source := copied_from(connection)) is not None:
-        text, _, mend = str(unfinished(str(path), source)).rpartition(": ")
-        yield problem("schema", text, mend)
+        text, _, remedy = str(unfinished(str(path), source)).rpartition(": ")
+        yield problem("schema", text, remedy)
     else:
         yield schema_finding(version, known)
 
@@ -173,5 +175,5 @@ def _backlog(connection: sqlite3.Connection, limit: int) -> Iterator[Finding]:
         (in_inbox,) = connection.execute(sql["inbox_files"], (expanded,)).fetchone()
         (pending,) = connection.execute(sql["backlog"]).fetchone()
     except sqlite3.OperationalError:
-        return  # Another schema, which has been told.
+        return  # Another schema, which _schema reports.
     yield backlog_finding(in_inbox + pending, limit)

@@ -1,4 +1,4 @@
-"""`notify-server doctor`: what is wrong with this installation, and how to mend it."""
+"""`notify-server doctor`: finds problems of this installation and says how to fix them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from notify_server.cli.doctor.findings import Check, Finding, Level, Subject
 from notify_server.config import load_config
 from notify_server.errors import ConfigError
 
-# A check that takes longer is not waited for; they all run at once.
+# The time limit of a check; all of them run at the same time.
 CHECK_SECONDS = 5.0
-UNTOLD = "run it again; when that does not help, look at it by hand"
+UNKNOWN = "run it again; if that does not help, check it by hand"
 COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 
 
 def run(config_path: Path | None, host: str | None, *, as_json: bool) -> None:
-    """Look at everything and print what was found. Exits 1 when there is a problem. Changes nothing."""
+    """Run all checks and print the findings. Exits 1 when there is a problem. Changes nothing."""
     findings = examine(config_path, host)
     if as_json:
         shown = [finding._asdict() for finding in findings]
@@ -38,13 +38,13 @@ def run(config_path: Path | None, host: str | None, *, as_json: bool) -> None:
 
 
 def examine(config_path: Path | None, host: str | None) -> list[Finding]:
-    """What there is to find; with a wrong configuration only what can be told without one."""
+    """Return the findings; with a wrong configuration only those that need none."""
     checks = _first_checks()
     try:
         config = load_config(config_path)
     except ConfigError as error:
-        mend = "correct the key; `notify-server config init` writes an example"
-        found = [Finding("configuration", Level.PROBLEM, problem, mend) for problem in error.problems]
+        remedy = "correct the key; `notify-server config init` writes an example"
+        found = [Finding("configuration", Level.PROBLEM, problem, remedy) for problem in error.problems]
     else:
         file = config_file(config_path)
         source = str(file) if file else "no config.toml here: defaults"
@@ -64,7 +64,7 @@ def _first_checks() -> dict[str, Check]:
 
 
 def _configured_checks(subject: Subject) -> dict[str, Check]:
-    """Return the checks of what is configured, by name."""
+    """Return the checks that need the configuration, by name."""
     checks = {
         "listen": endpoint.check_listen,
         "certificate": endpoint.check_certificate,
@@ -94,25 +94,27 @@ def _count(findings: Iterable[Finding], level: Level) -> int:
 
 
 def look(checks: Mapping[str, Check]) -> list[Finding]:
-    """Do the checks at the same time; their findings in their order."""
+    """Run the checks at the same time; return their findings in the given order."""
     found: dict[str, list[Finding]] = {}
 
     def one(name: str, check: Check) -> None:
         try:
             found[name] = list(check())
         except Exception as error:
-            # A check that breaks must not keep the others from being told.
-            found[name] = [Finding(name, Level.WARNING, f"cannot be checked ({type(error).__name__}: {error})", UNTOLD)]
+            # A failing check must not prevent the findings of the others.
+            found[name] = [
+                Finding(name, Level.WARNING, f"cannot be checked ({type(error).__name__}: {error})", UNKNOWN)
+            ]
 
-    # Nobody waits for a thread that hangs in a look-up or on a dead network drive.
+    # Daemon threads: one may hang in a look-up or on a dead network drive.
     threads = [threading.Thread(target=one, args=item, daemon=True) for item in checks.items()]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + CHECK_SECONDS
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late = f"cannot be told within {CHECK_SECONDS:g} seconds"
-    return [finding for name in checks for finding in found.get(name, [Finding(name, Level.WARNING, late, UNTOLD)])]
+    late = f"not finished within {CHECK_SECONDS:g} seconds"
+    return [finding for name in checks for finding in found.get(name, [Finding(name, Level.WARNING, late, UNKNOWN)])]
 
 
 def _show(findings: list[Finding]) -> None:
