@@ -499,7 +499,7 @@ def test_a_time_may_be_rfc_3339_or_a_date_of_this_machine() -> None:
 )
 def test_what_is_no_time_is_told_with_what_is(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r"is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for so long"
+        UsageError, match=r"is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for two hours"
     ) as e:
         moment(text)
     assert str(e.value).isprintable()

@@ -33,8 +33,7 @@ from tests.support.daemon import Daemon, Finished, clean_environment
 from tests.support.notification import batch_body, finished
 from tests.support.origin import SILENCE, Origin
 from tests.support.postgres import fetch, new_schema
-from tests.support.postgres_faults import eventually
-from tests.support.waiting import free_port
+from tests.support.waiting import eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

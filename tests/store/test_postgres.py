@@ -45,7 +45,8 @@ from tests.store.builders import (
     take_in,
 )
 from tests.support.postgres import SETTINGS, PostgresServer, fetch, new_schema
-from tests.support.postgres_faults import cut, eventually, expire, locked, opened, until_behind, until_waiting
+from tests.support.postgres_faults import cut, expire, locked, opened, until_behind, until_waiting
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

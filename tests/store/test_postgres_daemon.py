@@ -20,9 +20,8 @@ from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import SILENCE, Answer, Origin
 from tests.support.postgres import PostgresServer, fetch, new_schema
-from tests.support.postgres_faults import cut, eventually, locked, until_waiting
-from tests.support.waiting import eventually as wait_until
-from tests.support.waiting import free_port
+from tests.support.postgres_faults import cut, locked, until_waiting
+from tests.support.waiting import eventually, free_port
 
 
 @pytest.fixture
@@ -210,7 +209,7 @@ async def test_a_daemon_waits_for_a_database_that_refuses_connections_and_answer
     async with AsyncExitStack() as stack:
         daemon = Daemon(tmp_path, config(url) | {"server": {"host": "127.0.0.1", "port": port}})
         starting = asyncio.create_task(stack.enter_async_context(daemon))
-        await wait_until(lambda: daemon.count("waiting for the database") == 1)
+        await eventually(lambda: daemon.count("waiting for the database") == 1)
         session = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
 
         async def ask(method: str, path: str) -> tuple[int, str, str | None]:
@@ -242,7 +241,7 @@ async def test_a_daemon_that_waits_for_its_database_stops_at_once(tmp_path: Path
     daemon = Daemon(tmp_path, config("postgresql://u:hunter2@127.0.0.1:1/d"))
     async with AsyncExitStack() as stack:
         starting = asyncio.create_task(stack.enter_async_context(daemon))
-        await wait_until(lambda: daemon.count("waiting for the database") == 1)
+        await eventually(lambda: daemon.count("waiting for the database") == 1)
         assert await daemon.terminate() == 0
         with pytest.raises(AssertionError, match="ended"):
             await starting

@@ -17,7 +17,7 @@ from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import SILENCE, Origin
 from tests.support.postgres import fetch, new_schema
-from tests.support.postgres_faults import eventually
+from tests.support.waiting import eventually
 
 CALLBACKS, PROBES = ["callbacks"], ["probes"]
 

@@ -77,7 +77,6 @@ class AppServer:
 
     entry = staticmethod(entry)
     notification = staticmethod(notification)
-    eventually = staticmethod(eventually)
 
     def __init__(self, config: Config, port: int, session: Any, events: Events, clock: Clock) -> None:
         self.config = config

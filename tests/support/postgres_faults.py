@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import asyncpg
 
 from notify_server.store.postgres.store import PostgresStore
 from tests.support.postgres import fetch
+from tests.support.waiting import eventually
 
 T = TypeVar("T")
 
@@ -78,11 +78,3 @@ async def cut(connection: asyncpg.Connection[asyncpg.Record], number: int = 1) -
 async def expire(url: str, store: PostgresStore) -> None:
     """Let the lease of this node run out, as if nothing had been heard of it for so long."""
     await fetch(url, "UPDATE node SET alive_until = clock_timestamp() - interval '1 s' WHERE id = $1", store.node.id)
-
-
-async def eventually(look: Callable[[], Awaitable[T]]) -> T:
-    """What a look gives as soon as it is true, for what only the database tells."""
-    async with asyncio.timeout(SECONDS):
-        while not (seen := await look()):
-            await asyncio.sleep(0.01)
-    return seen

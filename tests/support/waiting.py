@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -14,7 +14,11 @@ T = TypeVar("T")
 SECONDS = 30.0
 
 
-async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = SECONDS) -> T:
+@overload
+async def eventually(check: Callable[[], Coroutine[Any, Any, T]], seconds: float = SECONDS) -> T: ...
+@overload
+async def eventually(check: Callable[[], T], seconds: float = SECONDS) -> T: ...
+async def eventually(check: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """Call `check`, a function or a coroutine function, until it returns something true, and return that.
 
     Raises TimeoutError.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.waiting import eventually
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -645,7 +647,7 @@ async def test_a_backlog_at_its_limit_refuses_what_comes_next_and_writes_nothing
     token = {"Authorization": "Bearer token-of-the-platform", "Content-Type": "application/json"}
     (await daemon.post(waiting(daemon, 2), token)).accepted()
     # Tried, and waiting for its next attempt: no less waiting than before.
-    await daemon.eventually(lambda: daemon.count("attempt") == 2)
+    await eventually(lambda: daemon.count("attempt") == 2)
     (await daemon.post(waiting(daemon, 1), token)).accepted()
     before = daemon.counts()
     for body in (waiting(daemon, 1), b"not JSON", daemon.notification(file_list=[])):

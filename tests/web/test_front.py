@@ -21,7 +21,7 @@ from notify_server.callbacks.connection import MAX_HEAD, CallbackConnection
 from notify_server.web.routes import CALLBACK
 from tests.support.app import AppServer, Clock, Events, start_app
 from tests.support.notification import notification
-from tests.support.waiting import SECONDS
+from tests.support.waiting import SECONDS, eventually
 
 if TYPE_CHECKING:
     from tests.support.app import Start
@@ -336,7 +336,7 @@ async def test_who_hangs_up_before_its_ack_leaves_a_notification_and_no_noise(st
                 gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()
         assert (await daemon.get("/healthz")).status == 200
-    await daemon.eventually(lambda: daemon.counts() == (2, 0))
+    await eventually(lambda: daemon.counts() == (2, 0))
     await daemon.serves()
     assert [event for event in daemon.events.all[since:] if event["level"] not in ("debug", "info")] == []
 

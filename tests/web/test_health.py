@@ -24,6 +24,7 @@ from notify_server.config import LogConfig
 from notify_server.supervise import start_task
 from notify_server.telemetry.logging import set_up_logging
 from notify_server.web import health
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +87,7 @@ async def test_it_is_not_ready_while_a_prober_is_down_and_takes_callbacks_all_th
     assert (answer.status, answer.json["ready"]) == (200, True)
     # And what was up again probes.
     (await daemon.post(daemon.notification(daemon.entry(target_url="http://127.0.0.1:1/")))).accepted()
-    await daemon.eventually(lambda: daemon.count("attempt") == 1)
+    await eventually(lambda: daemon.count("attempt") == 1)
 
 
 async def test_it_is_not_ready_while_the_store_cannot_commit(
@@ -127,7 +128,7 @@ async def test_asking_often_whether_it_is_ready_costs_one_write(start: Start, mo
     daemon = await start()
     answers = await asyncio.gather(*(daemon.get("/readyz") for _ in range(20)))
     # A disk that is slow for a moment is "not ready" until its write is done.
-    await daemon.eventually(lambda: daemon.count("heartbeat") == 1)
+    await eventually(lambda: daemon.count("heartbeat") == 1)
     answers += await asyncio.gather(*(daemon.get("/readyz") for _ in range(20)))
     assert {answer.status for answer in answers[20:]} == {200}
     ((first,),) = daemon.rows("SELECT checked_at FROM heartbeat")
@@ -185,7 +186,7 @@ async def test_the_metrics_show_the_backlog(start: Start) -> None:
     daemon = await start(verify={"allowed_networks": ["127.0.0.1"], "allowed_ports": [1]})
     entries = [daemon.entry(target_url=f"http://127.0.0.1:1/{n}") for n in range(5)]
     (await daemon.post(daemon.notification(*entries, daemon.entry()))).accepted()
-    await daemon.eventually(lambda: daemon.count("attempt") == 5)
+    await eventually(lambda: daemon.count("attempt") == 5)
     after = await measures(daemon)
     assert after["notify_server_backlog_files"] == 5
     assert after["notify_server_in_flight_files"] == 0
@@ -217,7 +218,7 @@ async def test_the_metrics_show_the_hosts_by_their_circuit(start: Start) -> None
     (
         await daemon.post(daemon.notification(*(daemon.entry(target_url=f"http://127.0.0.1:1/{n}") for n in range(2))))
     ).accepted()
-    await daemon.eventually(lambda: daemon.count("attempt") == 2)
+    await eventually(lambda: daemon.count("attempt") == 2)
     after = await measures(daemon)
     assert sum(after[f"notify_server_hosts circuit={state}"] for state in states) == 1
     assert after["notify_server_hosts circuit=closed"] == 0
@@ -344,10 +345,10 @@ async def test_what_strangers_send_comes_out_as_escaped_lines(daemon: AppServer,
     log.set_up(form)
     batch_id = "\r\n2026-01-01 [info] forged\x1b[31m"
     (await daemon.post(daemon.notification(batch_id=batch_id, api_code="a\x1b[31mb"))).accepted()
-    await daemon.eventually(lambda: "verdict" in log.text)
+    await eventually(lambda: "verdict" in log.text)
     bare = "a\x1b[31mb"
     (await daemon.post(daemon.notification(batch_id=bare))).accepted()
-    await daemon.eventually(lambda: log.text.count("verdict=") == 2 or log.text.count('"verdict":') == 2)
+    await eventually(lambda: log.text.count("verdict=") == 2 or log.text.count('"verdict":') == 2)
     headers = {"X-Forwarded-For": "forged", "User-Agent": "a\tforged"}
     (await daemon.post(b"[]", {"Content-Type": "text/a\tforged", **headers})).refusal(400, "400")
     (await daemon.post(b"[]", headers, path="/notify?token=%0D%0Aforged%1B")).refusal(400, "400")
