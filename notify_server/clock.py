@@ -1,31 +1,32 @@
-"""The time that the record and the schedule go by."""
+"""The clock of the record and the schedule."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-# Of what passes, how much it may run ahead or stay behind: less than the jitter of a retry's wait.
+# The share of elapsed time that it may run ahead or behind: less than the jitter of a retry's wait.
 SLEW = 10
-# A wall clock that is this wrong had never been set. It is followed at once.
+# A wall clock this wrong was never set. It is followed at once.
 NEVER_SET_NS = 86_400 * 10**9
 
 
 def unix_ms() -> int:
-    """The wall clock, in milliseconds."""
+    """Return the wall clock's time, in milliseconds."""
     return time.time_ns() // 1_000_000
 
 
 def boot_ns() -> int:
-    """A clock that is never set, and that does not stand still while the machine sleeps, in nanoseconds."""
+    """Return a time, in nanoseconds, that is never set and that does not stop while the machine sleeps."""
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class SteadyClock:
-    """Unix milliseconds that never go back and never leap: a tenth too fast, or too slow, until the wall clock agrees.
+    """Gives Unix milliseconds that never go back and never leap: a tenth too fast, or too slow, until the wall clock
+    agrees.
 
-    When the wall clock is set forward by an hour, files that wait for an hour are not all due at once; when it is set
-    back, they do not wait for two; and nothing ends before it began.
+    When the wall clock is set forward by an hour, files that wait for an hour do not all become due at once; when it is
+    set back, they do not wait for two; and nothing ends before it began.
     """
 
     def __init__(self, wall: Callable[[], int], elapsed_ns: Callable[[], int] = boot_ns) -> None:
@@ -35,7 +36,7 @@ class SteadyClock:
         self._now = wall() * 1_000_000
 
     def __call__(self) -> int:
-        """The time, in milliseconds."""
+        """Return the time, in milliseconds."""
         at = self._elapsed_ns()
         passed, self._at = at - self._at, at
         behind = self._wall() * 1_000_000 - (self._now + passed)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class NotifyServerError(Exception):
-    """The base of every error that the project raises on purpose."""
+    """The base of the package's own errors."""
 
 
 class ConfigError(NotifyServerError):
@@ -18,7 +18,7 @@ class ConfigError(NotifyServerError):
 
 
 class ContractError(NotifyServerError):
-    """A body that is not what the platform's document says. `field` is its path, e.g. `file_list[3].target_url`."""
+    """A body violates the platform's document. `field` is the path, e.g. `file_list[3].target_url`."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -41,7 +41,7 @@ class StoreRefusedError(NotifyServerError):
 
 
 class StoreNotReachedError(StoreRefusedError):
-    """The database does not accept connections now. A daemon that starts waits for it; a command ends."""
+    """The database does not accept connections now. A starting daemon waits for it; a command ends."""
 
 
 class StoreUnavailableError(NotifyServerError):
@@ -55,8 +55,8 @@ class NonceReusedError(NotifyServerError):
 
 
 class RejectionGoneError(NotifyServerError):
-    """The rejection to be replayed is not there (any more); nothing was written."""
+    """The rejection to be replayed does not exist (any more); nothing was written."""
 
 
 class ListenError(NotifyServerError):
-    """The address cannot be listened on. Fatal at start."""
+    """The server cannot listen on the address. Fatal at start."""

@@ -25,14 +25,14 @@ import msgspec
 
 
 class ReportedStatus(StrEnum):
-    """What the platform says of a file (`file_list[].status`)."""
+    """The status of a file as reported by the platform (`file_list[].status`)."""
 
     FINISHED = "FINISHED"
     FAILED = "FAILED"
 
 
 class FileState(StrEnum):
-    """What is known of a file."""
+    """The state of a file."""
 
     PENDING = "pending"
     AVAILABLE = "available"
@@ -42,7 +42,7 @@ class FileState(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What is known of a batch."""
+    """The verdict on a batch."""
 
     PENDING = "pending"
     COMPLETE = "complete"
@@ -50,7 +50,7 @@ class Verdict(StrEnum):
 
 
 class CircuitState(StrEnum):
-    """Whether a host is asked: as ever, not at all for a while, or on trial after that."""
+    """Whether requests go to a host: normally, not at all for a while, or on trial after that."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -74,7 +74,7 @@ class Reason(StrEnum):
 
 
 def http_reason(status: int) -> str:
-    """The reason code of an answer that was not accepted, e.g. `http_404`."""
+    """Return the reason code of an answer that was not accepted, e.g. `http_404`."""
     return f"http_{status}"
 
 
@@ -90,14 +90,14 @@ class FileEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Notification(msgspec.Struct, frozen=True):
-    """A checked notification: what the platform's document calls 异步批处理文件通知."""
+    """A validated notification: 异步批处理文件通知 in the platform's document."""
 
     batch_id: str
     api_code: str
     file_list: list[FileEntry]
 
 
-# Value of `Delivery.signature` for a request that proved nothing.
+# Value of `Delivery.signature` for an unsigned request.
 UNSIGNED = "none"
 
 
@@ -125,7 +125,7 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Rejection(msgspec.Struct, frozen=True, array_like=True):
-    """A body that was refused though its sender was let in; kept so that it can be looked at and replayed."""
+    """A refused body of an authorized sender; kept for inspection and replay."""
 
     received_at: int
     remote_addr: str
@@ -170,7 +170,7 @@ class UrlGuard(Protocol):
 
 
 class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A claimed file: pending, due, and nobody else's until it is recorded or released."""
+    """A claimed file: pending, due, and reserved until it is recorded or released."""
 
     id: int
     batch: int
@@ -187,7 +187,7 @@ class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Restart(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a recheck: how many files were reset, and the hosts they are at."""
+    """The result of a recheck: the number of files reset, and their hosts."""
 
     files: int
     hosts: frozenset[str]

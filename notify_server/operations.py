@@ -79,7 +79,7 @@ class Pruned(Struct, frozen=True):
 
 
 class Replayed(Struct, frozen=True):
-    """The delivery that a reprocessed rejection was accepted as."""
+    """The delivery as which a rejection was accepted."""
 
     delivery: int
     request_id: str
@@ -154,7 +154,7 @@ class Actions:
         return restart.files
 
     async def replay(self, id: int) -> Replayed | None:
-        """Validate a rejected body again and accept it as a new delivery. Its sender was authorized when it came.
+        """Validate a rejected body again and accept it as a new delivery; its sender was authorized at the time.
 
         Returns None for an unknown rejection. Raises ActionRefusedError when the body is still invalid.
         """
@@ -201,7 +201,7 @@ class Actions:
 
 
 def unknown_reason(reason: str) -> str | None:
-    """Return what is wrong with a reason code, and the one that may be meant; None when it is known."""
+    """Return an error text for an unknown reason code, with the nearest known one; None when the code is known."""
     if re.fullmatch(REASON_PATTERN, reason):
         return None
     shown = reason[:80]

@@ -19,7 +19,7 @@ from notify_server.verify.guard import printable_url
 
 log = structlog.get_logger("notify_server.store")
 
-# Files per transaction; the second value applies while acks are pending (keeps the writer busy for 1-2 ms at most).
+# Files per transaction; the second value applies while acks are pending (it keeps the writer busy for 1 to 2 ms).
 CHUNK_FILES = 250
 SMALL_CHUNK_FILES = 100
 INBOX_ITEMS = 64
@@ -98,7 +98,7 @@ class Expander:
     def _read(self, item: InboxItem) -> Notification:
         envelope = open_envelope(item.body)
         bare = item.body if envelope is None else envelope.notification
-        # It was within the limit when it was acked: do not lose it to a limit that was lowered since.
+        # It was within the limit when it was acked: a limit lowered since must not lose it.
         notification = parse_notification(bare, max_files=2**31)
         if unknown := unknown_fields(bare):
             self._listener.on_unknown_fields(unknown)
@@ -122,13 +122,13 @@ class Expander:
         target = self._guard.examine(entry.target_url)
         if target.refusal is None:
             return NewFile(entry.oss_object_name, entry.target_url, target.host, entry.status, FileState.PENDING, None)
-        # The address may be hostile, and is stored to be shown.
+        # The address may be hostile, and is stored for display.
         shown = printable_url(entry.target_url)
         return NewFile(entry.oss_object_name, shown, target.host, entry.status, FileState.BLOCKED, target.refusal)
 
 
 def _latest_entries(entries: Sequence[FileEntry]) -> Sequence[FileEntry]:
-    """Return one entry per key. Of a key listed twice the last counts, as if it had been delivered later."""
+    """Return one entry per key. The last entry of a key counts, as if it had been delivered later."""
     files: dict[str, FileEntry] = {}
     for entry in entries:
         known = files.get(entry.oss_object_name)

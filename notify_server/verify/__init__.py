@@ -1,1 +1,3 @@
-"""Asking every address whether its file is there: what may be dialled, how it is asked, what the answers mean."""
+"""Checks whether files are available: which addresses may be contacted, how they are requested, what the answers
+mean.
+"""

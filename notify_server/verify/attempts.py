@@ -1,6 +1,6 @@
 """Runs attempts: one request after the other until the policy comes to a conclusion, then a result for the record.
 
-An attempt is in flight in memory only: after a crash, or when a prober dies, its file is pending as before.
+An attempt in flight is in memory only: after a crash, or when a prober dies, its file is still pending.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from notify_server.verify.recorder import Recorder
 
 log = structlog.get_logger("notify_server.verify")
 
-# A file that was in flight when this many probers died may be what kills them: it is charged an attempt.
+# A file that was in flight when this many probers died may be the cause: an attempt is charged to it.
 MAX_DEATHS = 5
-# How long a host rests when this machine was short of something, and an address at which too much was under way.
+# How long a host is paused when this machine was short of something, and when its address was at its limit.
 SHORTAGE_SECONDS = 1.0
 CROWDED_SECONDS = 0.25
 
 
 class Flight:
-    """An attempt under way on one file."""
+    """An attempt in flight on one file."""
 
     __slots__ = (
         "address", "ask", "deadline", "doubted", "file", "host", "is_stranger", "link", "on_trial", "outages_before",
@@ -53,12 +53,12 @@ class Flight:
         self, file: DueFile, host: Host, ask: policy.NextRequest, now: float, outages_before: int | None
     ) -> None:
         self.file = file
-        # What an answer means is for the file's host to say; the host of the request under way has the slot.
+        # The file's host decides what an answer means; the host of the request in flight holds the slot.
         self.settings = host.settings
         self.host = host
         self.ask = ask
         self.deadline = now + host.settings.timeout
-        # The scarce slots that it takes, and the address that it counts at.
+        # The scarce slots that it holds, and the address at whose limit it counts.
         self.on_trial = False
         self.is_stranger = False
         self.address: Address | None = None
@@ -68,7 +68,7 @@ class Flight:
         self.link: ProberLink | None = None
         self.sent_at = 0
         self.requests: list[AttemptRow] = []
-        # An answer on a reused connection that did not count.
+        # An answer on a reused connection that was discarded.
         self.doubted: Evidence | None = None
 
 
@@ -76,25 +76,25 @@ Doubted = tuple[Flight, policy.Conclusion, Evidence]
 
 
 class Slots(Protocol):
-    """The scheduler's part in the end of an attempt."""
+    """The part of the scheduler in the end of an attempt."""
 
     def free(self, flight: Flight) -> None:
         """Free the slot of a flight that has ended."""
 
     def give_back(self, flights: Sequence[Flight]) -> None:
-        """Free the slots, and return the files to the store: due as before, no attempt spent."""
+        """Free the slots, and return the files to the store: still due, no attempt spent."""
 
     def move(self, flight: Flight) -> None:
-        """Exchange the slot for one at the host of the flight's next request, as soon as there is one."""
+        """Exchange the slot for one at the host of the flight's next request, as soon as one is free."""
 
     def rest(self, host: Host, until: float) -> None:
-        """Send nothing to the host until then."""
+        """Send nothing to the host before then."""
 
     def unpark(self) -> None:
-        """Give the hosts that waited for the end of an outage their turns."""
+        """Give turns to the hosts that waited for the end of an outage."""
 
     def pump(self) -> None:
-        """Start what may start now."""
+        """Start the files that may start now."""
 
 
 class Attempts:
@@ -136,12 +136,14 @@ class Attempts:
         return [flight.ask.target for flight in self._flights.values()]
 
     def begin(self, file: DueFile, host: Host, now: float, outages_before: int | None) -> Flight:
-        """Return the attempt on a file, of which nothing has been sent. The caller has counted it at its host."""
+        """Return a new attempt on a file. The caller has counted it at its host."""
         target = self._guard.examine(file.target_url)
         return Flight(file, host, policy.first(target, host.settings), now, outages_before)
 
     def refuse(self, flight: Flight, reason: Reason, at: int) -> None:
-        """End an attempt that the guard refuses, by settings that are newer than the file."""
+        """End an attempt whose address the guard refuses, because the settings have changed since the file was
+        stored.
+        """
         self._end(flight, policy.Conclusion(FileState.BLOCKED, reason), None, at)
 
     def request(self, flight: Flight, link: ProberLink, now: float, at: int) -> Request:
@@ -157,7 +159,7 @@ class Attempts:
             ask.target.url,
             round((flight.deadline - now) * 1000),
             round(settings.connect_timeout * 1000),
-            # A host that mixes up its answers gets a connection of its own each time.
+            # A host that mixes up its answers gets a new connection for every request.
             ask.fresh or not flight.host.reuse,
             flight.host.reuse,
             ask.ranged,
@@ -165,9 +167,9 @@ class Attempts:
         )
 
     def on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
-        """Judge evidence, and send what the attempts ask for next."""
+        """Judge evidence, and send the next requests of the attempts."""
         again: list[Request] = []
-        # Evidence that arrives together is judged at the same time.
+        # Evidence that arrives together is judged at one time.
         now, at = time.monotonic(), self._now()
         for item in evidence:
             flight = self._flights.pop(item.id, None)
@@ -184,7 +186,7 @@ class Attempts:
                 continue
             flight.ask = outcome
             if outcome.target.host != flight.host.name:
-                # Each hop is a request to a host of its own.
+                # Each hop is a request to its own host.
                 self._slots.move(flight)
                 continue
             again.append(self.request(flight, link, now, at))
@@ -201,12 +203,12 @@ class Attempts:
         if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
             if outcome.method == flight.ask.method:
                 return policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
-            # HEAD has taken all of the time, and the GET that decides has a time of its own.
+            # HEAD has used up the time, and the deciding GET has a time of its own.
             flight.deadline = now + settings.timeout
         return outcome
 
     def _note(self, flight: Flight, item: Evidence, outcome: policy.NextRequest | policy.Conclusion) -> None:
-        """Keep the request as an attempt row, and note what it shows of the host."""
+        """Keep the request as an attempt row, and update the host's state from it."""
         host, ask = flight.host, flight.ask
         if item.status is not None:
             host.answered(time.monotonic())
@@ -283,7 +285,7 @@ class Attempts:
         self._slots.rest(host, host.open_until)
 
     def _slow_down(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence, at: int) -> bool:
-        """Return whether the attempt does not count, because the host has asked for fewer requests."""
+        """Return whether the attempt is free, because the host has asked for fewer requests."""
         now, host = time.monotonic(), flight.host
         if not conclusion.busy:
             if item.status is not None:
@@ -299,7 +301,7 @@ class Attempts:
         if host.name == flight.file.host:
             self._slots.give_back([flight])
         else:
-            # Claimed again at once, it would only be redirected here again.
+            # If claimed again at once, it would only be redirected here again.
             self.postpone(flight, host.rest_until - now)
             self._slots.free(flight)
         return True
@@ -312,8 +314,8 @@ class Attempts:
         self._recorder.add(FileResult(file, FileState.PENDING, None, file.attempts, at + wait_ms, *none))
 
     def _not_sent(self, flight: Flight, item: Evidence, now: float) -> None:
-        """Give back a file for which nothing was sent: this machine is short of something, or too much is under way
-        at the address.
+        """Give back a file for which nothing was sent: this machine is short of something, or the address is at its
+        limit.
         """
         host = flight.host
         if item.crowded and item.remote_addr is not None:
@@ -336,16 +338,15 @@ class Attempts:
         return address
 
     def _is_doubted(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence) -> bool:
-        """Return whether the attempt does not count yet, because this machine may be cut off."""
+        """Return whether the attempt is held back, because this machine may be cut off."""
         if conclusion.state is not FileState.PENDING:
             return False
         doubted = (flight, conclusion, item)
         return self.outages.doubt(flight.ask.target, item, doubted, before=flight.outages_before)
 
     def on_death(self, link: ProberLink) -> list[Flight]:
-        """Drop the flights of a prober that has died, and return those whose files are to be given back.
-
-        No attempt is spent, unless a file was in flight so often when a prober died that it seems to be the cause.
+        """Drop the flights of a prober that has died, and return those whose files are to be given back. No attempt is
+        spent, unless a file was in flight so often when a prober died that it seems to be the cause.
         """
         lost = [id for id, flight in self._flights.items() if flight.link is link]
         given_back: list[Flight] = []

@@ -1,16 +1,16 @@
-"""How many attempts may be in flight: fewer while this machine is short of ports or descriptors. Has no clock."""
+"""Limits the attempts in flight while this machine is short of ports or descriptors. Has no clock."""
 
 from __future__ import annotations
 
-# A shortage that lasts lowers the capacity once in this time; and it has passed when this time is over.
+# A lasting shortage lowers the capacity once in this time; without another in this time it has passed.
 LOWER_SECONDS = 1.0
 CALM_SECONDS = 5.0
-# The capacity grows by this factor a second, once the shortage has passed.
+# The capacity grows by this factor per second, once the shortage has passed.
 GROWTH = 1.25
 
 
 class Capacity:
-    """`limit` is the number of attempts that may be in flight, at most `slots`. Times are monotonic seconds."""
+    """`limit` is the maximum of attempts in flight, at most `slots`. Times are monotonic seconds."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -20,7 +20,7 @@ class Capacity:
         self.is_short = False
 
     def lower(self, now: float, in_flight: int) -> bool:
-        """Halve the limit because of a shortage. Return whether it is the first of its kind."""
+        """Halve the limit because of a shortage. Return whether a new shortage begins with it."""
         begins = not self.is_short
         if begins or now - self._short_at >= LOWER_SECONDS:
             self.limit = max(1, min(self.limit, in_flight) // 2)
@@ -30,7 +30,7 @@ class Capacity:
         return begins
 
     def recover(self, now: float) -> bool:
-        """Raise the limit as time has passed without a shortage. Return whether the shortage is over with it."""
+        """Raise the limit if no shortage occurred lately. Return whether the shortage has just ended."""
         if not self.is_short or now - self._grown_at < 1.0:
             return False
         self._grown_at = now

@@ -1,6 +1,6 @@
-"""Claims due files for hosts: finds out which hosts have any, and keeps a queue of claimed files for each.
+"""Claims due files: finds the hosts that have any, and keeps a queue of claimed files for each.
 
-What is claimed is bounded whatever the backlog, and is in memory only.
+Claimed files are in memory only, and bounded whatever the backlog.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from notify_server.verify.hosts import BUSY_SECONDS, Host, hostname_of
 
 log = structlog.get_logger("notify_server.verify")
 
-# Files claimed ahead for each slot, and the least number of hosts that share them; more, so that each claims less,
-# while acks share the writer.
+# Files claimed ahead for each slot, and the minimum of hosts that share them: a higher one, so smaller claims, while
+# acks share the writer.
 AHEAD_PER_SLOT = 32
 MIN_AHEAD_SHARES = 8
 MIN_SMALL_AHEAD_SHARES = 64
-# Hosts per page of the look-up of due hosts, and hosts remembered.
+# Hosts per page when looking for due hosts, and hosts remembered.
 LOOK_HOSTS = 1000
 LOOK_SECONDS = 1.0
 MAX_HOSTS = 10_000
-# Of these, hosts that have not answered lately; and hosts whose last answer is remembered after they were evicted.
+# Of these, hosts that have not answered lately; and hosts whose last answer is remembered after eviction.
 MAX_STRANGERS = MAX_HOSTS // 2
 MAX_ANSWERED = 10_000
 HOSTS_A_CLAIM = 64
-# Resolution and horizon of the due times that are remembered.
+# Resolution and horizon of the remembered due times.
 DUE_STEP_MS = 50
 DUE_SOON_MS = 60_000
 
 
 class DueTimes:
-    """Remembers the times, in Unix ms, at which files will be due within DUE_SOON_MS, in steps of DUE_STEP_MS."""
+    """The times, in Unix ms, at which files become due within DUE_SOON_MS, in steps of DUE_STEP_MS."""
 
     def __init__(self) -> None:
         self._heap: list[int] = []
@@ -46,11 +46,11 @@ class DueTimes:
 
     @property
     def first(self) -> int | None:
-        """The earliest time, None without any."""
+        """The earliest time, None if there is none."""
         return self._heap[0] if self._heap else None
 
     def add(self, moment: int, now: int) -> bool:
-        """Remember a time. Return whether it is the earliest now, and was not known."""
+        """Remember a time. Return True if it is new and now the earliest."""
         moment += -moment % DUE_STEP_MS
         if moment in self._known or moment - now >= DUE_SOON_MS:
             return False
@@ -59,15 +59,14 @@ class DueTimes:
         return moment == self._heap[0]
 
     def drop_until(self, now: int) -> None:
-        """Forget the times that have come."""
+        """Forget the times up to `now`."""
         while self._heap and self._heap[0] <= now:
             self._known.discard(heappop(self._heap))
 
 
 class Claims:
-    """Owns the hosts and their queues of claimed files.
-
-    `on_queued` is called for a host whose queue has grown or whose limit has, and `on_done` once after several of them.
+    """Owns the hosts and their queues of claimed files. `on_queued` is called for a host whose queue or limit has
+    grown, and `on_done` once after several of them.
     """
 
     def __init__(
@@ -87,32 +86,32 @@ class Claims:
         self._limit_of = limit_of
         self._on_queued = on_queued
         self._on_done = on_done
-        # How long a host may answer every request with "too many" until its files are charged for it.
+        # How long a host may refuse every request as too many before its files are charged for it.
         self._busy_seconds = busy_seconds
         self.hosts: dict[str, Host] = {}
         self._strangers = 0
         self._answered_at: dict[str, float] = {}
-        # Hosts that may have more to claim.
+        # Hosts that may have more files to claim.
         self._hungry: dict[str, Host] = {}
         self._look_after = ""
         self._look_at = 0.0
-        # Wakes the look in time; the store alone knows what is due.
+        # Wakes the next look at the right time; only the store knows which files are due.
         self._due = DueTimes()
         self._work = asyncio.Event()
         self._stopping = False
 
     def finish(self) -> None:
-        """Claim nothing more."""
+        """Stop claiming."""
         self._stopping = True
 
     def add_hosts(self, hosts: Iterable[str]) -> None:
-        """Claim for these hosts soon: they have new files."""
+        """Claim soon for these hosts: they have new files."""
         for name in hosts:
             self._feed(name)
         self._work.set()
 
     def poll_soon(self) -> None:
-        """Look for due files soon, of any host."""
+        """Look soon for due files of any host."""
         self._look_at = 0.0
         self._work.set()
 
@@ -131,7 +130,7 @@ class Claims:
             await self._wait_for_work()
 
     def host(self, name: str) -> Host | None:
-        """Return the host of this name, None if as many hosts as possible are remembered already."""
+        """Return the host of this name, None if no more hosts can be remembered."""
         host = self.hosts.get(name)
         if host is None:
             answered_at = self._answered_at.get(name)
@@ -151,7 +150,7 @@ class Claims:
             self._hungry[name] = host
 
     def _evict(self) -> None:
-        """Forget the hosts that are idle, but not when they answered."""
+        """Forget idle hosts, except the times of their answers."""
         now = time.monotonic()
         for name in [name for name, host in self.hosts.items() if host.idle(now) and name not in self._hungry]:
             host = self.hosts.pop(name)
@@ -176,7 +175,7 @@ class Claims:
     async def _look(self) -> None:
         """Read from the store which hosts have due files, a page of hosts at a time, and when the next file is due.
 
-        The store alone decides what is due; `add_hosts` and the results only make it known sooner.
+        The store alone decides which files are due; `add_hosts` and results only announce it sooner.
         """
         page = await self._store.due_hosts(self._look_after, LOOK_HOSTS)
         now = self._now()
@@ -192,7 +191,7 @@ class Claims:
         self._evict()
 
     def _share_out(self) -> None:
-        """Apply this daemon's share of each host, which changes when other daemons come and go."""
+        """Apply this daemon's share of each host, which changes when daemons join or leave."""
         for host in self.hosts.values():
             limit = self._limit_of(host.name, host.settings)
             if limit == host.limit:
@@ -216,17 +215,17 @@ class Claims:
             self.want(host)
 
     def want(self, host: Host) -> None:
-        """Claim for a host soon."""
+        """Claim soon for a host."""
         self._hungry[host.name] = host
         self._work.set()
 
     def release_queue(self, host: Host) -> None:
-        """Return a host's queue to the store: its files are due, and other daemons may have them."""
+        """Return a host's queue to the store: its files are due, and other daemons may claim them."""
         self._store.release(list(host.queue))
         host.queue.clear()
 
     async def _claim(self) -> bool:
-        """Claim for some of the hungry hosts. Return whether more may be hungry."""
+        """Claim for some of the hosts that need files. Return whether more may need some."""
         wanted = self._wanted()
         if not wanted or self._stopping:
             return bool(self._hungry) and not self._stopping
@@ -248,14 +247,14 @@ class Claims:
         return True
 
     def _wanted(self) -> list[tuple[str, int]]:
-        """Take some hosts from the hungry ones, and return how many files to claim for each."""
+        """Take some of the hosts that need files, and return how many files to claim for each."""
         now = time.monotonic()
         shares = MIN_SMALL_AHEAD_SHARES if self._store.prefers_small_batches else MIN_AHEAD_SHARES
         most = max(2, self._config.concurrency * AHEAD_PER_SLOT // max(shares, len(self.hosts)))
         wanted: list[tuple[str, int]] = []
         for name in list(self._hungry)[:HOSTS_A_CLAIM]:
             host = self._hungry.pop(name)
-            # Other daemons share this host: leave them something to claim.
+            # Other daemons share this host: leave them files to claim.
             is_shared = host.limit < host.settings.per_host_concurrency
             share = min(most, host.limit * AHEAD_PER_SLOT) if is_shared else most
             if not host.rests(now) and (n := share - len(host.queue)) > 0:

@@ -2,7 +2,7 @@
 
 A failure to reach a host is held back first. What happens next decides: an answer from any other host shows that this
 machine is connected, and the failure counts; failures of other hosts, with no answer in between, show that it is cut
-off. Where no other host is being asked nothing more can be learnt, and the failure counts.
+off. With no request to another host in flight nothing more can be learnt, and the failure counts.
 
 While this machine is cut off every attempt is a trial: a few at a time, none is charged, and one answer ends it. There
 are two kinds of outage: of the network, and of the name servers alone, which leaves literal addresses.
@@ -30,9 +30,9 @@ log = structlog.get_logger("notify_server.verify")
 # answered may simply be dead: they count only beside one that did, or while no host has answered yet.
 KNOWN_TO_CUT_OFF = 2
 ANY_TO_CUT_OFF = 5
-# Hosts remembered to have answered.
+# The number of hosts whose answers are remembered.
 MAX_KNOWN = 1000
-# The errors of getaddrinfo that a name server has sent: there is no such name, or no address of it.
+# The errors of getaddrinfo that prove an answer of a name server: no such name, or no address of it.
 _ANSWERS = (socket.EAI_NONAME, socket.EAI_NODATA)
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Connectivity(Generic[T]):
 
     @property
     def unheard(self) -> set[str]:
-        """The doubted hosts that `failed` was not called for."""
+        """The doubted hosts for which `failed` was not called."""
         return self.doubted - self._failed
 
     def doubt(self, host: str, attempt: T) -> None:
@@ -67,7 +67,7 @@ class Connectivity(Generic[T]):
         before = self.lost
         self._failed.add(host)
         known = sum(host in self._known for host in self._failed)
-        # While no known host fails, unknown hosts that do are dead themselves, however many.
+        # While no known host fails, failing unknown hosts are dead themselves, however many.
         many = len(self._failed) >= ANY_TO_CUT_OFF and (known > 0 or not self._known)
         self.lost = known >= KNOWN_TO_CUT_OFF or many
         return self.lost and not before
@@ -90,7 +90,7 @@ class Connectivity(Generic[T]):
 
 
 def is_name(hostname: str) -> bool:
-    """Return whether a host has to be looked up, which a literal address has not."""
+    """Return whether the host is a name that must be looked up, not a literal address."""
     try:
         ip_address(hostname)
     except ValueError:
@@ -99,9 +99,8 @@ def is_name(hostname: str) -> bool:
 
 
 def ask_name_server(hostname: str, loop: AbstractEventLoop, on_result: Callable[[bool], None]) -> None:
-    """Look the name up, and report whether a name server answers, be it that the name does not exist.
-
-    libcurl does not tell one from the other. No caller waits for the thread: libc may take half a minute.
+    """Look the name up, and report whether a name server answers, even if only that the name does not exist; libcurl
+    does not distinguish the two. No caller waits for the thread: libc may take half a minute.
     """
 
     def look_up() -> None:
@@ -117,11 +116,9 @@ def ask_name_server(hostname: str, loop: AbstractEventLoop, on_result: Callable[
 
 
 class Outages(Generic[T]):
-    """Decides what becomes of attempts that reached no host, for both kinds of outage.
-
-    `count` charges an attempt to its file and host, `give_back` charges none of a list; `under_way` returns the
-    targets of the requests that may still be answered; `on_connected` is called when an outage ends, `on_settled` when
-    a look-up may have decided something.
+    """Decides, for both kinds of outage, which failed attempts count. `count` charges an attempt to its file and host,
+    `give_back` returns a list uncharged; `under_way` returns the targets of requests in flight; `on_connected` is
+    called when an outage ends, `on_settled` after a look-up that may have decided something.
     """
 
     def __init__(
@@ -141,12 +138,12 @@ class Outages(Generic[T]):
         self._network: Connectivity[T] = Connectivity()
         self._names: Connectivity[T] = Connectivity()
         self._asking = False
-        # The outages that have begun, of both kinds.
+        # The number of outages so far, of both kinds.
         self._begun = 0
 
     @property
     def ongoing(self) -> bool:
-        """True while no host, or no name server, answers at all."""
+        """True while no host, or no name server, answers."""
         return self._network.lost or self._names.lost
 
     def is_cut_off(self, hostname: str) -> bool:
@@ -158,7 +155,7 @@ class Outages(Generic[T]):
         return None if self.is_cut_off(hostname) else self._begun
 
     def heard(self, target: Target, evidence: Evidence) -> None:
-        """Note what a request showed of the network and of the name servers."""
+        """Note the evidence about the network and the name servers in a request."""
         if evidence.status is not None or evidence.connect_ms is not None or evidence.refused:
             self._answered(self._network, target.host)
         if evidence.dns_ms is not None and is_name(target.hostname):
@@ -187,7 +184,7 @@ class Outages(Generic[T]):
         return True
 
     def settle(self) -> None:
-        """Count the failures that nothing more can be learnt of."""
+        """Count the failures about which nothing more can be learnt."""
         for kind in (self._network, self._names):
             if not (doubted := kind.doubted):
                 continue

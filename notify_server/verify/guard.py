@@ -1,6 +1,6 @@
-"""What may be dialled: the guard against addresses that turn the server against its own network (SSRF).
+"""Decides which addresses may be contacted: the guard against requests into the server's own network (SSRF).
 
-Nothing here looks anything up. `Guard.examine` reads an address before anybody acts on it; `Guard.check_address` judges
+Nothing here looks names up. `Guard.examine` reads an address before it is used; `Guard.check_address` judges
 the socket address that is about to be dialled, which alone settles names: whatever a look-up said before may have
 changed since. `Guard.follow` is `examine` for a redirect.
 
@@ -22,8 +22,8 @@ from yarl import URL
 from notify_server.contract.host import canonical_host, canonical_pattern, is_address, matches
 from notify_server.model import Reason, Target
 
-# The IANA special-purpose registries (RFC 6890, RFC 8190) where they say "not globally reachable", and what is not
-# unicast at all. 192.0.0.0/24 and 2001::/23 are refused whole although a few addresses in them are reachable: those are
+# The IANA special-purpose registries (RFC 6890, RFC 8190) where they say "not globally reachable", and all that is not
+# unicast. 192.0.0.0/24 and 2001::/23 are refused whole although a few addresses in them are reachable: those are
 # anycast services and overlays (PCP, TURN, AS112, ORCHID), where no file is ever stored.
 SPECIAL_PURPOSE: tuple[tuple[str, str], ...] = (
     ("0.0.0.0/8", "RFC 791 3.2, this network; Linux dials itself"),
@@ -56,7 +56,7 @@ SPECIAL_PURPOSE: tuple[tuple[str, str], ...] = (
     ("fe80::/10", "RFC 4291 2.5.6, link-local"),
     ("fec0::/10", "RFC 3879, deprecated site-local"),
     ("ff00::/8", "RFC 4291 2.7, multicast"),
-    # The one entry that is no registry's: to the rest of the world a public address, but inside Azure the host's agent.
+    # The one entry from no registry: a public address elsewhere, but the host's agent inside Azure.
     ("168.63.129.16/32", "Azure's WireServer"),
 )
 _REFUSED = tuple(ip_network(prefix) for prefix, _ in SPECIAL_PURPOSE)
@@ -72,21 +72,21 @@ _CACHED = 4096  # authorities, and socket addresses, that a guard remembers: abo
 _URL_LIMIT = 8192  # RFC 9110 4.1 asks for 8,000; without a limit a Location header could be 300 kB
 _ORIGIN_LIMIT = 1024  # a host of 253 characters written in percent-encoding fits
 
-# RFC 3986 2: unreserved, reserved (without "#", which ends the query) and percent-encoded may stand raw.
+# RFC 3986 2: unreserved, reserved (without "#", which ends the query) and percent-encoded may be written raw.
 _RAW = r"!$&-;=?-Z\[\]_a-z~"
 _PLAIN = re.compile(rf"([Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9.:\[\]_-]+)(/(?:[{_RAW}]++|%[0-9A-Fa-f]{{2}})*+)").fullmatch
 _SPLIT = re.compile(r"([Hh][Tt][Tt][Pp][Ss]?://[^/?#]*)([^#]*)(?:#.*)?", re.DOTALL).fullmatch
 _ORIGIN = re.compile(r"(https?)://(\[[^\[\]@]+\]|[^\[\]@:\\]+)(?::([0-9]*))?", re.ASCII | re.IGNORECASE).fullmatch
 _ENCODE = re.compile(rf"[^{_RAW}%]+|%(?![0-9A-Fa-f]{{2}})").sub
-# What copying leaves around an address, trimmed as the WHATWG URL Standard does (4.4); and a BOM. Other control
-# characters, which the standard trims too, are left by no editor and make an address invalid.
+# Characters that copying leaves around an address, trimmed as by the WHATWG URL Standard (4.4), and a BOM. The standard
+# trims other control characters too; no editor leaves them, and they make an address invalid.
 _AROUND = " \t\r\n\ufeff"
 _UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]").search
-# Wider than RFC 3986 3.1, as yarl's: no relative reference may have a colon in its first segment (4.2) anyway.
+# Wider than RFC 3986 3.1, like yarl: no relative reference may have a colon in its first segment (4.2) anyway.
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+:").match
-# What stands before the userinfo, and the userinfo: up to the last "@" of the authority, or, where what looks like a
-# port is none, of the whole text, because then a "/", "?" or "#" in a password has ended the authority too early.
-# Possessive, so that a long text from a stranger costs no more than its length.
+# The text before the userinfo, and the userinfo: up to the last "@" of the authority, or, if the apparent port is none,
+# of the whole text, because then a "/", "?" or "#" in a password has ended the authority too early. Possessive, so that
+# the cost of a long hostile text is linear.
 _USERINFO = re.compile(
     r"((?:[^/\\?#@]*(?::[/\\]++|[/\\]{2,}+)|\s*https?:)?+)"
     r"(?:[^/?#\[\]@:]*+:(?![0-9]*(?:[/?#]|\Z)).*@|[^/?#]*@)",
@@ -98,12 +98,12 @@ _BAD_REDIRECT = Target("", "", "", Reason.BAD_REDIRECT)
 
 
 class Guard:
-    """What may be dialled. Immutable, hashable, picklable; compares by its settings.
+    """Decides which addresses may be contacted. Immutable, hashable, picklable; compares by its settings.
 
     `allowed_hosts`: `example.com`, or `*.example.com` for its subdomains at any depth (not itself); empty means any.
-    `allowed_networks`: networks or addresses to be dialled although they are private; strict, as in `10.0.0.0/8`.
+    `allowed_networks`: networks or addresses to be contacted although they are private; strict, as in `10.0.0.0/8`.
     `allowed_ports`: empty means any.
-    `refused_networks`: never to be dialled, whatever is allowed. `own_networks`: this machine's, private like those of
+    `refused_networks`: never to be contacted, whatever is allowed. `own_networks`: this machine's, private like those of
     the registries, so that `allowed_networks` opens them.
 
     Raises ValueError, one line naming the entry, when one of them cannot be read.
@@ -137,7 +137,7 @@ class Guard:
         set_once("allowed_ports", frozenset(_port(entry) for entry in allowed_ports))
         set_once("refused_networks", tuple(_network(entry) for entry in refused_networks))
         set_once("own_networks", tuple(_network(entry) for entry in own_networks))
-        # A cache of its own, so that a call need not hash the settings too.
+        # A cache per guard, so that a call need not hash the settings.
         set_once("_judge_origin", lru_cache(_CACHED)(self._examine_origin))
         set_once("_judge_dial", lru_cache(_CACHED)(self._check_dial))
 
@@ -204,7 +204,7 @@ class Guard:
         if target.refusal is Reason.INVALID_URL:
             return target
         address = target.url + rest
-        # Encoding makes longer; what is returned must be an address that would be taken again.
+        # Encoding lengthens the address; the result must be accepted as input again.
         return _INVALID if len(address) > _URL_LIMIT else Target(address, target.hostname, target.host, target.refusal)
 
     def follow(self, url: str, location: str) -> Target:
@@ -212,7 +212,7 @@ class Guard:
 
         RFC 9110 10.2.2, RFC 3986 5.2 (strict: `http:g` is absolute, and so without a host). `url` is a `Target.url`;
         `location` is the field's value decoded as UTF-8. BAD_REDIRECT when it leads to no http or https address at
-        all: another scheme, an unreadable text, one of more than 8,192 characters. All else is `examine`'s to say.
+        all: another scheme, an unreadable text, one of more than 8,192 characters. `examine` decides the rest.
         """
         location = location.strip(_AROUND)
         base = self.examine(url).url
@@ -223,7 +223,7 @@ class Guard:
         if location.startswith("//"):
             return self.examine(base.partition("//")[0] + location)
         if location[:1] not in ("", "?", "#"):
-            # RFC 3986 5.2.3 merges with all up to the last slash. Left to yarl, that step would decode the path's %XX.
+            # RFC 3986 5.2.3 merges with everything up to the last slash. yarl would decode the path's %XX in that step.
             base = base.partition("?")[0].rpartition("/")[0] + "/"
         try:
             joined = str(URL(base, encoded=True).join(URL(location, encoded=True)))
@@ -261,7 +261,7 @@ class Guard:
         return _is_within(address, self.allowed_networks)
 
     def _examine_origin(self, origin: str) -> Target:
-        """Judge `scheme://authority`; of the target returned, `url` is the canonical origin."""
+        """Examine `scheme://authority`; `url` of the returned target is the canonical origin."""
         parts = _ORIGIN(origin)
         if parts is None:
             return _INVALID
@@ -288,10 +288,10 @@ class Guard:
 
 
 def printable_url(url: str) -> str:
-    """A form of an address from a stranger that can be logged and shown: at most 300 characters, all printable.
+    """Return an untrusted address in a form that can be logged and shown: at most 300 printable characters.
 
-    Userinfo is taken out even where the address cannot otherwise be read; what is not printable (control characters,
-    text direction marks, lone surrogates) is percent-encoded.
+    Userinfo is removed even where the address cannot otherwise be read; characters that are not printable (control
+    characters, text direction marks, lone surrogates) are percent-encoded.
     """
     if found := _USERINFO(url):
         url = found[1] + url[found.end() :]
@@ -323,11 +323,11 @@ def _is_within(address: IPv4Address | IPv6Address, networks: Iterable[IPv4Networ
 
 
 def _embedded(address: IPv4Address | IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 address carries, if it is of a kind that carries one."""
+    """Return the IPv4 address that an IPv6 address carries, None if it is of no kind that carries one."""
     if isinstance(address, IPv4Address):
         return None
     value = int(address)
-    # RFC 4291 2.5.5.1 excepts :: and ::1: a hole at 0.0.0.0/8 is none for the loopback.
+    # RFC 4291 2.5.5.1 excepts :: and ::1: an exception for 0.0.0.0/8 is none for the loopback.
     if address in _MAPPED or address in _NAT64 or (address in _COMPATIBLE and value > 1):
         return IPv4Address(value & 0xFFFF_FFFF)
     return IPv4Address(value >> 80 & 0xFFFF_FFFF) if address in _6TO4 else None

@@ -1,14 +1,14 @@
-"""A host: its queue, what is in flight to it, how fast it may be asked, and whether it answers at all.
+"""Models a host: its queue, its files in flight, its pace, and its circuit.
 
-**Circuit.** It opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is sent,
-and nothing is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as its
-limit allows are tried, within what all hosts on trial may have together. One answer closes the circuit; otherwise it
-opens again, for twice as long. It stays open for ten times as long as its failures take, so that a silent host costs a
-tenth of what it did; at least for a second, and at most for `circuit_rest`.
+**Circuit.** It opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is sent
+and no attempt is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as its
+limit allows are tried, within the slots that all hosts on trial share. One answer closes the circuit; otherwise it
+opens again, for twice as long. It stays open ten times as long as its failures take, so a silent host costs a tenth of
+the slots; for a second at least, and for `circuit_rest` at most.
 
-**Pacing.** A 429, or a 503 with Retry-After, slows the host down: it rests for as long as it asked, and is paced
-afterwards to a little less than it has just served. The rate grows while nothing is refused, as TCP's does, until it
-does not matter any more.
+**Pacing.** A 429, or a 503 with Retry-After, slows the host down: it is paused for as long as it asked, and
+afterwards paced to a little less than it has just served. The rate grows like TCP's while nothing is refused, until it
+no longer limits anything.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from notify_server.model import CircuitState, DueFile, HostView
 
 REST_FACTOR = 10.0
 MIN_REST = 1.0
-# A host that asks for fewer requests and names no time rests for this long, doubled each time it serves nothing in
-# between; and for no longer than an hour, whatever it asks for.
+# A host that asks for fewer requests without a time is paused for this long, doubled each time it serves nothing in
+# between; never for longer than an hour, whatever it asks for.
 BUSY_REST = 1.0
 MAX_BUSY_REST_UNNAMED = 60.0
 MAX_BUSY_REST = 3600.0
-# A host that has refused all requests for a day is charged for it like any other failure.
+# A host that has refused all requests for a day is charged for it like for any other failure.
 BUSY_SECONDS = 86_400.0
-# Refusals within this time are one: the requests were under way together.
+# Refusals within this time count as one: the requests were in flight together.
 SAME_REFUSAL = 1.0
 SLOW_DOWN = 0.85
 SPEED_UP_A_SECOND = 0.05
 MIN_RATE = 0.5
 # Above this rate, pacing makes no difference.
 MAX_RATE = 5000.0
-# Paced requests may be this much early, since timers have a resolution of a millisecond.
+# Paced requests may be this early, since timers have a resolution of a millisecond.
 BURST_SECONDS = 0.005
 
 
@@ -45,7 +45,7 @@ LATELY = 300.0
 
 
 def hostname_of(host: str) -> str:
-    """The host name in a `Target.host`: without its port, and without an IPv6 address's brackets."""
+    """Return the host name in a `Target.host`: without its port, and without an IPv6 address's brackets."""
     if host.startswith("["):
         return host[1 : host.index("]")]
     return host.partition(":")[0] if host.count(":") == 1 else host
@@ -57,7 +57,7 @@ def port_of(host: str) -> str:
 
 
 class Address:
-    """A dialled address and port. Names that share it share its limit and interval."""
+    """A dialled address and port. The names at it share its limit and interval."""
 
     __slots__ = ("__weakref__", "in_flight", "not_before", "waiting")
 
@@ -69,7 +69,9 @@ class Address:
 
 
 class Host:
-    """Times are monotonic seconds. The pool keeps one for every host it has files of, and drops it when it is idle."""
+    """A host and its queue. Times are monotonic seconds. `Claims` keeps one for every host with files, and drops it
+    when idle.
+    """
 
     __slots__ = (
         "_busy_seconds", "_busy_since", "_failures", "_grown_at", "_last_rate", "_next_start", "_opened", "_refusals",
@@ -82,35 +84,34 @@ class Host:
         self.name = name
         self._busy_seconds = busy_seconds
         self.settings = settings
-        # How many files may be under way here; less than the settings say when other daemons ask the host too.
+        # The maximum of files in flight here; less than the settings allow if other daemons request from the host too.
         self.limit = settings.per_host_concurrency
         self.queue: deque[DueFile] = deque()
         self.in_flight = 0
         # False once an answer on a reused connection proved to be another request's.
         self.reuse = True
-        # The store had no more due files when it was last asked; and how short the queue is when it is worth asking
-        # again.
+        # Set if the store had no more due files at the last claim; and the queue length below which to claim again.
         self.exhausted = False
         self.low = 0
-        # The pool's: whether the host stands in line, and what will put it there; and the place of the prober that has
-        # its connections.
+        # State of the scheduler: whether the host has a turn, and the timer that will give it one; and the index of the
+        # prober that has its connections.
         self.in_turn = False
         self.prober = 0
         self.timer: TimerHandle | None = None
         self.answered_at = float("-inf")
-        # Attempts on files of other hosts that a redirect led here, waiting for a slot (attempts.Flight).
+        # Attempts on files of other hosts that were redirected here and wait for a slot (attempts.Flight).
         self.hops: deque[Any] = deque()
-        # The address that was dialled last, as text and as what is shared with its other names.
+        # The address dialled last, as text and as the limit shared with its other names.
         self.dialled = ""
         self.address: Address | None = None
         self.open_until = 0.0
-        # Requests a second, None when the host is not paced; and the end of the rest that it asked for.
+        # Requests per second, None when the host is not paced; and the end of the pause that it asked for.
         self.rate: float | None = None
         self.rest_until = 0.0
         self._failures = 0
         self._opened = 0
         self._next_start = 0.0
-        # Served in the current second, and the rate of the last whole one.
+        # Requests served in the current second, and the rate of the last whole one.
         self._window_start = 0.0
         self._served = 0
         self._last_rate = 0.0
@@ -121,15 +122,15 @@ class Host:
 
     @property
     def on_trial(self) -> bool:
-        """Whether the circuit is not closed: what is sent now finds out whether the host is back."""
+        """True while the circuit is not closed: requests now find out whether the host is back."""
         return self._failures >= self.settings.circuit_failures
 
     def rests(self, now: float) -> bool:
-        """Return whether nothing is sent now: the circuit is open, or the host has asked for a rest."""
+        """Return whether nothing may be sent now: the circuit is open, or the host has asked for a pause."""
         return now < self.rest_until or (self.on_trial and now < self.open_until)
 
     def rest_ends(self) -> float:
-        """Return when the host's rest ends, which may be in the past."""
+        """Return when the host's pause ends, which may be in the past."""
         return max(self.rest_until, self.open_until) if self.on_trial else self.rest_until
 
     def circuit(self, now: float) -> CircuitState:
@@ -155,11 +156,11 @@ class Host:
             self._next_start = now + interval
 
     def end(self) -> None:
-        """An attempt is over, whatever came of it."""
+        """Count an attempt that has ended."""
         self.in_flight -= 1
 
     def answered(self, now: float) -> None:
-        """Close the circuit: the host has answered something."""
+        """Close the circuit: the host has answered."""
         self._failures = 0
         self._opened = 0
         self.answered_at = now
@@ -169,7 +170,7 @@ class Host:
         return now - self.answered_at > LATELY
 
     def pause(self, until: float) -> None:
-        """Let the host rest until then, for a reason that is not its own."""
+        """Pause the host until then, for a reason that is not its own."""
         self.rest_until = max(self.rest_until, until)
 
     def delay_start(self, until: float) -> None:
@@ -177,7 +178,7 @@ class Host:
         self._next_start = max(self._next_start, until)
 
     def served(self, now: float) -> None:
-        """Count a request that the host did not refuse for their number, and let its rate grow."""
+        """Count a request that the host did not refuse as too many, and raise its rate."""
         self._busy_since = None
         self._refusals = 0
         if now - self._window_start >= 1:
@@ -190,8 +191,9 @@ class Host:
             self.rate = grown if grown < MAX_RATE else None
 
     def too_busy(self, now: float, asked_seconds: float | None) -> bool:
-        """The host has asked for fewer requests, and perhaps for a rest of so many seconds. Return False when it has
-        refused everything for a day, so that the file is to be charged.
+        """Note that the host has asked for fewer requests, and perhaps for a pause of so many seconds.
+
+        Return False when it has refused everything for a day, so that the file is charged.
         """
         if self._busy_since is None:
             self._busy_since = now
@@ -213,7 +215,7 @@ class Host:
         """Count a connection-level failure that took so many seconds. Return whether the circuit is open now."""
         self._failures += 1
         if self.on_trial:
-            # Requests that were under way together open it once.
+            # Requests that were in flight together open it once.
             self._opened += now >= self.open_until
             rest = max(REST_FACTOR * seconds, MIN_REST) * 2.0 ** min(self._opened - 1, 16)
             self.open_until = max(self.open_until, now + min(rest, self.settings.circuit_rest))

@@ -1,4 +1,4 @@
-"""Reads which addresses are this machine's own, from Linux's /proc: probes must not be turned against it."""
+"""Reads this machine's own addresses from Linux's /proc: the guard refuses them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LOCAL = re.compile(r"\|-- ([0-9.]+)\n\s+/32 host LOCAL")
 def own_networks(proc: Path = Path("/proc/net")) -> list[str]:
     """Return the addresses of all interfaces, and their on-link IPv6 prefixes, which hold the machine's neighbours.
 
-    Empty where /proc does not tell, as on other systems. The addresses of a moment: call it again after a change.
+    Empty where /proc does not have them, as on other systems. Call it again after a change of the network.
     """
     return sorted({*_ipv4(_read(proc / "fib_trie")), *_ipv6(_read(proc / "if_inet6"))})
 

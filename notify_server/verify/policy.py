@@ -1,8 +1,8 @@
-"""What an answer means, and what follows from it. Pure: time and chance are passed in.
+"""Decides what an answer means and what follows from it. Pure: time and chance are passed in.
 
-An attempt on a file is a chain of requests: `first`, then whatever `judge` asks for (a redirect's next hop, GET where
-HEAD is refused, the same again on a fresh connection), until it comes to a conclusion. `conclude` then says what
-becomes of the file.
+An attempt on a file is a chain of requests: `first`, then those that `judge` returns (a redirect's next hop, GET where
+HEAD is refused, the same again on a fresh connection), until it returns a conclusion. `conclude` then decides the
+file's state.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FINAL = frozenset({410})
 REFUSALS = frozenset(
     {Reason.PRIVATE_ADDRESS, Reason.PORT_NOT_ALLOWED, Reason.HOST_NOT_ALLOWED, Reason.INVALID_URL, Reason.BAD_REDIRECT}
 )
-# Failures that speak of the host rather than of the file. They feed the host's circuit.
+# Failures of the host rather than of the file. They count for the host's circuit.
 CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR})
 
 
 class NextRequest(msgspec.Struct, frozen=True, gc=False):
-    """The next request of an attempt. `hops` counts the redirects that led here; `fresh` wants a connection of its
-    own; `origin` is the address that redirects led away from (None: `target`); `ranged` limits a GET to one byte.
+    """The next request of an attempt. `hops` counts the redirects so far; `fresh` requires a new connection; `origin`
+    is the address that redirects led away from (None: `target`); `ranged` limits a GET to one byte.
     """
 
     target: Target
@@ -45,11 +45,11 @@ class NextRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class Conclusion(msgspec.Struct, frozen=True, gc=False):
-    """What an attempt showed: `state` available or blocked, or pending when the schedule is to decide; `final` when
-    not.
+    """The result of an attempt: `state` available or blocked, or pending when the schedule decides; `final` when it
+    does not.
 
-    `led_to` is the address that a redirect led to and that was refused, in a form that is safe to show. `busy` says
-    that the host asked for fewer requests: that is about the host, and costs the file no attempt.
+    `led_to` is the refused address of a redirect, in a form that is safe to show. `busy` means that the host asked for
+    fewer requests: no attempt is charged to the file.
     """
 
     state: FileState
@@ -60,7 +60,7 @@ class Conclusion(msgspec.Struct, frozen=True, gc=False):
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What becomes of the file: settled in `state`, or pending again in `wait_ms`."""
+    """The decision about the file: settled in `state`, or pending again after `wait_ms`."""
 
     state: FileState
     wait_ms: int | None = None
@@ -70,7 +70,7 @@ AVAILABLE = Conclusion(FileState.AVAILABLE)
 
 
 def first(target: Target, settings: HostSettings) -> NextRequest:
-    """The request an attempt begins with."""
+    """Return the first request of an attempt."""
     return NextRequest(target, settings.methods[0])
 
 
@@ -82,14 +82,13 @@ def judge(
     *,
     last: bool = False,
 ) -> NextRequest | Conclusion:
-    """Return what follows from one request's evidence. `follow` is `Guard.follow`; `last` marks the last attempt of the
-    schedule.
+    """Return what follows from the evidence of one request. `follow` is `Guard.follow`; `last` marks the last attempt
+    of the schedule.
 
-    A bad answer counts only when it came on a fresh connection: what a server sends late after a reply would otherwise
-    be taken for the answer to the next request on that connection.
-
-    Servers treat HEAD differently from GET more often than files are missing, so the last attempt of the schedule ends
-    with a GET whatever HEAD came to, unless no request could have reached the server at all.
+    A bad answer counts only on a fresh connection: data that a server sends late would otherwise be taken for the
+    answer to the next request on that connection. Servers treat HEAD differently from GET more often than files are
+    missing, so the last attempt of the schedule ends with a GET whatever HEAD showed, unless no request can have
+    reached the server.
     """
     status = evidence.status
     if status is not None and (settings.accepts(status) or _empty_range(ask, evidence)):
@@ -111,7 +110,7 @@ def judge(
 
 
 def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, last: bool) -> NextRequest | None:
-    """Return the GET that takes the place of a request which the server may have refused because of its form."""
+    """Return the GET that replaces a request which the server may have refused because of its form."""
     status = evidence.status
     if ask.method == "GET":
         if ask.ranged and status in RANGE_REFUSED:
@@ -122,7 +121,7 @@ def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, 
     # A redirect may have led HEAD, and HEAD alone, to an error page.
     refused = status in HEAD_REFUSED or (status == 404 and ask.hops > 0)
     closed = status is None and evidence.failure in (None, Reason.PROTOCOL_ERROR)
-    # A connection was there, or an answer came: the server has seen the request.
+    # There was a connection, or an answer came: the server has seen the request.
     seen = status is not None or closed or (evidence.failure is Reason.TIMEOUT and evidence.connect_ms is not None)
     if refused or closed or (last and seen):
         return NextRequest(ask.origin or ask.target, "GET")
@@ -130,18 +129,17 @@ def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, 
 
 
 def was_anothers(doubted: Evidence, confirmed: Evidence) -> bool:
-    """Whether an answer on a reused connection was not the answer to its request, as the same request on a fresh one
-    shows.
+    """Return whether an answer on a reused connection was not the answer to its request, as the same request on a fresh
+    one shows.
 
-    A passing trouble of the server (5xx, 408, 429) is no proof: it may have been true when it was said.
+    A passing fault of the server (5xx, 408, 429) proves nothing: it may have been true at the time.
     """
     passing = doubted.status is None or doubted.status in (408, 429) or doubted.status >= 500
     return not passing and doubted.status != confirmed.status
 
 
 def _empty_range(ask: NextRequest, evidence: Evidence) -> bool:
-    # RFC 9110 14.1.2: the first byte of an empty object cannot be had, and `Content-Range: bytes */0` says that it is
-    # empty.
+    # RFC 9110 14.1.2: an empty object has no first byte, and `Content-Range: bytes */0` says that it is empty.
     return evidence.status == 416 and ask.method == "GET" and evidence.content_length == 0
 
 
@@ -168,10 +166,10 @@ def conclude(
     chance: float,
     asked_wait_ms: int | None,
 ) -> Outcome:
-    """What becomes of a file after its attempt number `attempts` (from 1).
+    """Return the decision about a file after its attempt number `attempts` (from 1).
 
     `schedule` has the waits after the first, second, … attempt in seconds. `chance` in [0, 1) spreads the wait by ±
-    `jitter`; `asked_wait_ms` (see `retry_after_ms`) takes its place, kept between 1 and 2 times the scheduled wait.
+    `jitter`; `asked_wait_ms` (see `retry_after_ms`) replaces it, kept between 1 and 2 times the scheduled wait.
     """
     if conclusion.state is not FileState.PENDING:
         return Outcome(conclusion.state)
@@ -186,9 +184,8 @@ def conclude(
 
 
 def retry_after_ms(value: str | None, now: int) -> int | None:
-    """The wait that a Retry-After field asks for (RFC 9110 10.2.3: seconds or a date), None when it is absent or junk.
-
-    A date in the past asks for no wait at all. Not bounded: `conclude` does that.
+    """Return the wait that a Retry-After field requests (RFC 9110 10.2.3: seconds or a date), None when it is absent or
+    invalid. A date in the past means no wait. Not bounded: `conclude` does that.
     """
     if value is None:
         return None

@@ -15,10 +15,10 @@ from notify_server.store.base import FileQueue
 
 log = structlog.get_logger("notify_server.verify")
 
-# Results per transaction. The smaller number holds while acks share the writer, and keeps it busy for 1 to 2 ms.
+# Results per transaction. The smaller number applies while acks share the writer: the writer is busy for 1 to 2 ms.
 RECORD_ROWS = 256
 SMALL_RECORD_ROWS = 128
-# How long a transaction waits at most to be filled while attempts are under way.
+# How long a transaction waits for more results while attempts are in flight.
 RECORD_LINGER = 0.02
 # Back-pressure: no attempt starts while more results than these are unrecorded.
 MAX_UNRECORDED = 4096
@@ -26,9 +26,9 @@ MAX_RETRY_SECONDS = 1.0
 
 
 class Recorder:
-    """Holds results until the store has committed them, and retries as long as it cannot.
+    """Holds results until the store has committed them, and retries while it cannot.
 
-    `on_recorded` gets the attempts of every batch (not what was postponed), `on_verdicts` the verdicts it led to, and
+    `on_recorded` gets the attempts of every batch (not postponements), `on_verdicts` the verdicts reached by them, and
     `on_written` is called at the end of each batch; `more_expected` says whether waiting may fill a batch.
     """
 

@@ -34,11 +34,11 @@ log = structlog.get_logger("notify_server.verify")
 
 # Keep a host on its prober (warm connections) unless another has 8 fewer requests.
 LOAD_APART = 8
-# The parts of all slots that hosts on trial, and hosts that have not answered lately, may have together: dead and
-# silent hosts, however many, leave the rest to others.
+# The shares of all slots for hosts on trial, and for hosts that have not answered lately: dead and silent hosts,
+# however many, leave the rest to others.
 TRIAL_SHARE = 4
 STRANGER_SHARE = 2
-# Attempts that may wait at hosts which redirects lead to, for each slot; and how long each may wait there.
+# Attempts that may wait at the hosts of redirects, for each slot; and how long each may wait there.
 HOPS_PER_SLOT = 4
 HOP_SECONDS = 2.0
 # The time between two attempts while this machine is cut off.
@@ -48,7 +48,7 @@ TIMER_SLACK = 0.002
 
 
 class Share:
-    """Slots that hosts of a kind have together, and the hosts of this kind that wait for one."""
+    """The slots that hosts of a kind share, and the hosts of this kind that wait for one."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -67,8 +67,8 @@ class Share:
         self._waiting.append(host)
 
     def take_waiting(self) -> list[Host]:
-        """Remove and return as many hosts as there are free slots, by turns the oldest and the newest: many hosts that
-        keep silent delay the one that comes after them by no more than it takes to free a slot or two.
+        """Remove and return as many hosts as there are free slots, by turns the oldest and the newest: many silent
+        hosts delay the one that comes after them by no more than it takes to free a slot or two.
         """
         taken: list[Host] = []
         for _ in range(min(len(self._waiting), self._slots - self.flights)):
@@ -78,8 +78,9 @@ class Share:
 
 
 def link_for(host: Host, links: Sequence[ProberLink], outgoing: Mapping[ProberLink, Sequence[Request]]) -> ProberLink:
-    """Return the prober that has the host's connections, unless another has much less to do. Those in `outgoing` have
-    a free slot; `links` are all of them.
+    """Return the prober that has the host's connections, unless another has much less to do.
+
+    Those in `outgoing` have a free slot; `links` are all of them.
     """
 
     def load(link: ProberLink) -> int:
@@ -113,14 +114,14 @@ class Scheduler:
         self._config = config
         self._links = links
         self._now = now
-        # What one prober may have in flight: the living do not take over what the dead had.
+        # The maximum in flight at one prober: the living do not take over the dead ones' share.
         self._slots_a_prober = -(-config.concurrency // max(1, len(links)))
 
         # Hosts that may start a file now, in the order of their turns.
         self._turns: deque[Host] = deque()
         self._trials = Share(max(1, config.concurrency // TRIAL_SHARE))
         self._strangers = Share(max(1, config.concurrency // STRANGER_SHARE))
-        # Attempts that wait at a host which a redirect has led to.
+        # Attempts that wait at the host of a redirect.
         self._hops = 0
         # Hosts whose turn came during an outage, and when the next of them may be tried.
         self._parked: deque[Host] = deque()
@@ -200,7 +201,7 @@ class Scheduler:
             self._ready(host)
             self.pump()
         else:
-            # The host was resting, so its queue went back to the store.
+            # The host was paused, so its queue went back to the store.
             self._claims.want(host)
 
     def pump(self) -> None:
@@ -235,7 +236,7 @@ class Scheduler:
                 link.send(requests)
 
     def _hold_back(self, host: Host, now: float) -> bool:
-        """Return whether the host has to wait for a slot of a kind that is scarce; it keeps its place among those."""
+        """Return whether the host must wait for a slot of a scarce kind; it keeps its place in that queue."""
         address = host.address
         if address is not None:
             if address.in_flight >= host.settings.per_host_concurrency:
@@ -310,7 +311,7 @@ class Scheduler:
         self._check_drained()
 
     def _wake(self, address: Address | None) -> None:
-        """Give a turn to the next host that waits for a slot at the address, passing over those without work."""
+        """Give a turn to the next host that waits for a slot at the address, skipping those without work."""
         while address is not None and address.waiting:
             host = address.waiting.popleft()
             host.in_turn = False
@@ -319,9 +320,9 @@ class Scheduler:
                 return
 
     def move(self, flight: Flight) -> None:
-        """Exchange the slot for one at the host of the flight's next request, as soon as there is one.
+        """Exchange the slot for one at the host of the flight's next request, as soon as one is free.
 
-        Without a place to wait the file is postponed: claimed again at once, it would only be redirected here again.
+        Without a place to wait the file is postponed: if claimed again at once, it would only be redirected here again.
         """
         self.free(flight)
         if self._stopping:
@@ -339,7 +340,7 @@ class Scheduler:
         self._ready(host)
 
     def give_back(self, flights: Sequence[Flight]) -> None:
-        """Free the slots, and return the files to the store: due as before, no attempt spent."""
+        """Free the slots, and return the files to the store: still due, no attempt spent."""
         self._store.release([flight.file for flight in flights])
         for flight in flights:
             self.free(flight)
@@ -352,7 +353,7 @@ class Scheduler:
         self.attempts.outages.settle()
 
     def rest(self, host: Host, until: float) -> None:
-        """Send nothing to the host until then."""
+        """Send nothing to the host before then."""
         if host.queue:
             self._claims.release_queue(host)
         while host.hops:
@@ -388,6 +389,6 @@ class Scheduler:
             self._ready(host)
 
     def unpark(self) -> None:
-        """Give the hosts that waited for the end of an outage their turns."""
+        """Give turns to the hosts that waited for the end of an outage."""
         while self._parked:
             self._unpark_one()

@@ -1,8 +1,8 @@
-"""How daemons that share the work share what a host can bear.
+"""Divides a host's capacity among the daemons that share the work.
 
-A host that may be asked for N files at a time has N units. Each unit belongs to the node that draws the highest number
-for it (rendezvous hashing): all nodes come to the same answer without asking each other, and when one joins or leaves,
-only its own units change hands. For the second that nodes take to notice, a host may be asked for more.
+A host with a limit of N files in flight has N units. Each unit belongs to the node that draws the highest number for it
+(rendezvous hashing): all nodes come to the same result without communication, and when one joins or leaves, only its
+own units change hands. Until nodes notice, about a second, the host may get more requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from notify_server.config import HostSettings
 
 
 def limit_of(host: str, settings: HostSettings, me: int, nodes: Iterable[int]) -> int:
-    """How many files of the host the node `me` may have under way, given all nodes that are alive; it is one of them.
+    """Return how many files of the host the node `me` may have in flight, given all nodes alive, itself included.
 
     0 leaves the host to others. A host with an interval between requests belongs to one node alone.
     """
@@ -27,7 +27,7 @@ def limit_of(host: str, settings: HostSettings, me: int, nodes: Iterable[int]) -
 
 @lru_cache(maxsize=20_000)
 def _units(host: str, units: int, nodes: tuple[int, ...]) -> dict[int, int]:
-    """How many of the host's units each node has. Together they have all of them."""
+    """Return how many of the host's units each node has; together they have all of them."""
     if len(nodes) == 1:
         return {nodes[0]: units}
     won = dict.fromkeys(nodes, 0)
@@ -37,5 +37,5 @@ def _units(host: str, units: int, nodes: tuple[int, ...]) -> dict[int, int]:
 
 
 def _draw(host: str, unit: int, node: int) -> bytes:
-    # The same in every process, which hash() is not.
+    # The same in every process, unlike hash().
     return blake2b(f"{unit} {node} {host}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -67,7 +67,7 @@ class Verifier:
 
     @property
     def cut_off(self) -> bool:
-        """True while no host, or no name server, answers at all."""
+        """True while no host, or no name server, answers."""
         return self._scheduler.attempts.outages.ongoing
 
     async def start(self) -> None:
@@ -85,9 +85,10 @@ class Verifier:
         ]
 
     async def stop(self, grace: float) -> None:
-        """Start nothing more, let what is in flight finish within `grace` seconds, record it, and stop the probers.
+        """Start nothing more, let the attempts in flight finish within `grace` seconds, record them, and stop the
+        probers.
 
-        What does not finish stays pending, and no attempt is spent on it.
+        The others stay pending, and no attempt is spent on them.
         """
         scheduler = self._scheduler
         scheduler.finish()
@@ -111,7 +112,7 @@ class Verifier:
 
     @property
     def in_flight(self) -> int:
-        """The number of files whose attempt is under way."""
+        """The number of files in flight."""
         return len(self._scheduler.attempts)
 
     @property
