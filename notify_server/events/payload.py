@@ -98,7 +98,10 @@ class BatchData(msgspec.Struct, frozen=True):
 
 
 class ExpectationData(msgspec.Struct, frozen=True):
-    """`data` of batch.late and batch.short: what was expected, and which limit has passed."""
+    """`data` of batch.late and batch.short: the submission, and the limit that has passed. `limit` is `notify_within`,
+    or `files` for one with too few files. `away_seconds` is for how long no server was ready since the registration:
+    the limit was later by as much.
+    """
 
     batch_id: str | None
     api_code: str
@@ -108,6 +111,7 @@ class ExpectationData(msgspec.Struct, frozen=True):
     limit: str
     limit_at: datetime
     url: str | None = None
+    away_seconds: float = 0.0
 
 
 class EndpointData(msgspec.Struct, frozen=True):
@@ -143,7 +147,7 @@ DATA_TYPES: dict[EventType, type[msgspec.Struct]] = {
 
 class BatchRow(msgspec.Struct, frozen=True, array_like=True):
     """A batch as the store reads it for an event. Times are Unix ms. `previous` is the verdict of the last event that
-    had one, `revision` that of the event to be written.
+    had one, `revision` that of the event to be written; `reference` and `expected_files` are those of its expectation.
     """
 
     id: int
@@ -160,6 +164,8 @@ class BatchRow(msgspec.Struct, frozen=True, array_like=True):
     upload_failed: int
     first_received_at: int
     completed_at: int | None
+    reference: str | None = None
+    expected_files: int | None = None
     next_attempt_at: int | None = None
 
 
@@ -274,7 +280,7 @@ def batch_event(
         data = BatchData(
             row.batch_id,
             row.api_code,
-            None,
+            row.reference,
             row.verdict,
             row.previous,
             row.revision,
@@ -284,7 +290,7 @@ def batch_event(
             row.blocked,
             row.upload_failed,
             row.pending,
-            None,
+            row.expected_files,
             shown,
             row.files - row.available,
             datetime.fromtimestamp(row.first_received_at / 1000, UTC),

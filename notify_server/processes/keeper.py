@@ -109,6 +109,9 @@ class Keeper:
             "stop_endpoint": store.outbox.stop_endpoint,
             "endpoint_states": store.outbox.endpoint_states,
             "open_problems": store.outbox.open_problems,
+            "register": store.expectations.register,
+            "check_limits": store.expectations.check_limits,
+            "remove_expectation": store.expectations.remove,
         }
 
     def _read(self) -> None:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreUnavailableError
+from notify_server.expect.expectation import NewExpectation
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
+from notify_server.store.expectations import Registered
 from notify_server.store.outbox import Claimed, DeliveryResult, EndpointState, Notice, Subscription
 
 # Errors that callers distinguish, by the name that is sent.
@@ -123,4 +125,8 @@ VERBS = {
     "stop_endpoint": Verb(tuple[str, str | None, int], bool),
     "endpoint_states": Verb(tuple[()], list[EndpointState]),
     "open_problems": Verb(tuple[str], list[bytes]),
+    # Expectations (store/expectations.py).
+    "register": Verb(tuple[list[NewExpectation], int], list[Registered]),
+    "check_limits": Verb(tuple[list[int], int], int),
+    "remove_expectation": Verb(tuple[int], bool),
 }

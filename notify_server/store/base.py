@@ -25,6 +25,7 @@ from notify_server.model import (
     ReportedStatus,
     Restart,
 )
+from notify_server.store.expectations import Expectations
 from notify_server.store.outbox import Outbox
 
 # The largest integer of both engines, and so the largest id.
@@ -150,6 +151,10 @@ class Store(FileQueue, Editable, Protocol):
     @property
     def outbox(self) -> Outbox:
         """The events and their deliveries."""
+
+    @property
+    def expectations(self) -> Expectations:
+        """The submissions that a notification is expected for."""
 
     async def close(self, grace: float = CLOSE_SECONDS) -> None:
         """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get

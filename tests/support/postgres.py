@@ -40,7 +40,7 @@ SETTINGS = {
 
 # What is referred to comes last.
 TABLES = (
-    "forward_attempt", "forward", "event", "endpoint",
+    "forward_attempt", "forward", "event", "endpoint", "expectation", "ready_clock",
     "attempt", "file", "batch", "notification", "rejection", "nonce", "heartbeat", "lease", "node",
 )  # fmt: skip
 

@@ -30,9 +30,12 @@ Key: TypeAlias = int | str
 # Referenced tables come first. `heartbeat`, `node` and `lease` describe running servers and are not copied.
 TABLES = (
     "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
+    "expectation", "ready_clock",
 )  # fmt: skip
 # Tables whose ids are given out in sequence, and never twice.
-COUNTED = ("notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt")
+COUNTED = (
+    "notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt", "expectation",
+)  # fmt: skip
 _NAMED = {"nonce": "key", "endpoint": "name"}
 # Keys before the first one.
 FIRST: dict[str, Key] = {"id": -(2**63), "key": "", "name": ""}

@@ -14,6 +14,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
 from notify_server.store.merge import Known, Merge, columns, distinct_batches
+from notify_server.store.postgres.expecting import lock_matching, match_batches
 from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import (
     EXPANDING,
@@ -125,6 +126,7 @@ async def write_expansions(
     connection: Connection, events: Events, expansions: Sequence[Expansion], now: int
 ) -> Expanded:
     """Merge what has not been expanded to its end before, whatever the caller remembers. Runs in a transaction."""
+    await lock_matching(connection, shared=True)
     done = {expansion.item.id: expansion.item.files for expansion in expansions if expansion.last}
     left = {id for (id,) in await connection.fetch(SQL["inbox_done"], list(done), now)}
     still = set(left)
@@ -148,6 +150,7 @@ async def write_expansions(
         probed_again |= {merge.batch: merge.probed_again_at for merge in merges}
         pending += sum(merge.pending for merge in merges)
         to_judge += [merge.batch for merge in fresh if not merge.pending]
+    await match_batches(connection, list(batches.values()), now)
     return Expanded(
         pending,
         sum(files for id, files in done.items() if id in left),

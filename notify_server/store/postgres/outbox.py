@@ -22,6 +22,7 @@ from notify_server.events.payload import (
     verdict_type,
 )
 from notify_server.model import BatchVerdict, FileState
+from notify_server.store.expectations import Short, short_event
 from notify_server.store.outbox import (
     MAX_ATTEMPT_ROWS,
     Claimed,
@@ -36,6 +37,8 @@ from notify_server.store.outbox import (
     is_wanted,
 )
 from notify_server.store.outbox_health import after_results
+from notify_server.store.postgres.expecting import SQL as EXPECTATION_SQL
+from notify_server.store.postgres.expecting import judge_batches
 from notify_server.store.postgres.node import Node
 from notify_server.store.postgres.session import Connection, arrays, strip_nul, transact
 from notify_server.store.sql import load_queries
@@ -58,9 +61,11 @@ class Events:
         """
         if not verdicts:
             return verdicts
-        found = await connection.fetch(SQL["verdict_batches"], [verdict.batch for verdict in verdicts])
-        rows = {row[0]: BatchRow(*row) for row in found}
+        batches = [verdict.batch for verdict in verdicts]
+        shorts = await judge_batches(connection, batches)
+        rows = {row[0]: BatchRow(*row) for row in await connection.fetch(SQL["verdict_batches"], batches)}
         if not rows:
+            await self.write_shorts(connection, shorts, now)
             return verdicts
         missing = await self._missing(connection, rows.values())
         new = [
@@ -70,6 +75,7 @@ class Events:
             for row in sorted(rows.values(), key=lambda row: row.id)
         ]
         ids = dict(zip(sorted(rows), await self.write(connection, new), strict=True))
+        await self.write_shorts(connection, shorts, now)
         return [
             msgspec.structs.replace(each, event=ids[each.batch], revision=rows[each.batch].revision)
             if each.batch in rows
@@ -77,17 +83,31 @@ class Events:
             for each in verdicts
         ]
 
+    async def write_shorts(self, connection: Connection, shorts: Sequence[Short], now: int) -> None:
+        """Write batch.short of expectations that have become short. Their batches are locked."""
+        new = []
+        for short in shorts:
+            batch = short.expectation.batch
+            assert batch is not None
+            row = await connection.fetchrow(EXPECTATION_SQL["next_revision"], batch)
+            assert row is not None
+            event = short_event(short, row[0], row[1], now, self._url(batch))
+            new.append(NewEvent(event, short.expectation.api_code))
+        if new:
+            await self.write(connection, new)
+
     async def note_retrying(self, connection: Connection, batches: Collection[int]) -> None:
         """Note that an attempt at a file of these batches failed. The batches are locked."""
         if batches:
             await connection.execute(SQL["retrying"], list(batches))
 
     async def prune_batches(self, connection: Connection, batches: Sequence[int]) -> int:
-        """Delete the events of batches with their deliveries; return how many rows."""
+        """Delete the events of batches with their deliveries, and their expectations; return how many rows."""
         if not batches:
             return 0
+        expectations = _count(await connection.execute(EXPECTATION_SQL["prune_of"], batches))
         names = ("prune_attempts_of", "prune_forwards_of", "prune_events_of")
-        return sum([_count(await connection.execute(SQL[name], batches)) for name in names])
+        return expectations + sum([_count(await connection.execute(SQL[name], batches)) for name in names])
 
     async def prune_plain(self, connection: Connection, before: int, limit: int) -> int:
         """Delete events of no batch; return how many rows."""
@@ -100,26 +120,37 @@ class Events:
     async def judge_risk(self, connection: Connection, before: int, waits: Sequence[int], now: int) -> int:
         """Write batch.at_risk of the batches of which a file's latest attempt failed; return how many."""
         rows = [BatchRow(*row) for row in await connection.fetch(SQL["at_risk_candidates"], before, MAX_AT_RISK)]
-        groups: defaultdict[int, list[tuple[int, int, int, bool]]] = defaultdict(list)
-        for batch, *group in await connection.fetch(SQL["retrying_files"], [row.id for row in rows]):
-            groups[batch].append((group[0], group[1], group[2], group[3]))
-        at_risk = [row for row in rows if any(failed for *_, failed in groups[row.id])]
+        groups = await connection.fetch(SQL["retrying_files"], [row.id for row in rows])
+        failed = {batch for batch, *_, has_failed in groups if has_failed}
+        at_risk = [row for row in rows if row.id in failed]
         await connection.execute(SQL["not_retrying"], [row.id for row in rows if row not in at_risk])
-        if not at_risk:
-            return 0
-        await connection.execute(SQL["at_risk_written"], [row.id for row in at_risk], now)
-        missing = await self._missing(connection, at_risk)
+        if at_risk:
+            await self.write_at_risk(connection, at_risk, waits, now, cause="age")
+        return len(at_risk)
+
+    async def write_at_risk(
+        self, connection: Connection, rows: Sequence[BatchRow], waits: Sequence[int], now: int, *, cause: str
+    ) -> None:
+        """Write batch.at_risk of batches, which are locked; `waits` is that of find_at_risk."""
+        ids = [row.id for row in rows]
+        groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for batch, attempts, latest, first, _ in await connection.fetch(SQL["retrying_files"], ids):
+            groups[batch].append((attempts, latest, first))
+        await connection.execute(SQL["at_risk_written"], ids, now)
+        missing = await self._missing(connection, rows)
         new = []
-        for row in at_risk:
-            final_by = max(latest + waits[min(attempts, len(waits) - 1)] for attempts, latest, _, _ in groups[row.id])
-            timed = msgspec.structs.replace(row, next_attempt_at=min(first for _, _, first, _ in groups[row.id]))
+        for row in rows:
+            final_by = next_attempt_at = None
+            if of_batch := groups[row.id]:
+                final_by = max(latest + waits[min(attempts, len(waits) - 1)] for attempts, latest, _ in of_batch)
+                next_attempt_at = min(first for *_, first in of_batch)
+            timed = msgspec.structs.replace(row, next_attempt_at=next_attempt_at)
             event = batch_event(
                 EventType.BATCH_AT_RISK, timed, missing[row.id], now,
-                cause="age", final_by=final_by, url=self._url(row.id),
+                cause=cause, final_by=final_by, url=self._url(row.id),
             )  # fmt: skip
             new.append(NewEvent(event, row.api_code))
         await self.write(connection, new)
-        return len(at_risk)
 
     def _url(self, batch: int) -> str | None:
         return None if self.public_url is None else f"{self.public_url}/ui/batches/{batch}"

@@ -8,7 +8,10 @@ FROM (SELECT id, last_verdict AS previous FROM batch WHERE id = ANY($1::bigint[]
 WHERE batch.id = before.id AND batch.last_event IS DISTINCT FROM batch.verdict
 RETURNING
     batch.id, batch_id, api_code, verdict, previous, revision, files, pending, available, unavailable, blocked,
-    upload_failed, first_received_at, completed_at;
+    upload_failed, first_received_at, completed_at,
+    (SELECT reference FROM expectation WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1);
 
 -- name: missing
 SELECT
@@ -72,7 +75,10 @@ SELECT EXISTS (
 -- name: at_risk_candidates
 SELECT
     id, batch_id, api_code, verdict, last_verdict, revision + 1, files, pending, available, unavailable, blocked,
-    upload_failed, first_received_at, completed_at
+    upload_failed, first_received_at, completed_at,
+    (SELECT reference FROM expectation WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1)
 FROM batch
 WHERE id = ANY(ARRAY(
     SELECT id FROM batch
@@ -235,7 +241,12 @@ LEFT JOIN LATERAL (
 ) AS present ON true
 WHERE event.occurred_at >= $2 AND event.occurred_at < $3
     AND event.type = ANY($4::text[])
-    AND (event.batch IS NULL OR cardinality($5::text[]) = 0 OR batch.api_code = ANY($5::text[]))
+    AND (
+        cardinality($5::text[]) = 0
+        OR batch.api_code = ANY($5::text[])
+        -- An event of no batch is for everybody, but for batch.late.
+        OR event.batch IS NULL AND coalesce(event.payload::json -> 'data' ->> 'api_code' = ANY($5::text[]), true)
+    )
     AND NOT (
         event.type IN ('batch.at_risk', 'batch.complete', 'batch.incomplete')
         AND EXISTS (
@@ -262,7 +273,10 @@ FROM (
 JOIN event ON event.id = newest.event
 JOIN batch ON batch.id = event.batch
 WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short', 'batch.expiring')
-    AND batch.verdict <> 'complete'
+    AND (
+        batch.verdict <> 'complete'
+        OR EXISTS (SELECT FROM expectation WHERE expectation.batch = batch.id AND expectation.state = 'short')
+    )
 ORDER BY batch.batch_id
 LIMIT 500;
 

@@ -8,7 +8,10 @@ FROM (
     LEFT JOIN batch ON batch.id = event.batch
     WHERE event.id > :after
         AND event.type IN (SELECT jsonb_array_elements_text(:types::jsonb))
-        AND (:api_code::text = '' OR batch.api_code = :api_code)
+        AND (
+            :api_code::text = ''
+            OR coalesce(batch.api_code, event.payload::json -> 'data' ->> 'api_code') = :api_code
+        )
         -- Of no transaction that may still commit a smaller id.
         AND event.xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY event.id

@@ -11,6 +11,7 @@ from notify_server.store.base import rejection_gone, valid_ids
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
+from notify_server.store.postgres.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, strip_nul
 from notify_server.store.sql import load_queries
@@ -227,6 +228,7 @@ async def prune(connection: Connection, events: Events, completed_before: int, r
             counts = [states[state] for state in _SETTLED]
             await connection.execute(SQL["prune_counted"], batch, states.total(), *counts)
     deleted += _count(await connection.execute(SQL["prune_notifications"], completed_before, limit))
+    deleted += _count(await connection.execute(EXPECTATION_SQL["prune_unmatched"], completed_before, limit))
     deleted += _count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
     deleted += await events.prune_plain(connection, rejected_before, limit)
     return deleted

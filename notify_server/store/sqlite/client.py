@@ -30,6 +30,7 @@ from notify_server.processes.keeper_protocol import (
 )
 from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
 from notify_server.store.batching import Batcher, Group
+from notify_server.store.sqlite.expectations_client import SqliteExpectationsClient
 from notify_server.store.sqlite.outbox_client import SqliteOutboxClient
 from notify_server.store.sqlite.scheduler import RECENT_SECONDS
 
@@ -72,6 +73,7 @@ class SqliteClient:
             is_overdue=self._is_overdue,
         )
         self.outbox = SqliteOutboxClient(self._call)
+        self.expectations = SqliteExpectationsClient(self._call)
         self._path = config.path
         self._now = now
         self._on_commit = on_commit

@@ -20,6 +20,7 @@ from notify_server.events.payload import (
     verdict_type,
 )
 from notify_server.model import BatchVerdict, FileState
+from notify_server.store.expectations import Short, short_event
 from notify_server.store.outbox import (
     MAX_ATTEMPT_ROWS,
     Claimed,
@@ -35,6 +36,8 @@ from notify_server.store.outbox import (
 )
 from notify_server.store.outbox_health import after_results
 from notify_server.store.sql import load_queries
+from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
+from notify_server.store.sqlite.expecting import judge_batches
 from notify_server.store.sqlite.writer import Writer
 
 SQL = load_queries("sqlite", "outbox")
@@ -63,22 +66,32 @@ class SqliteOutbox:
         """
         if not verdicts:
             return verdicts
-        ids = _json([verdict.batch for verdict in verdicts])
-        rows = [BatchRow(*row) for row in connection.execute(SQL["verdict_batches"], (ids,)).fetchall()]
-        if not rows:
-            return verdicts
-        connection.execute(SQL["verdict_written"], (_json([row.id for row in rows]),))
+        batches = [verdict.batch for verdict in verdicts]
+        shorts = judge_batches(connection, batches)
+        rows = [BatchRow(*row) for row in connection.execute(SQL["verdict_batches"], (_json(batches),)).fetchall()]
         written: dict[int, tuple[int, int]] = {}
+        if rows:
+            connection.execute(SQL["verdict_written"], (_json([row.id for row in rows]),))
         for row in rows:
             missing = self._missing(connection, row)
             event = batch_event(verdict_type(row.verdict), row, missing, now, url=self._url(row.id))
-            written[row.id] = self._write(connection, NewEvent(event, row.api_code)), row.revision
+            written[row.id] = self.write_event(connection, NewEvent(event, row.api_code)), row.revision
+        self.write_shorts(connection, shorts, now)
         return [
             msgspec.structs.replace(verdict, event=written[verdict.batch][0], revision=written[verdict.batch][1])
             if verdict.batch in written
             else verdict
             for verdict in verdicts
         ]
+
+    def write_shorts(self, connection: sqlite3.Connection, shorts: Sequence[Short], now: int) -> None:
+        """Write batch.short of expectations that have become short."""
+        for short in shorts:
+            batch = short.expectation.batch
+            assert batch is not None
+            batch_id, revision = connection.execute(EXPECTATION_SQL["next_revision"], (batch,)).fetchone()
+            event = short_event(short, batch_id, revision, now, self._url(batch))
+            self.write_event(connection, NewEvent(event, short.expectation.api_code))
 
     def note_retrying(self, connection: sqlite3.Connection, batches: set[int]) -> None:
         """Note that an attempt at a file of these batches failed."""
@@ -87,9 +100,10 @@ class SqliteOutbox:
 
     @staticmethod
     def prune_batch(connection: sqlite3.Connection, batch: int) -> int:
-        """Delete the events of a batch with their deliveries; return how many rows."""
+        """Delete the events of a batch with their deliveries, and its expectations; return how many rows."""
         names = ("prune_attempts_of", "prune_forwards_of", "prune_events_of")
-        return sum(connection.execute(SQL[name], (batch,)).rowcount for name in names)
+        expectations = connection.execute(EXPECTATION_SQL["prune_of"], (batch,)).rowcount
+        return expectations + sum(connection.execute(SQL[name], (batch,)).rowcount for name in names)
 
     @staticmethod
     def prune_plain(connection: sqlite3.Connection, before: int, limit: int) -> int:
@@ -110,7 +124,7 @@ class SqliteOutbox:
         found = connection.execute(SQL["missing"], (row.id, MAX_MISSING)).fetchall()
         return [MissingRow(batch, name, FileState(state), *rest) for batch, name, state, *rest in found]
 
-    def _write(self, connection: sqlite3.Connection, new: NewEvent) -> int:
+    def write_event(self, connection: sqlite3.Connection, new: NewEvent) -> int:
         """Write an event and its deliveries; return its id."""
         event = new.event
         id = connection.execute(SQL["event_insert"], msgspec.structs.astuple(event)).lastrowid
@@ -231,7 +245,7 @@ class SqliteOutbox:
                 ),
             )  # fmt: skip
         for event in change.events:
-            self._write(connection, event)
+            self.write_event(connection, event)
         return change.notices
 
     async def find_at_risk(self, received_before: int, waits: Sequence[int], now: int) -> int:
@@ -251,15 +265,25 @@ class SqliteOutbox:
         if not any(failed for *_, failed in groups):
             connection.execute(SQL["not_retrying"], (row.id,))
             return False
-        final_by = max(latest + waits[min(attempts, len(waits) - 1)] for attempts, latest, _, _ in groups)
-        row = msgspec.structs.replace(row, next_attempt_at=min(first for _, _, first, _ in groups))
+        self.write_at_risk(connection, row, waits, now, cause="age")
+        return True
+
+    def write_at_risk(
+        self, connection: sqlite3.Connection, row: BatchRow, waits: Sequence[int], now: int, *, cause: str
+    ) -> None:
+        """Write batch.at_risk; `waits` is that of find_at_risk."""
+        groups = connection.execute(SQL["retrying_files"], (row.id,)).fetchall()
+        final_by = next_attempt_at = None
+        if groups:
+            final_by = max(latest + waits[min(attempts, len(waits) - 1)] for attempts, latest, _, _ in groups)
+            next_attempt_at = min(first for _, _, first, _ in groups)
+        row = msgspec.structs.replace(row, next_attempt_at=next_attempt_at)
         connection.execute(SQL["at_risk_written"], (now, row.id))
         missing = self._missing(connection, row)
         event = batch_event(
-            EventType.BATCH_AT_RISK, row, missing, now, cause="age", final_by=final_by, url=self._url(row.id)
+            EventType.BATCH_AT_RISK, row, missing, now, cause=cause, final_by=final_by, url=self._url(row.id)
         )
-        self._write(connection, NewEvent(event, row.api_code))
-        return True
+        self.write_event(connection, NewEvent(event, row.api_code))
 
     async def ping_endpoint(self, endpoint: str, now: int) -> int | None:
         if endpoint not in {each.name for each in self._subscriptions}:
@@ -267,7 +291,7 @@ class SqliteOutbox:
 
         def write(connection: sqlite3.Connection) -> int:
             event = plain_event(EventType.TEST_PING, PingData(endpoint), now)
-            id = self._write(connection, NewEvent(event, to=endpoint))
+            id = self.write_event(connection, NewEvent(event, to=endpoint))
             (delivery,) = connection.execute(
                 "SELECT id FROM forward WHERE event = ? AND batch IS NULL", (id,)
             ).fetchone()

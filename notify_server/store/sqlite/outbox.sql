@@ -3,7 +3,10 @@
 -- name: verdict_batches
 SELECT
     id, batch_id, api_code, verdict, last_verdict, revision + 1, files, pending, available, unavailable, blocked,
-    upload_failed, first_received_at, completed_at
+    upload_failed, first_received_at, completed_at,
+    (SELECT reference FROM expectation WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1)
 FROM batch
 WHERE id IN (SELECT value FROM json_each(?)) AND last_event IS NOT verdict;
 
@@ -47,7 +50,10 @@ UPDATE batch SET retrying = 1 WHERE id IN (SELECT value FROM json_each(?)) AND r
 -- name: at_risk_candidates
 SELECT
     id, batch_id, api_code, verdict, last_verdict, revision + 1, files, pending, available, unavailable, blocked,
-    upload_failed, first_received_at, completed_at
+    upload_failed, first_received_at, completed_at,
+    (SELECT reference FROM expectation WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = batch.id ORDER BY expectation.id LIMIT 1)
 FROM batch
 WHERE retrying = 1 AND at_risk_at IS NULL AND first_received_at <= ? AND verdict = 'pending'
 ORDER BY first_received_at
@@ -156,7 +162,15 @@ FROM event
 LEFT JOIN batch ON batch.id = event.batch
 WHERE event.occurred_at >= :since AND event.occurred_at < :until
     AND event.type IN (SELECT value FROM json_each(:types))
-    AND (event.batch IS NULL OR :api_codes = '[]' OR batch.api_code IN (SELECT value FROM json_each(:api_codes)))
+    AND (
+        :api_codes = '[]'
+        OR batch.api_code IN (SELECT value FROM json_each(:api_codes))
+        OR event.batch IS NULL
+        -- An event of no batch is for everybody, but for batch.late.
+        AND coalesce(json_extract(event.payload, '$.data.api_code'), :api_codes) IN (
+            SELECT value FROM json_each(:api_codes) UNION ALL SELECT :api_codes
+        )
+    )
     AND NOT (
         event.type IN ('batch.at_risk', 'batch.complete', 'batch.incomplete')
         AND EXISTS (
@@ -184,7 +198,10 @@ FROM (
 JOIN event ON event.id = newest.event
 JOIN batch ON batch.id = event.batch
 WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short', 'batch.expiring')
-    AND batch.verdict <> 'complete'
+    AND (
+        batch.verdict <> 'complete'
+        OR EXISTS (SELECT 1 FROM expectation WHERE expectation.batch = batch.id AND expectation.state = 'short')
+    )
 ORDER BY batch.batch_id
 LIMIT 500;
 

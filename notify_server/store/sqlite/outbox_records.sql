@@ -8,7 +8,7 @@ FROM (
     LEFT JOIN batch ON batch.id = event.batch
     WHERE event.id > :after
         AND event.type IN (SELECT value FROM json_each(:types))
-        AND (:api_code = '' OR batch.api_code = :api_code)
+        AND (:api_code = '' OR coalesce(batch.api_code, json_extract(event.payload, '$.data.api_code')) = :api_code)
     ORDER BY event.id
     LIMIT :limit
 ) AS found;

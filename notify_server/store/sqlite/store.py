@@ -23,6 +23,7 @@ from notify_server.store.sql import load_queries
 from notify_server.store.sqlite import writes
 from notify_server.store.sqlite.claims import Claims, Due, Position
 from notify_server.store.sqlite.database import connect, refusal, reserve_log
+from notify_server.store.sqlite.expectations import SqliteExpectations
 from notify_server.store.sqlite.inbox import InboxQueue
 from notify_server.store.sqlite.lock import FileLock
 from notify_server.store.sqlite.outbox import SqliteOutbox
@@ -54,6 +55,7 @@ class SqliteStore:
         self._rejections = writes.Rejections()
         self._writer = Writer(path, connection)
         self.outbox = SqliteOutbox(self._writer, connection)
+        self.expectations = SqliteExpectations(self._writer, self.outbox)
         self._accept = self._writer.group(self._write_deliveries, self._accepted, _bytes, _callers)
         self._reject = self._writer.group(self._rejections.write, size=lambda rejection: len(rejection.body))
 

@@ -25,6 +25,8 @@ from notify_server.store.base import Expansion, rejection_gone
 from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.sql import expand_rows, load_queries
+from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
+from notify_server.store.sqlite.expecting import match_batches
 from notify_server.store.sqlite.outbox import SqliteOutbox
 
 T = TypeVar("T")
@@ -131,6 +133,7 @@ def write_expansions(
     and are reset, and the verdicts that were reached.
     """
     merges = [merge for part in distinct_batches(expansions, _ROWS) for merge in _merge(connection, part, now)]
+    match_batches(connection, [merge.batch for merge in merges], now)
     verdicts = _write_verdicts(connection, outbox, {merge.batch for merge in merges}, now)
     return sum(merge.pending for merge in merges), {id for merge in merges for id in merge.restarted}, verdicts
 
@@ -245,6 +248,7 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
             break
     parameters = {"before": completed_before, "limit": limit}
     deleted += connection.execute(SQL["prune_notifications"], parameters).rowcount
+    deleted += connection.execute(EXPECTATION_SQL["prune_unmatched"], (completed_before, limit)).rowcount
     parameters = {"before": rejected_before, "limit": limit}
     deleted += connection.execute(SQL["prune_rejections"], parameters).rowcount
     deleted += SqliteOutbox.prune_plain(connection, rejected_before, limit)
