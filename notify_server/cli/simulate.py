@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import shlex
 import signal
 import ssl
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 import uvloop
@@ -25,15 +21,15 @@ from rich.text import Text
 from yarl import URL
 
 from notify_server.cli.common import EXIT_FAILED, output, read_config, trust_only, until_signal
-from notify_server.config import ENV_PREFIX, Config
+from notify_server.cli.own_daemon import Daemon, own_daemon, while_alive
+from notify_server.config import Config
 from notify_server.errors import NotifyServerError
 from notify_server.simulator.compare import MAX_DIFFERENCES, Comparison, Tally
 from notify_server.simulator.plan import Plan
 from notify_server.simulator.platform import Platform, SimulationError
+from notify_server.simulator.receiver import Behaviour, ForwardTally, Receivers
 from notify_server.simulator.record import RecordViews
 from notify_server.simulator.run import Report, Simulation
-
-T = TypeVar("T")
 
 LOOPBACK_HINT = (
     "The daemon refuses this machine's own addresses. Set in its configuration: "
@@ -45,8 +41,6 @@ QUERIES = (
     "SELECT oss_object_name, state, reason, attempts FROM file_result WHERE state <> 'available' LIMIT 5",
 )
 TICK_SECONDS = 0.1
-START_SECONDS = 30.0
-GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,7 @@ class Options:
     slow_seconds: float
     timeout: float
     settle: float
+    receivers: Sequence[Behaviour] = tuple(Behaviour)
 
     def __post_init__(self) -> None:
         given = {"--config": self.config, "--url": self.url, "--store": self.store}
@@ -79,16 +74,6 @@ class Options:
                 url = URL()
             if url.scheme not in ("http", "https") or not url.host:
                 raise ValueError(f"--url must be an absolute http or https address, not {self.url!r}")
-
-
-@dataclass(frozen=True)
-class Daemon:
-    """A daemon to play against. `tls` is aiohttp's `ssl`."""
-
-    url: str
-    record: Path
-    token: str | None = None
-    tls: ssl.SSLContext | bool = True
 
 
 def run(plan: Plan, options: Options) -> None:
@@ -117,8 +102,11 @@ async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Con
     if daemon is not None:
         return show(await _watched(plan, options, daemon), plan, console)
     directory = options.keep or Path(tempfile.mkdtemp(prefix="notify-server-"))
-    async with own_daemon(directory, options.slow_seconds) as (daemon, process):
-        report = await _while_alive(process, _watched(plan, options, daemon), directory)
+    async with (
+        Receivers(options.receivers, slow_seconds=options.slow_seconds) as receivers,
+        own_daemon(directory, options.slow_seconds, receivers.tables()) as (daemon, process),
+    ):
+        report = await while_alive(process, _watched(plan, options, daemon, receivers), directory)
         code = show(report, plan, console)
         # The daemon closes the database last, and so leaves a single file.
         async with await RecordViews.open(daemon.record) as views:
@@ -140,7 +128,7 @@ def configured(config: Config, options: Options) -> Daemon:
     return Daemon(url, options.store or config.store.path, token.get_secret_value() if token else None, tls)
 
 
-async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:
+async def _watched(plan: Plan, options: Options, daemon: Daemon, receivers: Receivers | None = None) -> Report:
     """Run the simulation, with its progress on standard error if that is a terminal."""
     platform = Platform(plan)
     simulation = Simulation(
@@ -153,6 +141,7 @@ async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:
         slow_seconds=options.slow_seconds,
         timeout=options.timeout,
         settle=options.settle,
+        receivers=receivers,
     )
     progress = Progress(
         TextColumn("{task.description:>8}"),
@@ -179,114 +168,6 @@ async def _watched(plan: Plan, options: Options, daemon: Daemon) -> Report:
             await asyncio.gather(running, return_exceptions=True)
 
 
-# --- A daemon of its own ---
-
-
-@contextlib.asynccontextmanager
-async def own_daemon(directory: Path, slow_seconds: float) -> AsyncIterator[tuple[Daemon, asyncio.subprocess.Process]]:
-    """Run a daemon on a free port, with its configuration, record and log in `directory`; SIGTERM stops it at the end.
-
-    Raises SimulationError when it does not start or does not stop properly.
-    """
-    config, record, log_path = _prepare(directory, slow_seconds)
-    with log_path.open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "notify_server", "--config", str(config)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)},
-        )
-    try:
-        yield Daemon(await _ready(process, log_path), record), process
-    except BaseException:
-        await _stop(process)
-        raise
-    if (code := await _stop(process)) != 0:
-        raise SimulationError(f"the daemon ended with exit code {code}: see {log_path}")
-
-
-def _prepare(directory: Path, slow_seconds: float) -> tuple[Path, Path, Path]:
-    """Prepare the directory; return the paths of configuration, record and log, the latter empty."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        directory = directory.resolve()
-        config, record, log = (directory / name for name in ("config.toml", "notify.db", "daemon.log"))
-        config.write_text(_own_config(record, slow_seconds), encoding="utf-8")
-        log.write_bytes(b"")
-    except OSError as error:
-        raise SimulationError(f"{directory}: cannot be used ({error.strerror}): name another with --keep") from error
-    return config, record, log
-
-
-def _own_config(record: Path, slow_seconds: float) -> str:
-    # JSON's strings are valid TOML, except for characters that no terminal lets one type.
-    return f"""\
-[server]
-port = 0
-shutdown_grace = "{GRACE_SECONDS}s"
-[store]
-url = {json.dumps(f"sqlite:///{record}", ensure_ascii=False)}
-[verify]
-allowed_networks = ["127.0.0.0/8"]
-allowed_ports = []
-retry_schedule = ["500ms", "1s", "1s"]
-timeout = "{slow_seconds + 10:.3f}s"
-[log]
-format = "json"
-"""
-
-
-async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
-    """Wait until the daemon's log says where it listens; return that address."""
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + START_SECONDS
-    while clock() < deadline:
-        exited = process.returncode is not None
-        lines = _whole_lines(log)
-        for line in lines:
-            if '"ready for notifications"' in line:
-                return str(msgspec.json.decode(line)["url"])
-        if exited:
-            raise SimulationError(f"the daemon does not start: {lines[-1] if lines else 'the log is empty'}")
-        await asyncio.sleep(0.02)
-    raise SimulationError(f"the daemon is not ready after {START_SECONDS:g} seconds: see {log}")
-
-
-def _whole_lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-
-
-async def _while_alive(process: asyncio.subprocess.Process, work: Coroutine[Any, Any, T], directory: Path) -> T:
-    """Run the coroutine; raise SimulationError as soon as the daemon ends."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(process.wait())
-    try:
-        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise SimulationError(f"the daemon has ended during the run: see {directory / 'daemon.log'}")
-        return await working
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _stop(process: asyncio.subprocess.Process) -> int:
-    """Send SIGTERM, and SIGKILL if it does not end in time; return the exit code."""
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        async with asyncio.timeout(2 * GRACE_SECONDS):
-            return await process.wait()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        code = await process.wait()
-        if isinstance(error, TimeoutError):
-            return code
-        raise
-
-
 # --- Showing it ---
 
 
@@ -295,18 +176,25 @@ def show(report: Report, plan: Plan, console: Console) -> int:
     comparison = report.comparison
     console.print(_kinds_table(comparison, plan))
     console.print(_figures(report, plan))
+    if report.forwarded:
+        console.print(_forwarded_table(report.forwarded))
     if comparison.differences:
         console.print(_differences_table(comparison))
     if comparison.refused_loopback:
         console.print(Text(LOOPBACK_HINT, "yellow"), soft_wrap=True)
     if report.timed_out:
         console.print(Text("Not every verdict was there in time: a longer --timeout may help.", "yellow"))
+    forwarded_fault = any(tally.fault for tally in report.forwarded)
+    if forwarded_fault:
+        console.print(Text("Events were not forwarded as planted.", "bold red"))
     if comparison.different:
         files, batches = f"{plan.batches * plan.files:,} files", f"{plan.batches:,} batches"
         different = (
             f"{comparison.different_files:,} of {files} and {comparison.batches.different:,} of {batches} differ."
         )
         console.print(Text(different, "bold red"))
+        return EXIT_FAILED
+    if forwarded_fault:
         return EXIT_FAILED
     console.print(Text("Everything is as planted.", "bold green"))
     return 0
@@ -350,6 +238,20 @@ def _figures(report: Report, plan: Plan) -> Table:
         ("duration", f"{report.seconds:.1f} s"),
     ):
         table.add_row(Text(name, "bold"), figure)
+    return table
+
+
+def _forwarded_table(forwarded: Sequence[ForwardTally]) -> Table:
+    table = Table(title="Forwarded verdicts", title_justify="left")
+    table.add_column("receiver")
+    for heading in ("batches", "as expected", "requests"):
+        table.add_column(heading, justify="right")
+    table.add_column("result")
+    for tally in forwarded:
+        good = "stopped after its 410" if tally.behaviour is Behaviour.GONE else "as planted"
+        result = Text(tally.fault, "bold red") if tally.fault else Text(good, "green")
+        has = Text(f"{tally.as_expected:,}", "green" if tally.as_expected == tally.expected else "red")
+        table.add_row(tally.behaviour, f"{tally.expected:,}", has, f"{tally.requests:,}", result)
     return table
 
 

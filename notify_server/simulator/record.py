@@ -60,6 +60,12 @@ WHERE batch_id = ? AND api_code = ? AND oss_object_name > ?
 ORDER BY oss_object_name LIMIT ?
 """  # noqa: S608
 _LAST_DELIVERY = "SELECT coalesce(max(id), 0) FROM notification"
+_LAST_EVENT = "SELECT coalesce(max(id), 0) FROM event"
+_VERDICTS_SINCE = """
+SELECT DISTINCT batch.batch_id FROM event JOIN batch ON batch.id = event.batch
+WHERE event.id > ? AND event.type IN ('batch.complete', 'batch.incomplete')
+"""
+_STOPPED = "SELECT name FROM endpoint WHERE stopped_at IS NOT NULL"
 _EXPANDED = "SELECT expanded_at IS NOT NULL FROM notification WHERE id = ?"
 
 
@@ -107,6 +113,19 @@ class RecordViews:
         """Return the id of the newest accepted delivery, 0 when there is none. Each delivery has the next id."""
         ((last,),) = await self._connection.rows(_LAST_DELIVERY)
         return msgspec.convert(last, int)
+
+    async def last_event(self) -> int:
+        """Return the id of the newest event, 0 when there is none."""
+        ((last,),) = await self._connection.rows(_LAST_EVENT)
+        return msgspec.convert(last, int)
+
+    async def verdicts_since(self, event: int) -> set[str]:
+        """Return the batch_ids of the verdicts whose events came after this one."""
+        return {str(batch_id) for (batch_id,) in await self._connection.rows(_VERDICTS_SINCE, (event,))}
+
+    async def stopped_endpoints(self) -> set[str]:
+        """Return the names of the endpoints that are stopped."""
+        return {str(name) for (name,) in await self._connection.rows(_STOPPED)}
 
     async def expanded(self, delivery: int) -> bool:
         """Return True when this delivery and all earlier ones are expanded. A pruned delivery was."""

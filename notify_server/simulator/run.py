@@ -3,6 +3,7 @@
     Plan --seed--> Platform (batches, order of deliveries) --POST--> server --HEAD--> ObjectStore (planted objects)
                        |                                               |
                        +---- compare <- RecordViews <-- its record ----+
+                       +---- compare <- Receivers <---- its events ----+
 
 The content depends on the plan alone; only the port in the addresses is the object store's own.
 """
@@ -25,9 +26,12 @@ from notify_server.simulator.compare import Comparison, compare, only_missing_le
 from notify_server.simulator.object_store import ObjectStore
 from notify_server.simulator.plan import PlantedBatch
 from notify_server.simulator.platform import Platform, SimulationError, describe
+from notify_server.simulator.receiver import ForwardTally, Receivers, expected_verdicts
 from notify_server.simulator.record import BatchRow, RecordViews
 
 POLL_SECONDS = 0.2
+# Longer than the second attempt of a delivery takes to come.
+FORWARD_SECONDS = 20.0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -47,6 +51,7 @@ class Report(msgspec.Struct, frozen=True):
     busiest: int
     seconds: float
     timed_out: bool
+    forwarded: list[ForwardTally] = []
 
 
 class Simulation:
@@ -64,9 +69,10 @@ class Simulation:
         slow_seconds: float = 1.0,
         timeout: float = 120.0,
         settle: float = 10.0,
+        receivers: Receivers | None = None,
     ) -> None:
         """`timeout` is the number of seconds to wait for verdicts after the last ack; `settle` the number to wait once
-        only missing files are pending. `tls` is aiohttp's `ssl`.
+        only missing files are pending. `tls` is aiohttp's `ssl`. The daemon forwards to the `receivers`.
         """
         self.platform = platform
         self.verified = 0
@@ -78,6 +84,7 @@ class Simulation:
         self._slow_seconds = slow_seconds
         self._timeout = timeout
         self._settle = settle
+        self._receivers = receivers
 
     async def run(self) -> Report:
         """Deliver everything, wait for the verdicts, compare. Raises SimulationError, StoreRefusedError,
@@ -88,7 +95,7 @@ class Simulation:
         async with ObjectStore(slow_seconds=self._slow_seconds) as objects:
             objects.plant(self.platform.files)
             async with await RecordViews.open(self._record) as record:
-                before = await record.last_delivery()
+                before, event = await record.last_delivery(), await record.last_event()
                 started = clock()
                 await self._deliver(record, objects.address)
                 last = await record.last_delivery()
@@ -100,7 +107,20 @@ class Simulation:
                 timed_out = not await self._verdicts(record, last)
                 seconds = clock() - started
                 comparison = await compare(self.platform.batches, record, objects.address, objects.requests)
-        return self._report(comparison, seconds, timed_out)
+                forwarded = await self._forwarded(record, event)
+        return self._report(comparison, seconds, timed_out, forwarded)
+
+    async def _forwarded(self, record: RecordViews, event: int) -> list[ForwardTally]:
+        """Wait for the events of this run, which are those after `event`, and compare them with the plan."""
+        if self._receivers is None:
+            return []
+        expected = expected_verdicts(self.platform.batches)
+        if event:
+            # A batch of an earlier run whose verdict is the same again has no event.
+            since = await record.verdicts_since(event)
+            expected = {batch_id: verdict for batch_id, verdict in expected.items() if batch_id in since}
+        await self._receivers.settled(expected, FORWARD_SECONDS)
+        return self._receivers.compare(expected, await record.stopped_endpoints())
 
     async def _reach(self) -> None:
         """Raise SimulationError when nothing listens at the address; the platform's retries would hide it."""
@@ -166,7 +186,7 @@ class Simulation:
                 return False
             await asyncio.sleep(POLL_SECONDS)
 
-    def _report(self, comparison: Comparison, seconds: float, timed_out: bool) -> Report:
+    def _report(self, comparison: Comparison, seconds: float, timed_out: bool, forwarded: list[ForwardTally]) -> Report:
         latencies = sorted(self.platform.latencies_ms)
         moments = comparison.verified_at
         return Report(
@@ -182,6 +202,7 @@ class Simulation:
             busiest_second(moments),
             seconds,
             timed_out,
+            forwarded,
         )
 
 

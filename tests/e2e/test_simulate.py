@@ -19,7 +19,7 @@ import pytest_asyncio
 from rich.console import Console
 
 from notify_server.cli.commands.simulation import simulate
-from notify_server.cli.simulate import Daemon as Target
+from notify_server.cli.own_daemon import Daemon as Target
 from notify_server.cli.simulate import Options, play
 from notify_server.simulator.plan import Kind, Plan
 from notify_server.simulator.platform import SimulationError
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SMALL = ("--batches", "3", "--files", "20")
 # Whatever waits for a retry takes seconds; these settle with the first answer.
-AT_ONCE = ("--missing", "0", "--fail-first", "0", "--slow-seconds", "0.1")
+AT_ONCE = ("--missing", "0", "--fail-first", "0", "--slow-seconds", "0.1", "--receivers", "steady,gone")
 KINDS = ("present", "slow", "refuses HEAD", "fails at first", "missing", "reported FAILED", "batches' verdicts")
 TOKEN = "sesame-open"
 
@@ -79,6 +79,10 @@ async def test_with_a_daemon_of_its_own_every_kind_comes_out_as_planted(tmp_path
         number, as_expected, different = table[kind]
         assert number == as_expected != "0"
         assert different == "0"
+    for receiver in ("steady", "down at first", "slow", "500 at first", "200 with an error at first", "gone"):
+        assert rows(end.stdout.partition("Forwarded verdicts")[2])[receiver][-1] in (
+            "as planted", "stopped after its 410",
+        )  # fmt: skip
     assert re.search(r"acked +5 of 5 posts, 1 of them redeliveries", end.stdout)
     assert re.search(r"ack latency +p50 [0-9.]+ ms, p99 [0-9.]+ ms, max [0-9.]+ ms", end.stdout)
     assert "Everything is as planted." in end.stdout
@@ -182,7 +186,7 @@ async def test_help_names_every_option(tmp_path: Path) -> None:
     end = await run(tmp_path, "--help")
     assert end.code == 0
     parameters = set(inspect.signature(simulate).parameters)
-    assert len(parameters) == 18
+    assert len(parameters) == 19
     for name in parameters:
         assert f"--{name.replace('_', '-')} " in end.stdout
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import re
 import socket
 import sqlite3
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
@@ -21,6 +23,7 @@ import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
+from standardwebhooks import Webhook
 from typer.testing import CliRunner
 
 from notify_server.cli.common import trust_only
@@ -36,6 +39,7 @@ from notify_server.simulator.compare import Comparison, Difference, Tally, compa
 from notify_server.simulator.object_store import ObjectStore
 from notify_server.simulator.plan import CONTENT_TYPE, EXPECTED, Kind, Plan, PlantedFile
 from notify_server.simulator.platform import Platform, SimulationError
+from notify_server.simulator.receiver import Behaviour, Receivers, receivers_named
 from notify_server.simulator.record import FileRow, RecordViews
 from notify_server.simulator.run import Report, busiest_second, percentile
 from notify_server.store.sqlite.database import connect
@@ -878,3 +882,59 @@ def test_a_directory_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, cap
     assert end.value.code == 1
     problem = f"notify_server: {tmp_path}/file: cannot be used (File exists): name another with --keep\n"
     assert capfd.readouterr().err == problem
+
+
+# Receivers
+
+
+def event(batch_id: str, revision: int, verdict: str) -> bytes:
+    return json.dumps({"data": {"batch_id": batch_id, "revision": revision, "verdict": verdict}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("events", "fault"),
+    [
+        ([("k1", 1, "complete")], None),
+        ([("k1", 1, "incomplete"), ("k2", 2, "complete")], None),
+        ([], "1 batches are missing"),
+        ([("k1", 1, "incomplete")], "another verdict than planted"),
+        ([("k2", 2, "complete"), ("k1", 1, "incomplete")], "1 events came after a newer one of the same batch"),
+        ([("k1", 1, "complete"), ("k1", 1, "complete")], "1 events came a second time, though it was accepted"),
+        ([("unsigned", 1, "complete"), ("k1", 1, "complete")], "1 events came with a wrong signature"),
+    ],
+)
+async def test_receiver_reports_events_that_differ_from_the_plan(
+    events: list[tuple[str, int, str]], fault: str | None
+) -> None:
+    expected = {"b": Verdict.COMPLETE}
+    async with Receivers([Behaviour.STEADY]) as receivers, aiohttp.ClientSession() as session:
+        (table,) = receivers.tables()
+        for key, revision, verdict in events:
+            body, now = event("b", revision, verdict), datetime.now(UTC)
+            signature = "v1,no" if key == "unsigned" else Webhook(receivers.secret).sign(key, now, body.decode())
+            headers = {
+                "webhook-id": key,
+                "webhook-timestamp": str(int(now.timestamp())),
+                "webhook-signature": signature,
+            }
+            async with session.post(table["url"], data=body, headers=headers) as answer:
+                assert await answer.json() == {"code": "000"}
+        await receivers.settled(expected, 0.01)
+        (tally,) = receivers.compare(expected, [])
+        assert tally.fault == fault
+        (tally,) = receivers.compare(expected, ["steady"])
+        assert tally.fault == "is stopped"
+
+
+async def test_gone_receiver_must_have_been_stopped() -> None:
+    async with Receivers([Behaviour.GONE]) as receivers:
+        expected = {"b": Verdict.COMPLETE}
+        assert [each.fault for each in receivers.compare(expected, [])] == ["answered 410 and is not stopped"]
+        assert [each.fault for each in receivers.compare(expected, ["gone"])] == [None]
+
+
+def test_unknown_receiver_is_named() -> None:
+    with pytest.raises(ValueError, match="--receivers: stedy is unknown: there are steady, down, slow"):
+        receivers_named("slow,stedy")
+    assert receivers_named("slow, steady,slow") == [Behaviour.SLOW, Behaviour.STEADY]
+    assert receivers_named("") == []

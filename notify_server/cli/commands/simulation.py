@@ -50,11 +50,15 @@ def simulate(
     fail_first: Annotated[float, _share("Share of files that answer 500 or 503 at first.")] = 0.05,
     failed: Annotated[float, _share("Share of files reported as FAILED.")] = 0.05,
     redelivered: Annotated[float, _share("Share of batches that are delivered twice.")] = 0.2,
-    slow_seconds: Annotated[float, _planted("How late slow files answer.", min=0.0)] = 1,
+    slow_seconds: Annotated[float, _planted("How late slow files and receivers answer.", min=0.0)] = 1,
+    receivers: Annotated[
+        str, _planted("Receivers of events, with --own-daemon.", metavar="NAMES")
+    ] = "steady,down,slow,fails-first,false-ok,gone",
 ) -> None:
     """Play the platform and its object store against a daemon, and check its record. Exits 1 when anything differs."""
     from notify_server.cli.simulate import Options, run
     from notify_server.simulator.plan import Kind, Plan
+    from notify_server.simulator.receiver import receivers_named
 
     shares = {
         Kind.MISSING: missing,
@@ -71,7 +75,8 @@ def simulate(
             shares=shares,
             redelivered=redelivered,
         )
-        options = Options(config, url, store, own_daemon, keep, rate, slow_seconds, timeout, settle)
+        behaviours = receivers_named(receivers)
+        options = Options(config, url, store, own_daemon, keep, rate, slow_seconds, timeout, settle, behaviours)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     run(plan, options)
