@@ -1,12 +1,11 @@
 """Decides which addresses may be contacted: the guard against requests into the server's own network (SSRF).
 
-Nothing here looks names up. `Guard.examine` reads an address before it is used; `Guard.check_address` judges
-the socket address that is about to be dialled, which alone settles names: whatever a look-up said before may have
-changed since. `Guard.follow` is `examine` for a redirect.
+Nothing here looks names up. `Guard.examine` reads an address before it is used; `Guard.check_address` judges the socket
+address that is about to be dialled, and is the only decision about names: an earlier look-up may be out of date.
+`Guard.follow` is `examine` for a redirect.
 
-What a host is, is the rule of `contract.host`. Where the standard repairs
-an address (backslashes, tabs, line ends), it is refused instead: a repaired address is one that two readers may read
-differently.
+`contract.host` decides whether a host is valid. Where the standard repairs an address (backslashes, tabs, line ends),
+the guard refuses it: two readers may read a repaired address differently.
 """
 
 from __future__ import annotations
@@ -101,10 +100,10 @@ class Guard:
     """Decides which addresses may be contacted. Immutable, hashable, picklable; compares by its settings.
 
     `allowed_hosts`: `example.com`, or `*.example.com` for its subdomains at any depth (not itself); empty means any.
-    `allowed_networks`: networks or addresses to be contacted although they are private; strict, as in `10.0.0.0/8`.
+    `allowed_networks`: networks or addresses to be contacted although they are private; strict, like `10.0.0.0/8`.
     `allowed_ports`: empty means any.
-    `refused_networks`: never to be contacted, whatever is allowed. `own_networks`: this machine's, private like those of
-    the registries, so that `allowed_networks` opens them.
+    `refused_networks`: never to be contacted, whatever is allowed.
+    `own_networks`: this machine's, private like those of the registries, so `allowed_networks` opens them.
 
     Raises ValueError, one line naming the entry, when one of them cannot be read.
 
