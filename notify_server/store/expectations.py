@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from notify_server.events.payload import Event, EventType, ExpectationData, encode_payload, new_key
 from notify_server.expect.clock import ReadyClock
 from notify_server.expect.expectation import Expectation, ExpectationState, MatchedBy, NewExpectation, limit_at
-from notify_server.events.payload import Event, EventType, ExpectationData, encode_payload, new_key
 
 # Expectations that one transaction registers, and limits that one transaction takes.
 MAX_REGISTERED = 500

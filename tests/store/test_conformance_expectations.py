@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from notify_server.expect.expectation import NewExpectation
 from notify_server.events.payload import EventType
+from notify_server.expect.expectation import NewExpectation
 from notify_server.store.base import Engine
 from notify_server.store.expectations import MAX_DUE, Registered
 from notify_server.store.outbox import Subscription

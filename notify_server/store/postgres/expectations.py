@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TypeVar
 
+from notify_server.events.payload import BatchRow
 from notify_server.expect.clock import ReadyClock
 from notify_server.expect.expectation import (
     Expectation,
@@ -18,7 +19,6 @@ from notify_server.expect.expectation import (
     differing_field,
     due_when_waiting,
 )
-from notify_server.events.payload import BatchRow
 from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, to_row
 from notify_server.store.outbox import NewEvent
 from notify_server.store.postgres.expecting import SQL, judge_batches, lock_matching, read_clock, write_matches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
+from notify_server.events.payload import BatchRow
 from notify_server.expect.expectation import (
     Expectation,
     ExpectationState,
@@ -14,7 +15,6 @@ from notify_server.expect.expectation import (
     differing_field,
     due_when_waiting,
 )
-from notify_server.events.payload import BatchRow
 from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, to_row
 from notify_server.store.outbox import NewEvent
 from notify_server.store.sqlite.expecting import SQL, judge_batches, read_clock, write_clock, write_matches
