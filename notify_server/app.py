@@ -8,7 +8,7 @@ import platform
 import random
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -25,7 +25,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.expansion.expander import Expander
 from notify_server.forward.metrics import ForwardMetrics
 from notify_server.forward.news import News
-from notify_server.forward.risk import watch_at_risk
+from notify_server.forward.risk import longest_waits, watch_at_risk
 from notify_server.forward.sender import Sender
 from notify_server.forward.service import ForwardService
 from notify_server.model import BatchVerdict, FileResult
@@ -38,6 +38,8 @@ from notify_server.store.reading.outbox import WaitingRow
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
+from notify_server.submissions.limits import watch_limits
+from notify_server.submissions.service import SubmissionService
 from notify_server.supervise import Grace, start_task, stop_tasks
 from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.host_rates import HostRates
@@ -168,7 +170,8 @@ async def _forwarding(app: web.Application) -> AsyncIterator[None]:
         public_url=config.server.public_url,
     )
     news = News()
-    app[FORWARD] = ForwardService(sender, app[STORE].outbox, app[RECORDS].outbox, news, now)
+    records = app[RECORDS]
+    app[FORWARD] = ForwardService(sender, app[STORE].outbox, records.outbox, records.expectations, news, now)
 
     def on_news() -> None:
         sender.wake()
@@ -316,12 +319,25 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         list if pool is None else pool.hosts,
     )
     actions = Actions(config, store, app[RECORDS], now=now, add_hosts=_add_hosts_to(pool))
-    app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM], app[FORWARD])
+    submissions = SubmissionService(store.expectations, app[RECORDS].expectations, now, app[ON_NEWS])
+    app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM], app[FORWARD], submissions)
     app[HTTP_API] = HttpApi(app[API], app[ADMIN], version())
     app[DASHBOARD] = Dashboard(config, app[API], app[ADMIN], version(), now)
-    task = start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")
+    tasks = [start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")]
+    if config.server.takes_callbacks:
+        tasks.append(start_task(_watch_limits(app), "watch the limits of submissions"))
     yield
-    await stop_tasks(task)
+    await stop_tasks(*tasks)
+
+
+def _watch_limits(app: web.Application) -> Coroutine[object, object, None]:
+    store, verify = app[STORE], app[CONFIG].verify
+
+    def is_ready() -> bool:
+        return app[HEALTH].is_ready() and store.backlog < verify.backlog_limit
+
+    waits = longest_waits(verify.retry_schedule, verify.jitter, verify.timeout)
+    return watch_limits(store.expectations, waits, app[CLOCKS].now, is_ready, app[ON_NEWS])
 
 
 def _let_in(handler: Handler) -> Handler:

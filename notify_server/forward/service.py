@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +16,7 @@ from notify_server.forward.news import News
 from notify_server.forward.sender import Sender
 from notify_server.model import CircuitState, Verdict
 from notify_server.store.outbox import DeliveryState, Outbox
+from notify_server.store.reading.expectations import ExpectationItem, ExpectationRecords
 from notify_server.store.reading.outbox import BatchGate, DeliveryAttempt, DeliveryRow, EventItem, OutboxRecords
 from notify_server.store.reading.types import Page
 
@@ -40,13 +42,14 @@ class EventPage(Struct, frozen=True):
 
 class GateAnswer(Struct, frozen=True):
     """A batch's verdict. `provisional` is true while it has none and is at risk; then `next_attempt_at` is the time of
-    the next check, and `final_by` the latest moment of the verdict.
+    the next check, and `final_by` the latest moment of the verdict. `expected` is a batch that was registered and has
+    not come.
     """
 
     batch_id: str
     api_code: str
     reference: str | None
-    verdict: Verdict
+    verdict: Literal["pending", "complete", "incomplete", "expected"]
     provisional: bool
     revision: int
     files: int
@@ -58,7 +61,7 @@ class GateAnswer(Struct, frozen=True):
     expected_files: int | None
     missing: list[MissingFile]
     missing_total: int
-    first_received_at: datetime
+    first_received_at: datetime | None
     completed_at: datetime | None
     next_attempt_at: datetime | None
     final_by: datetime | None
@@ -117,11 +120,18 @@ class ForwardService:
     """`now` gives Unix ms; `news` rings at every commit."""
 
     def __init__(
-        self, sender: Sender, outbox: Outbox, records: OutboxRecords, news: News, now: Callable[[], int]
+        self,
+        sender: Sender,
+        outbox: Outbox,
+        records: OutboxRecords,
+        expectations: ExpectationRecords,
+        news: News,
+        now: Callable[[], int],
     ) -> None:
         self._sender = sender
         self._outbox = outbox
         self._records = records
+        self._expectations = expectations
         self._news = news
         self._now = now
 
@@ -147,6 +157,8 @@ class ForwardService:
             found = await self._records.gate(batch_id, api_code)
             left = deadline - time.monotonic()
             if (found and all(each.verdict is not Verdict.PENDING for each in found)) or left <= 0:
+                if not found:
+                    return [_expected(each) for each in await self._expectations.expected(batch_id, api_code)]
                 return [_answer(each) for each in found]
             await self._news.wait(min(left, POLL_SECONDS))
 
@@ -247,3 +259,11 @@ class ForwardService:
 
 def _answer(gate: BatchGate) -> GateAnswer:
     return GateAnswer(**{name: getattr(gate, name) for name in GateAnswer.__struct_fields__})
+
+
+def _expected(item: ExpectationItem) -> GateAnswer:
+    assert item.batch_id is not None
+    return GateAnswer(
+        item.batch_id, item.api_code, item.reference, "expected", False, 0, 0, 0, 0, 0, 0, 0, item.files, [], 0, None,
+        None, None, None,
+    )  # fmt: skip

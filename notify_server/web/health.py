@@ -59,13 +59,7 @@ class Health:
 
         A node that only probes is never ready: the probe comes from a load balancer that would send callbacks.
         """
-        state = {"store": await self._check_store(), "server": "draining" if self._draining() else "ok"}
-        if self._probers_up is not None:
-            state["probers"] = "ok" if self._probers_up() else "down, restarting"
-        if ended := ended_tasks():
-            state["tasks"] = "ended, restart the server: " + ", ".join(ended)
-        if not self._takes_callbacks:
-            state["callbacks"] = "not taken here, see [server] roles"
+        state = {"store": await self._check_store(), **self._parts()}
         ready = all(part == "ok" for part in state.values())
         if self._is_short():
             # Callbacks are accepted all the same; files are probed more slowly.
@@ -75,6 +69,20 @@ class Health:
             status=200 if ready else 503,
             content_type="application/json",
         )
+
+    def is_ready(self) -> bool:
+        """Return True if callbacks are accepted and their files probed, as long as the store can commit."""
+        return all(part == "ok" for part in self._parts().values())
+
+    def _parts(self) -> dict[str, str]:
+        state = {"server": "draining" if self._draining() else "ok"}
+        if self._probers_up is not None:
+            state["probers"] = "ok" if self._probers_up() else "down, restarting"
+        if ended := ended_tasks():
+            state["tasks"] = "ended, restart the server: " + ", ".join(ended)
+        if not self._takes_callbacks:
+            state["callbacks"] = "not taken here, see [server] roles"
+        return state
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Return the Prometheus exposition, to those whom the guard lets in."""

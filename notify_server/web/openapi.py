@@ -26,6 +26,12 @@ ERROR = {
 NAME = "[A-Za-z0-9_-]{1,64}"
 
 
+class Created(NamedTuple):
+    """An answer with the status 201."""
+
+    answer: msgspec.Struct
+
+
 class Endpoint(NamedTuple):
     """An operation of the API. `path` has its parameters in braces: `{name}` is a name, any other an integer. `handler`
     takes Api and the request's parts.
@@ -43,6 +49,10 @@ class Endpoint(NamedTuple):
     media: tuple[str, ...] = ()
     # Further refusals: the status, and what it means.
     refusals: tuple[tuple[str, str], ...] = ()
+    # The body may be NDJSON (application/x-ndjson) of so many lines, each of the type `body`; then the answer is of the
+    # type `lines_answer`. The status is 201 when anything was created.
+    max_lines: int = 0
+    lines_answer: Any = None
 
     @property
     def id(self) -> str:
@@ -63,7 +73,7 @@ class Endpoint(NamedTuple):
 
 def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[Endpoint], str]) -> dict[str, Any]:
     """Return the OpenAPI document."""
-    types = [kind for e in endpoints for kind in (e.query, e.body, e.answer) if kind is not None]
+    types = [kind for e in endpoints for kind in (e.query, e.body, e.answer, e.lines_answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
@@ -102,6 +112,10 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
                 "required": True,
                 "content": {"application/json": {"schema": of_type[id(endpoint.body)]}},
             }
+            if endpoint.max_lines:
+                operation["requestBody"]["description"] = (
+                    f"An object, or as application/x-ndjson up to {endpoint.max_lines:,} lines with an object each."
+                )
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -124,7 +138,10 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
     if endpoint.media:
         content = {media: {"schema": {"type": "string"}} for media in endpoint.media}
     else:
-        content = {"application/json": {"schema": of_type[id(endpoint.answer)]}}
+        schema = of_type[id(endpoint.answer)]
+        if endpoint.lines_answer is not None:
+            schema = {"anyOf": [schema, of_type[id(endpoint.lines_answer)]]}
+        content = {"application/json": {"schema": schema}}
     responses: dict[str, Any] = {
         "200": {"description": "Success.", "content": content},
         "400": {"description": "Invalid parameter; msg names it.", "content": refused},
@@ -133,6 +150,8 @@ def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[s
         "405": {"description": "Method not allowed; see Allow.", "content": refused},
         "503": {"description": "The database is temporarily unavailable; retry.", "content": refused},
     }
+    if endpoint.max_lines:
+        responses["201"] = {"description": "Created.", "content": content}
     if endpoint.body is not None:
         responses["408"] = {"description": "The body did not arrive in time.", "content": refused}
         responses["413"] = {"description": "The body is too large.", "content": refused}

@@ -38,6 +38,27 @@ def from_json(body: bytes, kind: type[T]) -> T:
     return convert(values, kind)
 
 
+def from_lines(body: bytes, kind: type[T], most: int) -> list[T]:
+    """Convert NDJSON: a line for each object, empty lines left out. Raises RefusedError that names the wrong line."""
+    lines = [(number, line) for number, line in enumerate(body.split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise _wrong("body: is needed, one line at least")
+    if len(lines) > most:
+        raise RefusedError(413, "413", f"body: has {len(lines):,} lines, send at most {most:,} at a time")
+    decode = msgspec.json.Decoder(kind).decode
+    found = []
+    for number, line in lines:
+        try:
+            # Nearly all lines are right: their fields are looked at one by one only to name the wrong one.
+            found.append(decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            try:
+                found.append(from_json(line, kind))
+            except RefusedError as error:
+                raise _wrong(f"line {number}: {error.message}") from error
+    return found
+
+
 def refuse_all(names: Iterable[str]) -> None:
     """Raise RefusedError when there is any parameter."""
     for name in names:
@@ -115,6 +136,8 @@ def _description(schema: Mapping[str, Any]) -> str:
             return f"a list, each {_description(schema['items'])}"
         case "boolean":
             return "true or false"
+        case "number":
+            return "a number"
         case "null":
             return "null"
         case other:

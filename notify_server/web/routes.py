@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 from uuid import uuid4
@@ -52,8 +52,8 @@ async def _openapi(request: web.Request) -> web.StreamResponse:
     return await request.app[HTTP_API].openapi(request)
 
 
-async def _endpoint(endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-    return await request.app[HTTP_API].answer(endpoint, request)
+async def _endpoint(endpoints: Sequence[Endpoint], request: web.Request) -> web.StreamResponse:
+    return await request.app[HTTP_API].answer(endpoints, request)
 
 
 async def _view(view: View, request: web.Request) -> web.StreamResponse:
@@ -66,12 +66,19 @@ async def _not_found(request: web.Request) -> web.Response:
     return error_response(request_id, 404, "404", "nothing is served at this path")
 
 
+def _by_route(endpoints: Sequence[Endpoint]) -> dict[str, list[Endpoint]]:
+    found: dict[str, list[Endpoint]] = {}
+    for endpoint in endpoints:
+        found.setdefault(endpoint.route, []).append(endpoint)
+    return found
+
+
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", _healthz),
     Route("GET", "/readyz", _readyz),
     Route("GET", "/metrics", _metrics),
     Route("GET", "/openapi.json", _openapi),
-    *(Route("*", endpoint.route, partial(_endpoint, endpoint)) for endpoint in ENDPOINTS),
+    *(Route("*", route, partial(_endpoint, endpoints)) for route, endpoints in _by_route(ENDPOINTS).items()),
     *(Route(view.method, view.path, partial(_view, view)) for view in VIEWS),
     Route("*", "/{path:.*}", _not_found),
 )

@@ -102,6 +102,18 @@ def fill(path: Path, files: int = 100) -> None:
                 "INSERT INTO forward_attempt (forward, started_at, status, error, total_ms) VALUES (?,?,?,?,?)",
                 (3 * n + 1, NOW, chance.choice([None, 500]), chance.choice([None, *TEXTS]), chance.choice(FLOATS)),
             )
+        for n in range(6):
+            connection.execute(
+                "INSERT INTO expectation (id, reference, api_code, batch_id, files, keys, notify_by, verdict_by, state,"
+                " matched_by, batch, created_at, away_ms, due_at) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    7 * n + 1, f"{chance.choice(TEXTS)}{n}", API_CODE, chance.choice([None, *TEXTS]),
+                    chance.choice([None, 2**40]), chance.choice([None, '["k"]']), NOW, NOW + n,
+                    ("waiting", "late", "short", "met")[n % 4], "order" if n == 3 else None, 4 if n == 3 else None,
+                    NOW, n, None if n % 2 else NOW - n,
+                ),
+            )  # fmt: skip
+        connection.execute("INSERT INTO ready_clock (id, ready_at, away_ms) VALUES (1, ?, 5000)", (NOW,))
         connection.execute(
             "INSERT INTO endpoint (name, types, api_codes, failures, last_success_at)"
             " VALUES ('listings', '[\"batch.complete\"]', '[]', 3, ?)",

@@ -21,6 +21,7 @@ from notify_server.operations import Actions
 from notify_server.store.reading.types import FileFilter
 from notify_server.store.sqlite.records import SqliteRecords
 from notify_server.store.sqlite.store import SqliteStore
+from notify_server.submissions.service import SubmissionService
 from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.host_rates import HostRates
 from notify_server.telemetry.metrics import Metrics
@@ -77,8 +78,11 @@ class Site:
         admin = Admin(config, lambda: NOW, TOKEN)
         actions = Actions(config, store, self.records, now=lambda: NOW)
         sender = Sender((), store.outbox, now=lambda: NOW)
-        forward = ForwardService(sender, store.outbox, self.records.outbox, News(), lambda: NOW)
-        api = Api(self.records, actions, state, self.timeline, HostRates(), Stream(), forward)
+        forward = ForwardService(
+            sender, store.outbox, self.records.outbox, self.records.expectations, News(), lambda: NOW
+        )
+        submissions = SubmissionService(store.expectations, self.records.expectations, lambda: NOW, lambda: None)
+        api = Api(self.records, actions, state, self.timeline, HostRates(), Stream(), forward, submissions)
         self.app = web.Application()
         self.app[HTTP_API] = HttpApi(api, admin, "1.0")
         self.app[DASHBOARD] = Dashboard(config, api, admin, "1.0", lambda: NOW)

@@ -19,9 +19,7 @@ UPDATE ready_clock SET ready_at = $1, away_ms = $2;
 SELECT EXISTS (SELECT FROM expectation WHERE due_at IS NOT NULL);
 
 -- name: any_unmatched
-SELECT
-    EXISTS (SELECT FROM expectation WHERE batch IS NULL AND batch_id IS NOT NULL)
-    OR EXISTS (SELECT FROM expectation WHERE batch IS NULL AND batch_id IS NULL);
+SELECT EXISTS (SELECT FROM expectation WHERE batch IS NULL);
 
 -- name: arrivals
 SELECT id, batch_id, api_code, deliveries <= 1 AND first_received_at = last_received_at

@@ -92,18 +92,24 @@ FROM (
 
 -- name: gate
 SELECT json_agg(json_build_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
-    first_received_at, completed_at, at_risk_at, last_event))
+    first_received_at, completed_at, at_risk_at, last_event,
+    (SELECT reference FROM expectation WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1)))
 FROM (
     SELECT * FROM batch
     WHERE batch_id = :batch_id AND (:api_code::text = '' OR api_code = :api_code)
     ORDER BY api_code
     LIMIT 2
-) AS found;
+) AS gated;
 
 -- name: gate_of
 SELECT json_agg(json_build_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
-    first_received_at, completed_at, at_risk_at, last_event))
-FROM batch
+    first_received_at, completed_at, at_risk_at, last_event,
+    (SELECT reference FROM expectation WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1)))
+FROM batch AS gated
 WHERE id = :id;
 
 -- name: missing

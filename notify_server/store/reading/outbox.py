@@ -184,15 +184,15 @@ class OutboxRecords:
 
     async def _gate(self, row: tuple[Any, ...]) -> BatchGate:
         id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, *rest = row
-        upload_failed, pending, first_received_at, completed_at, at_risk_at, last_event = rest
+        upload_failed, pending, first_received_at, completed_at, at_risk_at, last_event, reference, expected = rest
         missing: list[MissingRow] = []
         if available < files:
             missing = await self._list(list[MissingRow], "missing", id=id, limit=MAX_MISSING)
         provisional = verdict == "pending" and last_event == "at_risk"
         next_attempt_at, final_by = await self._at_risk(id) if provisional else (None, None)
         return BatchGate(
-            id, batch_id, api_code, None, Verdict(verdict), provisional, revision,
-            files, available, unavailable, blocked, upload_failed, pending, None,
+            id, batch_id, api_code, reference, Verdict(verdict), provisional, revision,
+            files, available, unavailable, blocked, upload_failed, pending, expected,
             [missing_file(each) for each in missing], files - available, _time(first_received_at),
             utc(completed_at), utc(at_risk_at), utc(next_attempt_at), final_by,
         )  # fmt: skip

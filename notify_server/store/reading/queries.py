@@ -12,6 +12,7 @@ import msgspec
 
 from notify_server.store.base import MAX_ID
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
+from notify_server.store.reading.expectations import ExpectationRecords
 from notify_server.store.reading.outbox import OutboxRecords
 from notify_server.store.reading.types import (
     AttemptItem,
@@ -73,6 +74,10 @@ class QueriedRecords(ABC):
     @cached_property
     def outbox(self) -> OutboxRecords:
         return OutboxRecords(self.dialect, self._run)
+
+    @cached_property
+    def expectations(self) -> ExpectationRecords:
+        return ExpectationRecords(self.dialect, self._run)
 
     @abstractmethod
     async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:

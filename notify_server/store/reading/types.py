@@ -12,6 +12,7 @@ from typing import Annotated, Generic, Protocol, TypeVar
 from msgspec import Meta, Struct
 
 from notify_server.model import FileState, ReportedStatus, Verdict
+from notify_server.store.reading.expectations import ExpectationRecords
 from notify_server.store.reading.outbox import OutboxRecords
 
 T = TypeVar("T")
@@ -202,6 +203,10 @@ class Records(Protocol):
     @property
     def outbox(self) -> OutboxRecords:
         """Events, deliveries and endpoints."""
+
+    @property
+    def expectations(self) -> ExpectationRecords:
+        """The expectations."""
 
     async def close(self) -> None:
         """Close after the calls in progress."""

@@ -28,10 +28,9 @@ CREATE TABLE expectation (
 );
 
 CREATE INDEX expectation_due ON expectation (due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX expectation_named ON expectation (batch_id, api_code) WHERE batch IS NULL AND batch_id IS NOT NULL;
+CREATE INDEX expectation_named ON expectation (batch_id, api_code) WHERE batch_id IS NOT NULL;
 CREATE INDEX expectation_unnamed ON expectation (api_code, id) WHERE batch IS NULL AND batch_id IS NULL;
 CREATE INDEX expectation_ordered ON expectation (api_code, id) WHERE batch IS NOT NULL AND batch_id IS NULL;
 CREATE INDEX expectation_batch ON expectation (batch) WHERE batch IS NOT NULL;
 CREATE INDEX expectation_state ON expectation (state);
--- Those that go with retention although no batch takes them along.
-CREATE INDEX expectation_unmatched ON expectation (created_at) WHERE batch IS NULL AND due_at IS NULL;
+CREATE INDEX expectation_unmatched ON expectation (created_at) WHERE batch IS NULL;

@@ -14,9 +14,7 @@ SELECT 1 FROM expectation WHERE due_at IS NOT NULL LIMIT 1;
 SELECT 1 FROM expectation LIMIT 1;
 
 -- name: any_unmatched
-SELECT
-    EXISTS (SELECT 1 FROM expectation WHERE batch IS NULL AND batch_id IS NOT NULL)
-    OR EXISTS (SELECT 1 FROM expectation WHERE batch IS NULL AND batch_id IS NULL);
+SELECT EXISTS (SELECT 1 FROM expectation INDEXED BY expectation_unmatched WHERE batch IS NULL);
 
 -- name: arrivals
 SELECT id, batch_id, api_code, deliveries <= 1 AND first_received_at = last_received_at
@@ -119,4 +117,4 @@ DELETE FROM expectation WHERE batch = ?;
 
 -- name: prune_unmatched
 DELETE FROM expectation
-WHERE id IN (SELECT id FROM expectation WHERE created_at < ? AND batch IS NULL AND due_at IS NULL LIMIT ?);
+WHERE id IN (SELECT id FROM expectation INDEXED BY expectation_unmatched WHERE created_at < ? AND batch IS NULL AND due_at IS NULL LIMIT ?);

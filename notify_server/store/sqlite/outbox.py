@@ -73,7 +73,7 @@ class SqliteOutbox:
         if rows:
             connection.execute(SQL["verdict_written"], (_json([row.id for row in rows]),))
         for row in rows:
-            missing = self._missing(connection, row)
+            missing = _missing(connection, row)
             event = batch_event(verdict_type(row.verdict), row, missing, now, url=self._url(row.id))
             written[row.id] = self.write_event(connection, NewEvent(event, row.api_code)), row.revision
         self.write_shorts(connection, shorts, now)
@@ -116,13 +116,6 @@ class SqliteOutbox:
 
     def _url(self, batch: int) -> str | None:
         return None if self._public_url is None else f"{self._public_url}/ui/batches/{batch}"
-
-    @staticmethod
-    def _missing(connection: sqlite3.Connection, row: BatchRow) -> list[MissingRow]:
-        if row.available == row.files:
-            return []
-        found = connection.execute(SQL["missing"], (row.id, MAX_MISSING)).fetchall()
-        return [MissingRow(batch, name, FileState(state), *rest) for batch, name, state, *rest in found]
 
     def write_event(self, connection: sqlite3.Connection, new: NewEvent) -> int:
         """Write an event and its deliveries; return its id."""
@@ -279,7 +272,7 @@ class SqliteOutbox:
             next_attempt_at = min(first for _, _, first, _ in groups)
         row = msgspec.structs.replace(row, next_attempt_at=next_attempt_at)
         connection.execute(SQL["at_risk_written"], (now, row.id))
-        missing = self._missing(connection, row)
+        missing = _missing(connection, row)
         event = batch_event(
             EventType.BATCH_AT_RISK, row, missing, now, cause=cause, final_by=final_by, url=self._url(row.id)
         )
@@ -362,3 +355,10 @@ def _read_subscriptions(connection: sqlite3.Connection) -> tuple[Subscription, .
         Subscription(name, msgspec.json.decode(types), msgspec.json.decode(api_codes), delay_ms, bool(recoveries))
         for name, types, api_codes, delay_ms, recoveries in connection.execute(SQL["endpoints"]).fetchall()
     )
+
+
+def _missing(connection: sqlite3.Connection, row: BatchRow) -> list[MissingRow]:
+    if row.available == row.files:
+        return []
+    found = connection.execute(SQL["missing"], (row.id, MAX_MISSING)).fetchall()
+    return [MissingRow(batch, name, FileState(state), *rest) for batch, name, state, *rest in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from notify_server.store.reading.types import (
 )
 from notify_server.telemetry.history import Sample
 from notify_server.web.admin import Admin
+from notify_server.web.api.expectations import EXPECTATION_ENDPOINTS, MAX_BYTES
 from notify_server.web.api.forward import FORWARD_ENDPOINTS
 from notify_server.web.api.handlers import Api
 from notify_server.web.api.types import (
@@ -42,8 +44,8 @@ from notify_server.web.api.types import (
 )
 from notify_server.web.bodies import HEADERS, read_body
 from notify_server.web.language import LANGUAGES
-from notify_server.web.openapi import Endpoint, document
-from notify_server.web.parameters import from_json, from_query, refuse_all
+from notify_server.web.openapi import Created, Endpoint, document
+from notify_server.web.parameters import from_json, from_lines, from_query, refuse_all
 
 log = structlog.get_logger("notify_server.web")
 
@@ -98,6 +100,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("POST", "/api/v1/rejections/{id}/replay", Api.replay, answer=Replayed),
     Endpoint("POST", "/api/v1/prune", Api.prune, body=Prune, answer=Pruned),
     *FORWARD_ENDPOINTS,
+    *EXPECTATION_ENDPOINTS,
 )
 
 
@@ -128,13 +131,13 @@ class HttpApi:
 
         return await self._admin.guard(answer)(request)
 
-    async def answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        """Answer a request to the endpoint's path, whatever its method."""
+    async def answer(self, endpoints: Sequence[Endpoint], request: web.Request) -> web.StreamResponse:
+        """Answer a request to the path of these endpoints, whatever its method."""
         request_id = str(uuid4())
         log.debug("request", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
         try:
             self._admin.check(request)
-            return await self._call(endpoint, request)
+            return await self._call(_endpoint(endpoints, request.method), request)
         except RefusedError as error:
             refused = error
         except StoreUnavailableError as error:
@@ -146,8 +149,6 @@ class HttpApi:
         return error_response(request_id, refused.status, refused.code, refused.message, {**HEADERS, **refused.headers})
 
     async def _call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        if request.method not in (endpoint.method, "HEAD" if endpoint.method == "GET" else endpoint.method):
-            raise RefusedError(405, "405", f"only {endpoint.method} is allowed", headers={"Allow": endpoint.method})
         arguments: list[Any] = [request] if endpoint.media else []
         arguments += [_parameter(name, request.match_info[name]) for name in endpoint.parameters]
         if endpoint.query is not None:
@@ -155,10 +156,34 @@ class HttpApi:
         else:
             refuse_all(request.query)
         if endpoint.body is not None:
-            arguments.append(from_json(await read_body(request, "application/json"), endpoint.body))
+            arguments.append(await _body(endpoint, endpoint.body, request))
         answer = await endpoint.handler(self._api, *arguments)
+        status = 200
+        if isinstance(answer, Created):
+            status, answer = 201, answer.answer
         if isinstance(answer, web.StreamResponse):
             return answer
         if answer is None:
             raise RefusedError(404, "404", NO_SUCH_ID)
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json", headers=HEADERS)
+        body = msgspec.json.encode(answer)
+        return web.Response(status=status, body=body, content_type="application/json", headers=HEADERS)
+
+
+def _endpoint(endpoints: Sequence[Endpoint], method: str) -> Endpoint:
+    """Return the endpoint of the method. Raises RefusedError when there is none."""
+    by_method = {endpoint.method: endpoint for endpoint in endpoints}
+    found = by_method.get("GET" if method == "HEAD" else method)
+    if found is None:
+        allowed = ", ".join(by_method)
+        raise RefusedError(405, "405", f"only {allowed} is allowed", headers={"Allow": allowed})
+    return found
+
+
+async def _body(endpoint: Endpoint, kind: type[msgspec.Struct], request: web.Request) -> Any:
+    """Return the body as a struct; as a list of them when it is NDJSON."""
+    if not endpoint.max_lines:
+        return from_json(await read_body(request, "application/json"), kind)
+    if request.content_type != "application/x-ndjson":
+        return from_json(await read_body(request, "application/json", max_bytes=MAX_BYTES), kind)
+    body = await read_body(request, "application/x-ndjson", max_bytes=MAX_BYTES)
+    return from_lines(body, kind, endpoint.max_lines)

@@ -43,6 +43,7 @@ from notify_server.store.reading.types import (
     RejectionItem,
     Totals,
 )
+from notify_server.submissions.service import SubmissionService
 from notify_server.telemetry.history import Sample, Timeline
 from notify_server.telemetry.host_rates import HostRate, HostRates
 from notify_server.web.api.cache import TimedCache
@@ -86,9 +87,11 @@ class Api:
         rates: HostRates,
         stream: Stream,
         forward: ForwardService,
+        submissions: SubmissionService,
     ) -> None:
         self.records = records
         self.forward = forward
+        self.submissions = submissions
         self._actions = actions
         self._runtime = runtime
         self._timeline = timeline

@@ -1,0 +1,81 @@
+-- Named blocks, read by notify_server/store/sql.py. Each returns one row: a JSON array of arrays.
+
+-- name: expectations
+SELECT json_group_array(json_array(
+    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
+    listed
+))
+FROM (
+    SELECT
+        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
+        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
+        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
+        created_at, expectation.batch, batch.verdict, batch.files AS listed
+    FROM expectation
+    LEFT JOIN batch ON batch.id = expectation.batch
+    WHERE expectation.id < :before:conditions
+    ORDER BY expectation.id DESC
+    LIMIT :limit
+) AS found;
+
+-- name: expectation
+SELECT json_group_array(json_array(
+    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
+    listed
+))
+FROM (
+    SELECT
+        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
+        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
+        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
+        created_at, expectation.batch, batch.verdict, batch.files AS listed
+    FROM expectation
+    LEFT JOIN batch ON batch.id = expectation.batch
+    WHERE expectation.id = :id
+) AS found;
+
+-- name: expected
+SELECT json_group_array(json_array(
+    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
+    listed
+))
+FROM (
+    SELECT
+        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
+        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
+        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
+        created_at, expectation.batch, batch.verdict, batch.files AS listed
+    FROM expectation
+    LEFT JOIN batch ON batch.id = expectation.batch
+    WHERE expectation.batch_id = :batch_id AND expectation.batch IS NULL
+        AND (:api_code = '' OR expectation.api_code = :api_code)
+    ORDER BY expectation.id
+    LIMIT 2
+) AS found;
+
+-- name: of_batch
+SELECT json_group_array(json_array(
+    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
+    listed
+))
+FROM (
+    SELECT
+        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
+        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
+        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
+        created_at, expectation.batch, batch.verdict, batch.files AS listed
+    FROM expectation
+    LEFT JOIN batch ON batch.id = expectation.batch
+    WHERE expectation.batch = :batch
+    ORDER BY expectation.id
+    LIMIT 100
+) AS found;
+
+-- name: counts
+SELECT json_group_array(json_object('state', state, 'number', number))
+FROM (
+    SELECT open.value AS state, (SELECT count(*) FROM (
+        SELECT 1 FROM expectation WHERE expectation.state = open.value LIMIT 100000
+    )) AS number
+    FROM json_each('["waiting", "late", "short"]') AS open
+) AS counted;
