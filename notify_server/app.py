@@ -8,7 +8,7 @@ import platform
 import random
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -25,7 +25,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.expansion.expander import Expander
 from notify_server.forward.metrics import ForwardMetrics
 from notify_server.forward.news import News
-from notify_server.forward.risk import longest_waits, watch_at_risk
+from notify_server.forward.risk import watch_at_risk
 from notify_server.forward.sender import Sender
 from notify_server.forward.service import ForwardService
 from notify_server.model import BatchVerdict, FileResult
@@ -323,21 +323,16 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
     app[API] = Api(app[RECORDS], actions, state, timeline, app[RATES], app[STREAM], app[FORWARD], submissions)
     app[HTTP_API] = HttpApi(app[API], app[ADMIN], version())
     app[DASHBOARD] = Dashboard(config, app[API], app[ADMIN], version(), now)
-    tasks = [start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")]
-    if config.server.takes_callbacks:
-        tasks.append(start_task(_watch_limits(app), "watch the limits of submissions"))
-    yield
-    await stop_tasks(*tasks)
-
-
-def _watch_limits(app: web.Application) -> Coroutine[object, object, None]:
-    store, verify = app[STORE], app[CONFIG].verify
 
     def is_ready() -> bool:
-        return app[HEALTH].is_ready() and store.backlog < verify.backlog_limit
+        return app[HEALTH].is_ready() and store.backlog < config.verify.backlog_limit
 
-    waits = longest_waits(verify.retry_schedule, verify.jitter, verify.timeout)
-    return watch_limits(store.expectations, waits, app[CLOCKS].now, is_ready, app[ON_NEWS])
+    tasks = [start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")]
+    if config.server.takes_callbacks:
+        watch = watch_limits(store.expectations, config.verify, now, is_ready, app[ON_NEWS])
+        tasks.append(start_task(watch, "watch the limits of submissions"))
+    yield
+    await stop_tasks(*tasks)
 
 
 def _let_in(handler: Handler) -> Handler:

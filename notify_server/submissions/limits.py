@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import structlog
 
+from notify_server.config import VerifyConfig
 from notify_server.errors import StoreUnavailableError
+from notify_server.forward.risk import longest_waits
 from notify_server.store.expectations import MAX_DUE, Expectations
 
 log = structlog.get_logger("notify_server.submissions")
@@ -17,12 +19,13 @@ SECONDS = 1.0
 
 async def watch_limits(
     store: Expectations,
-    waits: Sequence[int],
+    verify: VerifyConfig,
     now: Callable[[], int],
     is_ready: Callable[[], bool],
     on_news: Callable[[], object],
 ) -> None:
     """Check the limits until cancelled. While the server is not ready, or cannot commit, their clock stands still."""
+    waits = longest_waits(verify.retry_schedule, verify.jitter, verify.timeout)
     while True:
         try:
             while is_ready() and (taken := await store.check_limits(waits, now())):

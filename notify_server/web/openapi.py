@@ -108,14 +108,7 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
                 for field, schema in components[name]["properties"].items()
             ]
         if endpoint.body is not None:
-            operation["requestBody"] = {
-                "required": True,
-                "content": {"application/json": {"schema": of_type[id(endpoint.body)]}},
-            }
-            if endpoint.max_lines:
-                operation["requestBody"]["description"] = (
-                    f"An object, or as application/x-ndjson up to {endpoint.max_lines:,} lines with an object each."
-                )
+            operation["requestBody"] = _request_body(endpoint, of_type[id(endpoint.body)])
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -131,6 +124,14 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
         },
         "security": [{"admin_token": []}],
     }
+
+
+def _request_body(endpoint: Endpoint, schema: dict[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if endpoint.max_lines:
+        lines = f"{endpoint.max_lines:,} lines with an object each"
+        body["description"] = f"An object, or as application/x-ndjson up to {lines}."
+    return body
 
 
 def _responses(endpoint: Endpoint, of_type: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from notify_server.web.api.expectations import MAX_LINES
 from tests.support.app import AppServer, Start
 from tests.support.notification import API_CODE
+from tests.support.waiting import SECONDS
 
 PATH = "/api/v1/expectations"
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -113,7 +114,7 @@ async def test_late_and_short_are_told_and_met_by_what_comes(start: Start) -> No
     async def told(types: str) -> list[Any]:
         return await events(daemon, last["id"], types)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SECONDS):
         while not await told("batch.late"):
             await asyncio.sleep(0.05)
     (late,) = await told("batch.late")
@@ -127,7 +128,9 @@ async def test_late_and_short_are_told_and_met_by_what_comes(start: Start) -> No
     await notify(daemon, "late")
     await notify(daemon, "short", 3)
     for reference in ("late", "short"):
-        (item,) = (await ask(daemon, "GET", f"{PATH}?reference={reference}"))["items"]
+        async with asyncio.timeout(SECONDS):
+            while (item := (await ask(daemon, "GET", f"{PATH}?reference={reference}"))["items"][0])["state"] != "met":
+                await asyncio.sleep(0.05)
         assert (item["state"], item["matched_by"], item["verdict"]) == ("met", "batch_id", "incomplete")
     verdicts = await told("batch.incomplete")
     assert [(each["data"]["reference"], each["revision"]) for each in verdicts] == [
