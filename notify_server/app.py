@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import random
 import sqlite3
@@ -43,7 +42,8 @@ from notify_server.submissions.service import SubmissionService
 from notify_server.supervise import Grace, start_task, stop_tasks
 from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.host_rates import HostRates
-from notify_server.telemetry.metrics import Metrics, tracing_wanted
+from notify_server.telemetry.metrics import Metrics
+from notify_server.telemetry.traces import open_tracing
 from notify_server.verify.guard import Guard
 from notify_server.verify.own_networks import own_networks
 from notify_server.verify.shares import limit_of
@@ -127,7 +127,7 @@ def make_app(
 
 
 async def _traces(app: web.Application) -> AsyncIterator[None]:
-    tracing = app[TRACING] = _tracing()
+    tracing = app[TRACING] = open_tracing()
     yield
     if tracing is not None:
         await tracing.close(app[CONFIG].server.shutdown_grace / 8)
@@ -379,26 +379,6 @@ async def _open_records(config: Config) -> Records:
     from notify_server.store.postgres.records import PostgresRecords
 
     return await PostgresRecords.open(config.store.url)
-
-
-def _tracing() -> Tracing | None:
-    """Traces, where the environment says that they are wanted; what is wrong with it does not stop the daemon."""
-    if not tracing_wanted(os.environ):
-        return None
-    try:
-        from notify_server.telemetry.tracing import Tracing
-
-        tracing = Tracing.to_collector(version())
-    except ImportError as error:
-        log.warning(
-            "no traces: OTEL_… asks for them, `pip install 'notify-server[otel]'` brings them", error=str(error)
-        )
-        return None
-    except Exception as error:
-        log.warning("no traces: what OTEL_… says cannot be used", error=str(error))
-        return None
-    log.info("traces are exported over OTLP/HTTP")
-    return tracing
 
 
 async def _latest_delivery(records: Records, batch: int) -> tuple[str, str | None] | None:
