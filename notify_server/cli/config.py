@@ -73,34 +73,39 @@ def show(path: Path | None, *, as_json: bool) -> None:
         if setting.value is None:
             print(f"# {setting.key} is not set")
         else:
-            print(f"{setting.key} = {_toml(setting.value)}  # {printable(setting.source)}")
+            print(f"{setting.key} = {toml(setting.value)}  # {printable(setting.source)}")
     for setting in found:
         for pattern, keys in setting.value.items() if isinstance(setting.value, dict) else ():
-            print(f"\n[{setting.section}.{setting.key}.{_toml(pattern)}]  # {printable(setting.source)}")
+            print(f"\n[{setting.section}.{setting.key}.{toml(pattern)}]  # {printable(setting.source)}")
             for key, value in keys.items():
-                print(f"{key} = {_toml(value)}")
+                print(f"{key} = {toml(value)}")
     endpoints = forwarded(config, file, os.environ)
     for endpoint in endpoints.value:
         print(f"\n[[{FORWARD}]]  # {printable(endpoints.source)}")
         for key, value in endpoint.items():
-            print(f"{key} = {_toml(value)}")
+            print(f"{key} = {toml(value)}")
 
 
 def init(path: Path) -> None:
     """Write the example to `path`, which must not exist. Exits 1 with one line when it cannot be written."""
-    example = (files("notify_server") / "config.example.toml").read_text(encoding="utf-8")
+    write_new(path, (files("notify_server") / "config.example.toml").read_text(encoding="utf-8"))
+    print(f"{path}: every key at its default; change what you need, then run `notify-server config check`")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that only its owner can read: it holds tokens. Exits 1 with one line when it is there already or
+    cannot be written.
+    """
     try:
-        # The file will hold tokens.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(example)
+            file.write(text)
     except FileExistsError:
         print(f"notify_server: {path}: is there already, and is left as it is: name another", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
     except OSError as error:
         print(f"notify_server: {path}: cannot be written ({error.strerror})", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
-    print(f"{path}: every key at its default; change what you need, then run `notify-server config check`")
 
 
 def settings(config: Config, file: Path | None, environ: Mapping[str, str]) -> Iterator[Setting]:
@@ -188,8 +193,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.15g}ms" if 0 < seconds < 1 else f"{seconds:.15g}s"
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """Return a text, number, truth value or list as TOML."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml, value))}]"
     # JSON's strings and numbers are valid TOML, except for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

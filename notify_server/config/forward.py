@@ -267,3 +267,11 @@ def _robot_warnings(number: int, endpoint: BotEndpoint) -> list[str]:
     if token is not None and not url.query.get(token):
         return [f"forward[{number}].url: has no {token}: copy the whole address that the robot's settings show"]
     return []
+
+
+def robot_of(url: str) -> str | None:
+    """Return whose robot an address is, by its vendor's host; None when it is another receiver's."""
+    try:
+        return _ROBOT_HOSTS.get(URL(url).host or "", (None, None))[0]
+    except ValueError:
+        return None

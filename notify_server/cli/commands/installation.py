@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,16 @@ def verify(
     from notify_server.cli.verify import run
 
     run(urls or (), file, config, as_json=as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")] = Path("config.toml"),
+) -> None:
+    """Ask six questions, test each answer, and write a configuration. Overwrites nothing."""
+    from notify_server.cli.setup import run
+
+    run(path)
 
 
 @app.command()
