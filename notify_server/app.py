@@ -1,4 +1,4 @@
-"""The composition root: what the daemon is made of, in which order it comes up, and in which order it goes down."""
+"""The composition root: builds the daemon's parts, starts them in order, and stops them in order."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ STREAM = web.AppKey("stream", Stream)
 TRACING: web.AppKey[Tracing | None] = web.AppKey("tracing")
 GRACE = web.AppKey("grace", Grace)
 
-# Shares of what is left of shutdown_grace: probes in flight, then the end of the probers, then closing the store. What
-# remains is for the rest.
+# Shares of the remaining shutdown_grace: probes in flight, then the end of the probers, then closing the store. The
+# rest is for everything else.
 PROBES_SHARE = 0.5
 FORWARD_SHARE = 0.3
 STORE_SHARE = 0.8
 
 
 class Clocks(NamedTuple):
-    """Unix ms. Signatures are checked against `wall`, which a person may set; everything else goes by `now`."""
+    """Clocks that give Unix ms. Signatures are checked against `wall`, which may be set; everything else uses `now`."""
 
     wall: Callable[[], int]
     now: Callable[[], int]
@@ -222,7 +222,7 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
         "sqlite": sqlite3.sqlite_version,
         "libcurl": next((link.libcurl for link in links if link.libcurl), ""),
     }
-    # Strangers learn no versions.
+    # Strangers must not learn versions.
     metrics.build_info(**versions if config.auth.admin_token is not None else {})
     listener = ExpansionListener(
         _add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain, metrics.reported_failed.add_plain
@@ -276,7 +276,7 @@ def _pool(
 
 
 def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[ProberLink]) -> None:
-    metrics.gauge("notify_server_in_flight_files", "Files whose attempt is under way.", lambda: _in_flight(pool))
+    metrics.gauge("notify_server_in_flight_files", "Files in flight.", lambda: _in_flight(pool))
     metrics.gauges(
         "notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits if pool else dict
     )
@@ -349,7 +349,9 @@ def _in_flight(pool: Verifier | None) -> int:
 
 
 def _add_hosts_to(pool: Verifier | None) -> Callable[[Iterable[str]], None]:
-    """What hosts with new files are told to: on a node that does not probe nobody, the store calls those that do."""
+    """Return the receiver of hosts with new files: nothing on a node that does not probe, the store notifies those that
+    do.
+    """
     return (lambda hosts: None) if pool is None else pool.add_hosts
 
 
@@ -361,7 +363,7 @@ async def _open_store(
         networks = [str(network) for network in verify.allowed_networks]
         guard = verify.allowed_hosts, networks, sorted(verify.allowed_ports)
         return await SqliteClient.open(config.store.path, now=now, guard=guard, on_commit=on_commit)
-    # Its driver is loaded by those who use it.
+    # Loaded only when used, because its driver takes time to load.
     from notify_server.store.postgres.store import PostgresStore
 
     return await PostgresStore.open(

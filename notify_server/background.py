@@ -1,4 +1,4 @@
-"""The long tasks of the daemon beside taking and probing: pruning, the survey of the record, the time series."""
+"""The long tasks of the daemon beside callbacks and probing: pruning, the survey of the record, the time series."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SURVEY_SHARE = 0.05
 
 
 async def prune_record(live: Live, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
-    """Delete what is older than `[retention]`, in small transactions."""
+    """Delete data older than `[retention]`, in small transactions."""
     while True:
         completed_ms = round(live.retention.completed * 1000)
         rejections_ms = round(live.retention.rejections * 1000)

@@ -1,4 +1,6 @@
-"""Listens on the configured addresses: sockets, TLS and its certificate, and a port that another program has."""
+"""Listens on the configured addresses: sockets, TLS and its certificate, and retries while another program has the
+port.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,7 @@ async def listen(
                     connections,
                     sock=each,
                     ssl=tls,
-                    # A handshake is no more patient than the headers are.
+                    # A handshake has the time-out of the headers.
                     ssl_handshake_timeout=server.header_timeout if tls is not None else None,
                     backlog=BACKLOG,
                 )
@@ -92,8 +94,8 @@ async def listen_when_free(
     stop: asyncio.Event,
     on_wait: Callable[[str], object],
 ) -> Listener | None:
-    """Listen, and while another program has the port, try again each second, which is logged once. Returns None when
-    `stop` was set meanwhile.
+    """Listen; while another program has the port, try again each second, which is logged once. Returns None when `stop`
+    was set meanwhile.
     """
     waiting = False
     while not stop.is_set():
@@ -149,7 +151,7 @@ def _load(certificate: Path, key: Path | None) -> tuple[ssl.SSLContext, float]:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(certificate, key)
-        # The server's own is the first of the chain.
+        # The server's own certificate is the first of the chain.
         ends_at = load_pem_x509_certificates(certificate.read_bytes())[0].not_valid_after_utc.timestamp()
     except (OSError, ssl.SSLError, ValueError) as error:
         raise ListenError(

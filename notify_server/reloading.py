@@ -1,4 +1,4 @@
-"""Reloads the configuration and the certificate at SIGHUP: what can change while the server runs does.
+"""Reloads the configuration and the certificate at SIGHUP, as far as they can change while the server runs.
 
 Most keys are read once, when the parts are built; those that differ in the new file are named in the log, and wait for
 a restart. A file with errors changes nothing.

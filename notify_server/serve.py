@@ -1,4 +1,4 @@
-"""Serving: the listener, TLS, and a stop that answers what is in progress."""
+"""Serves: the listener, TLS, and a stop that finishes requests in progress."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def make_connections(app: web.Application, handlers: web.Server, config: ServerC
 
 
 class Reload(NamedTuple):
-    """`asked` is set to have the configuration reloaded, which `load` returns; it raises ConfigError."""
+    """Setting `asked` reloads the configuration, which `load` returns; it raises ConfigError."""
 
     asked: asyncio.Event
     load: Callable[[], Config]
 
 
 async def serve(config: Config, stop: asyncio.Event, reload: Reload | None = None) -> None:
-    """Serve until `stop` is set, then answer what is in progress and go down within shutdown_grace.
+    """Serve until `stop` is set, then finish requests in progress and stop within shutdown_grace.
 
     Waits for a database that does not accept connections yet, and for a port that another program has. Raises
-    StoreRefusedError when the store is not safe to open, ListenError when the address cannot be had.
+    StoreRefusedError when the store is not safe to open, ListenError when the address cannot be used.
     """
     manager = ServiceManager.from_environment()
     heartbeats = start_task(manager.send_heartbeats(), "heartbeats to the service manager")
@@ -65,13 +65,13 @@ async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager, r
     runner = web.AppRunner(
         app,
         access_log=None,
-        # Bodies are refused compressed, so that a small one cannot become a large one.
+        # Compressed bodies are refused, so that a small one cannot become a large one.
         auto_decompress=False,
         # Also the deadline for a request's headers: a connection that waits for a request longer than this is closed.
         keepalive_timeout=server.header_timeout,
         # Twice at most: for handlers to end, and for those that were cancelled.
         shutdown_timeout=grace / 8,
-        # What is left of a body that was refused is read for so long, so that the sender gets to read the answer.
+        # The rest of a refused body is read for this long, so that the sender receives the answer.
         lingering_time=1.0,
     )
     await runner.setup()
@@ -123,7 +123,7 @@ async def _drain(config: Config, app: web.Application, listener: Listener, conne
     if (pool := app[POOL]) is not None:
         pool.finish()
     for _ in range(ACCEPTING_TURNS):
-        # What the kernel has accepted already would be reset.
+        # Connections that the kernel has accepted already would be reset.
         await asyncio.sleep(0)
     listener.close()
     app[STREAM].close()

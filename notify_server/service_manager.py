@@ -1,6 +1,6 @@
-"""Reports the state of the daemon to systemd (sd_notify(3)) when that has started it with Type=notify.
+"""Reports the daemon's state to systemd (sd_notify(3)) if that started it with Type=notify.
 
-The protocol is one datagram of `NAME=value` lines to the socket that NOTIFY_SOCKET names.
+The protocol is one datagram of `NAME=value` lines to the socket in NOTIFY_SOCKET.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ServiceManager:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> ServiceManager:
-        """Take the address and the watchdog's period from what systemd sets for this process."""
+        """Read the address and the watchdog's period from the variables that systemd sets for this process."""
         microseconds = environ.get("WATCHDOG_USEC", "")
         mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         watchdog = int(microseconds) / 1_000_000 if mine and microseconds.isdigit() else None
@@ -46,7 +46,7 @@ class ServiceManager:
         self._send(f"STATUS={status}")
 
     def stopping(self) -> None:
-        """Report that the daemon is going down."""
+        """Report that the daemon is stopping."""
         self._send("STOPPING=1", "STATUS=stopping")
 
     async def send_heartbeats(self) -> None:

@@ -19,7 +19,7 @@ log = structlog.get_logger("notify_server")
 # Threshold of the youngest generation: a burst of callbacks allocates this many objects and creates no cycles.
 YOUNG_OBJECTS = 20_000
 
-# By event loop, since a task belongs to one: the names of the long tasks that have ended, with why.
+# By event loop, since a task belongs to one: the names of the long tasks that have ended, with the reason.
 _ended: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, str]] = WeakKeyDictionary()
 _may_end: WeakSet[asyncio.Task[None]] = WeakSet()
 
@@ -68,7 +68,7 @@ async def stop_tasks(*tasks: asyncio.Task[None]) -> None:
 
 
 def ended_tasks() -> dict[str, str]:
-    """Return the long tasks of the running loop that have ended without being cancelled, by name, with why."""
+    """Return the long tasks of the running loop that have ended without being cancelled, by name, with the reason."""
     return dict(_ended.get(asyncio.get_running_loop(), {}))
 
 
@@ -80,7 +80,7 @@ class Grace:
         self._ends_at: float | None = None
 
     def begin(self) -> None:
-        """Start the time, unless it runs already."""
+        """Start the time, unless it has started already."""
         if self._ends_at is None:
             self._ends_at = time.monotonic() + self._seconds
 

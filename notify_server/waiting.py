@@ -1,7 +1,7 @@
 """Waits for the database before the daemon is built, and answers on its address meanwhile.
 
 A service manager starts the daemon when it likes, often before PostgreSQL. Ending would make it give up after a few
-attempts, so the daemon stays: /healthz is 200, /readyz says what it waits for, and callers are asked to come again.
+attempts, so the daemon stays: /healthz is 200, /readyz says what it waits for, and callers get 503 with Retry-After.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def wait_for_store(config: Config, stop: asyncio.Event, listen: Listen, ma
 
 
 class Placeholder:
-    """Answers every request while there is no store. `reason` says why there is none."""
+    """Answers every request while there is no store, with `reason`."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -1,4 +1,4 @@
-"""Who may post a notification: the caller's address, its network, its token and its rate."""
+"""Decides who may post a notification, from the caller's address, network, token and rate."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
 LOUD_SECONDS = 60.0
 # Beyond this many sources the ones silent for longest are forgotten, which only favours them.
 MAX_SOURCES = 10_000
-# What one subscriber gets of IPv6 (RFC 6177): who has one address of it has all of them.
+# The IPv6 prefix of one subscriber (RFC 6177), who controls all of its addresses.
 IPV6_PREFIX = 64
 
-# Stands for a caller whose address two forwarding headers give differently. It lies in no network.
+# Represents a caller whose address two forwarding headers give differently. It lies in no network.
 UNKNOWN_CALLER = "unknown"
 
 # RFC 7239, section 6, and what Azure and IIS append to X-Forwarded-For: an address with or without a port.
@@ -60,7 +60,7 @@ class Access:
         return address
 
     def check(self, headers: CIMultiDictProxy[str], url: URL, caller: str) -> None:
-        """Raise RefusedError unless the network, the token and the kind of client let the caller in."""
+        """Raise RefusedError unless the network, the token and the kind of client are allowed."""
         if self._networks and not within(caller, self._networks):
             raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
         if self._token is not None and not any(
@@ -179,19 +179,19 @@ def source_of(address: str) -> str:
 
 
 class RateLimit:
-    """At most `rate` a second from one source, and as many at once after a second of silence. Times are monotonic
-    seconds.
+    """Admits at most `rate` requests per second from one source, and as many at once after a second of silence. Times
+    are monotonic seconds.
     """
 
     def __init__(self, rate: int) -> None:
         self._interval = 1.0 / rate
-        # When the source would have used up its rate if it had kept to it. In the order of the last admission.
+        # When the source would have used up its rate at a constant pace. Ordered by the last admission.
         self._used_until: dict[str, float] = {}
 
     def wait(self, source: str, now: float) -> float:
         """Admit one and return 0, or return the seconds until one would be admitted."""
         used_until = max(self._used_until.get(source, now), now) + self._interval
-        # A second ahead at most; what is left of it after adding up fractions is no reason to refuse.
+        # At most a second ahead; rounding errors of added fractions are no reason to refuse.
         ahead = used_until - now - 1.0
         if ahead > 1e-6:
             return ahead

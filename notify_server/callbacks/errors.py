@@ -9,8 +9,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 class RefusedError(Exception):
-    """A callback that is not accepted. `keep` tells whether its body is worth keeping in `rejection`, `proven` whether
-    a signature has shown who sent it, and `why` is what the operator should know and the sender should not.
+    """A callback that is not accepted. `keep` says whether its body is kept in `rejection`, `proven` whether a
+    signature has proven its sender, and `why` is for the operator, not for the sender.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class RefusedError(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
-        # Headers are decoded so that what is not UTF-8 comes as surrogates, which neither JSON nor a store can hold.
+        # Headers are decoded with surrogates for bytes that are not UTF-8, which neither JSON nor a store can hold.
         self.message = message.encode(errors="backslashreplace").decode()
         self.headers = headers or {}
         self.keep = keep
@@ -65,6 +65,6 @@ def forget_frames(error: BaseException | None) -> None:
 def error_response(
     request_id: str, status: int, code: str, message: str, headers: dict[str, str] | None = None
 ) -> web.Response:
-    """`{"request_id", "code", "msg", "data": null}` with an HTTP status that says the same."""
+    """Return `{"request_id", "code", "msg", "data": null}` with the corresponding HTTP status."""
     body = error_body(request_id, code, message)
     return web.Response(body=body, status=status, content_type="application/json", headers=headers)

@@ -1,4 +1,4 @@
-"""A refused body as people can read it: indented when it is JSON, with the field that was at fault marked."""
+"""Formats a refused body for people: indented when it is JSON, with the faulty field marked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# What is larger, or nested deeper, is shown as it came.
+# Larger or deeper bodies are shown unchanged.
 MAX_PARSED = 512 * 1024
 DEEPEST = 100
 MAX_LINES = 400
@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 
 class Body(NamedTuple):
-    """Some lines of a body, and how many are left out before and after them."""
+    """Some lines of a body, and the number of lines left out before and after them."""
 
     lines: list[Line]
     before: int
@@ -37,17 +37,17 @@ class Body(NamedTuple):
 
 
 def field_at_fault(detail: str) -> Path:
-    """The path that a refusal begins with, such as `file_list[3].target_url: …`; empty when it names none."""
+    """Return the path at the start of a refusal, such as `file_list[3].target_url: …`; empty when there is none."""
     match = _FIELD.match(detail)
     steps = _STEP.findall(match["path"]) if match else []
     return tuple(int(index) if index else name for index, name in steps)
 
 
 def readable(body: str, detail: str) -> Body:
-    """The body that was refused with this text."""
+    """Return the body that was refused with this text."""
     if len(body) <= MAX_PARSED:
         try:
-            # A pair of its own for each member, because a name may stand there twice.
+            # Pairs, because a name may occur twice.
             value = json.loads(body, object_pairs_hook=_Members)
             lines = list(_lines(value, ()))
         except (ValueError, RecursionError):
@@ -63,7 +63,7 @@ class _Members(list[tuple[str, Any]]):
 
 
 def _plain(text: str) -> str:
-    # Half of a surrogate pair is no character, and cannot be sent.
+    # Half of a surrogate pair is not a character, and cannot be sent.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -100,7 +100,7 @@ def _marked(lines: list[tuple[Path, str]], fault: Path, value: Any) -> Body:
     for envelope in ("request_content", "params"):
         if isinstance(inner := _member(value, envelope), _Members):
             notification, prefix = inner, (envelope,)
-    # What is missing has no line: what it is missing from has one.
+    # A missing field has no line; its parent has one.
     wanted = next((path for end in range(len(fault), 0, -1) if (path := prefix + fault[:end]) in paths), None)
     shown = [Line(text, path == wanted) for path, text in lines]
     at = next((number for number, line in enumerate(shown) if line.at_fault), 0)

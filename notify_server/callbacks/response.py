@@ -1,4 +1,4 @@
-"""Answers to callbacks as the bytes that are sent. To have aiohttp put them together takes a quarter of an ack."""
+"""Builds answers to callbacks as bytes: aiohttp's own would cost a quarter of an ack."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from notify_server.callbacks.errors import RefusedError, error_body
 from notify_server.config import AckConfig
 
 REQUEST_ID = "{request_id}"
-# Without a version, which helps only those who look for a weakness of one.
+# Without a version, which helps only attackers.
 SERVER_NAME = "notify_server"
 # RFC 9110 8.6, 15.3.5, 15.3.6: the one has neither a body nor its length, the other has none.
 NO_CONTENT, RESET_CONTENT = 204, 205
 
 
 class Answer(NamedTuple):
-    """A response. `head` is its bytes but for the blank line at the end; `closes` closes the connection after it."""
+    """A response. `head` is its bytes without the blank line at the end; `closes` closes the connection after it."""
 
     status: int
     fields: Mapping[str, str]
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class AckForm:
-    """What all acks have in common: all but the id of the request, and the date."""
+    """The common part of all acks: everything but the id of the request, and the date."""
 
     def __init__(self, config: AckConfig) -> None:
         self._status = config.status
@@ -64,7 +64,7 @@ class AckForm:
     def answer(self, request_id: str) -> Answer:
         """Return the ack of a request."""
         body = request_id.encode().join(self._parts)
-        # Ids are all of one length, and a second sees many acks.
+        # Ids have one length, and a second sees many acks.
         second = int(time.time())
         if second != self._second:
             self._head = _head(self._status, self._fields, len(body), second)

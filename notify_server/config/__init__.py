@@ -1,4 +1,4 @@
-"""The configuration: its values, its sections, the whole of it, and how it is loaded."""
+"""The configuration: value types, sections, the whole of it, and loading."""
 
 from notify_server.config.forward import AlertConfig
 from notify_server.config.loading import ENV_PREFIX, load_config

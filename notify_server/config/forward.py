@@ -26,7 +26,7 @@ from notify_server.config.values import Duration, Networks, PositiveDuration, Re
 from notify_server.events.payload import PROBLEMS, EventType, matching_types
 
 MAX_ENDPOINTS = 100
-# Standard Webhooks 1.0.0 asks for 24 to 64 random bytes.
+# Standard Webhooks 1.0.0 requires 24 to 64 random bytes.
 WEBHOOK_PREFIX = "whsec_"
 MIN_SECRET_BYTES = 24
 MAX_SECRET_BYTES = 64
@@ -43,7 +43,7 @@ _ROBOT_HOSTS = {
 
 
 def webhook_secret(value: object) -> SecretStr:
-    """A secret as Standard Webhooks prescribes it. No error shows it."""
+    """Validate a secret of Standard Webhooks. No error shows it."""
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value
     wanted = f"must be {WEBHOOK_PREFIX} and the base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes"
     if not isinstance(plain, str) or not plain.startswith(WEBHOOK_PREFIX):
@@ -65,7 +65,7 @@ def _bot_secret(value: object) -> SecretStr:
 
 
 def _address(value: object) -> SecretStr:
-    """An absolute http(s) address; it may hold a token, so no error shows it."""
+    """Validate an absolute http(s) address; it may hold a token, so no error shows it."""
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value
     wanted = 'must be an address like "https://host/path"'
     if not isinstance(plain, str) or len(plain) > 2048 or not plain.isprintable() or " " in plain:
@@ -115,7 +115,7 @@ class _Endpoint(Section):
 
     @property
     def place(self) -> str:
-        """How messages name the section."""
+        """The section's name in messages."""
         return f"[[forward]] {self.name}"
 
 
@@ -137,7 +137,7 @@ class UrlEndpoint(_Endpoint):
 
     @property
     def target(self) -> str:
-        """The address as it may be shown."""
+        """The address without its secrets."""
         return shown_address(self.url.get_secret_value())
 
 
@@ -170,7 +170,7 @@ class BotEndpoint(_Endpoint):
 
     @property
     def target(self) -> str:
-        """The address as it may be shown: its token is its secret."""
+        """The address without its token."""
         return shown_address(self.url.get_secret_value())
 
 
@@ -238,13 +238,13 @@ def shown_address(url: str) -> str:
 
 
 def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...]) -> list[str]:
-    """Return a line for each endpoint that works, but not as most people want it to."""
+    """Return a line for each endpoint that works, but probably not as intended."""
     lines = []
     for number, each in enumerate(endpoints):
         if isinstance(each, UrlEndpoint) and not each.secrets:
             example = "whsec_" + base64.b64encode(b"24 random bytes, or more").decode()[:8]
             lines.append(
-                f"forward[{number}].secrets: none, so {each.name} cannot verify what it gets: "
+                f"forward[{number}].secrets: none, so {each.name} cannot verify the sender: "
                 f'add one, like secrets = ["{example}…"]'
             )
         if isinstance(each, UrlEndpoint) and each.url.get_secret_value().startswith("http://"):

@@ -1,6 +1,6 @@
-"""Loading: `config.toml` and `NOTIFY_SERVER__SECTION__KEY`, checked whole before anything is opened.
+"""Loads `config.toml` and `NOTIFY_SERVER__SECTION__KEY`, and checks all of it before anything is opened.
 
-Only `load_config` reads the environment and the file; a `Config(...)` built in code has what it is given, and defaults.
+Only `load_config` reads the environment and the file; a `Config(...)` built in code has its arguments and defaults.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ROLES = ("server", "roles")
 
 
 def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Config:
-    """The configuration from a TOML file and the environment.
+    """Return the configuration from a TOML file and the environment.
 
-    With no `path`, `config.toml` in `cwd` (the working directory) when it is there. Paths inside the file are relative
-    to the working directory of the process. Raises ConfigError: everything that is wrong, one line each.
+    Without `path`, `config.toml` in `cwd` (the working directory) is read if it exists. Paths inside the file are
+    relative to the working directory of the process. Raises ConfigError with a line for each error.
     """
     tables = _read(path or (cwd or Path()) / "config.toml", optional=path is None)
     problems = [_misplaced(name, value) for name, value in tables.items() if name not in Config.model_fields]
@@ -44,7 +44,7 @@ def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, c
     values = {}
     for section in Config.model_fields:
         if section == FORWARD:
-            # A list: the variable takes the place of the whole.
+            # A list: the variable replaces all of it.
             values[section] = variables.get(section, tables.get(section, []))
             continue
         table = tables.get(section, {})
@@ -54,14 +54,14 @@ def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, c
         config = Config(**values)
     except ValidationError as error:
         problems += [_problem(each, variables) for each in error.errors(include_url=False)]
-    # Raised out here because an error's context is printed with it, and pydantic's holds the values.
+    # Raised here because an error's context is printed with it, and pydantic's holds the values.
     if config is None or problems:
         raise ConfigError(problems)
     return config
 
 
 def _read(path: Path, *, optional: bool) -> dict[str, Any]:
-    """The file's tables; a byte order mark is let pass, because some editors write one."""
+    """Return the file's tables; a byte order mark is skipped, because some editors write one."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -83,7 +83,7 @@ def _read(path: Path, *, optional: bool) -> dict[str, Any]:
 
 
 def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Our variables: those that name a key, and a line for each that does not."""
+    """Return our variables that name a key, and a line for each that does not."""
     known, problems = {}, []
     for name, value in environ.items():
         if not name.upper().startswith(ENV_PREFIX):
@@ -101,9 +101,9 @@ def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
 
 
 def _nest(variables: Mapping[str, str]) -> dict[str, Any]:
-    """The variables' values by section and key; `forward` is a list of its own.
+    """Return the variables' values by section and key; `forward` is a separate list.
 
-    A value of a list or a table is JSON when it looks like it, else text between commas.
+    A value of a list or a table is parsed as JSON when it looks like it, else as text separated by commas.
     """
     nested: dict[str, Any] = {}
     for name, value in variables.items():
@@ -119,7 +119,7 @@ def _nest(variables: Mapping[str, str]) -> dict[str, Any]:
 
 def _decode(value: str) -> Any:
     if not value.strip():
-        return value  # No list: an empty one may mean "any".
+        return value  # Not a list: an empty one may mean "any".
     if not value.lstrip().startswith(("[", "{")):
         return [part.strip() for part in value.split(",")]
     try:
@@ -144,7 +144,7 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def _name(key: str) -> str:
-    """A key as TOML would write it."""
+    """Return a key as TOML would write it."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else show(key)
 
 
@@ -155,7 +155,9 @@ def _misplaced(name: str, value: object) -> str:
 
 
 def _forward_problem(error: ErrorDetails) -> str:
-    """One line that names the entry and key, such as `forward[1].secret: …`. Values are not shown: they are secrets."""
+    """Return one line that names the entry and key, such as `forward[1].secret: …`. Values are not shown: they are
+    secrets.
+    """
     place, kind = FORWARD, ""
     for part in error["loc"][1:]:
         if isinstance(part, int):
@@ -183,10 +185,10 @@ def _forward_problem(error: ErrorDetails) -> str:
 
 
 def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]]) -> str:
-    """One line: the section and key, or the variable, that the value came from, and what is wrong with it."""
+    """Return one line: the section and key, or the variable, of the value, and the error."""
     if error["loc"][:1] == (FORWARD,):
         return _forward_problem(error)
-    # What is wrong with the whole is what its one rule is about.
+    # An error of the whole configuration comes from its only rule.
     section, *rest = error["loc"] or _ROLES
     inside_hosts = (section, *rest[:1]) == ("verify", "hosts") and len(rest) > 1
     if rest and rest[0] in variables.get(str(section), {}):

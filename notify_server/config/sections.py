@@ -73,29 +73,29 @@ class ServerConfig(Section):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The addresses to listen on; `::` stands for both families."""
+        """The addresses to listen on; `::` means both families."""
         return (self.host,) if isinstance(self.host, str) else self.host
 
     @property
     def local_host(self) -> str:
-        """The address of this machine that a program on it reaches the server at."""
+        """The address at which a program on this machine reaches the server."""
         return "127.0.0.1" if self.hosts[0] in ("0.0.0.0", "::") else self.hosts[0]  # noqa: S104
 
     @property
     def local_url(self) -> str:
-        """The address that a program on this machine reaches the server at."""
+        """The URL at which a program on this machine reaches the server."""
         scheme = "https" if self.ssl_certificate is not None else "http"
         host = self.local_host
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def takes_callbacks(self) -> bool:
-        """Whether notifications are taken here; other nodes take them otherwise."""
+        """Return whether this node takes notifications; otherwise other nodes do."""
         return "callbacks" in self.roles
 
     @property
     def probes(self) -> bool:
-        """Whether files are asked for here; other nodes ask for them otherwise."""
+        """Return whether this node checks files; otherwise other nodes do."""
         return "probes" in self.roles
 
     @field_validator("ssl_key")
@@ -108,7 +108,7 @@ class ServerConfig(Section):
 
 
 class AuthConfig(Section):
-    """`[auth]`: who may call back, and who may look."""
+    """`[auth]`: who may post callbacks, and who may read."""
 
     callback_token: Token | None = None
     callback_networks: Networks = ()
@@ -129,7 +129,7 @@ class AuthConfig(Section):
     @field_validator("nonce_ttl")
     @classmethod
     def _outlives_the_window(cls, ttl: float, info: ValidationInfo) -> float:
-        # A nonce forgotten while its timestamp is still good could be used a second time.
+        # A nonce forgotten while its timestamp is still valid could be used a second time.
         window = info.data.get("timestamp_window", 0.0)
         if ttl < window:
             raise ValueError(f"must be at least timestamp_window ({window:g}s), not {ttl:g}s")
@@ -145,25 +145,25 @@ class AckConfig(Section):
 
 
 class ContractConfig(Section):
-    """`[contract]`: what a notification may hold."""
+    """`[contract]`: limits of a notification."""
 
     max_files: Count = 10_000
 
 
 class StoreConfig(Section):
-    """`[store]`: where it is kept. `url` is left out of the repr, because an address may hold a password."""
+    """`[store]`: the location of the record. The repr leaves `url` out, because it may hold a password."""
 
     url: Annotated[str, PlainValidator(store_url)] = Field(default="sqlite:///data/notify.db", repr=False)
     lease: Annotated[Duration, AfterValidator(check_lease)] = 90.0
 
     @property
     def is_postgres(self) -> bool:
-        """Whether it is a database on a server, which several daemons may share."""
+        """Return whether the record is on PostgreSQL, which several daemons may share."""
         return self.url.startswith(POSTGRES_SCHEMES)
 
     @property
     def place(self) -> str:
-        """Where it is, to be shown and logged: a path, or an address without secrets."""
+        """The location for messages and logs: a path, or an address without secrets."""
         return without_secrets(self.url)
 
     @property
@@ -177,7 +177,7 @@ class StoreConfig(Section):
 
 
 class HostSettings(Section):
-    """How one host is probed. In `[verify.hosts."…"]` only what is set there counts."""
+    """How one host is probed. `[verify.hosts."…"]` overrides only the keys that it sets."""
 
     per_host_concurrency: Count = 32
     per_host_interval: Duration = 0.0
@@ -192,13 +192,13 @@ class HostSettings(Section):
     circuit_rest: PositiveDuration = 60.0
 
     def accepts(self, status: int) -> bool:
-        """Whether an answer with this status shows that the file is there."""
+        """Return whether an answer with this status shows that the file is available."""
         return any(low <= status <= high for low, high in self.accept_status)
 
 
 @functools.cache
 def version() -> str:
-    """The version of this program, empty when it runs from a source tree that has not been installed."""
+    """Return the version of this program, empty if it runs from a source tree that is not installed."""
     try:
         return metadata.version("notify-server")
     except metadata.PackageNotFoundError:
@@ -210,7 +210,7 @@ def _user_agent() -> str:
 
 
 class VerifyConfig(HostSettings):
-    """`[verify]`: how files are asked for. Ask `for_host` for what holds for one host."""
+    """`[verify]`: how files are checked. `for_host` returns the settings of one host."""
 
     processes: Annotated[int, PlainValidator(whole(1, 64))] = 1
     concurrency: Count = 128
@@ -254,7 +254,7 @@ class VerifyConfig(HostSettings):
 
     @functools.cached_property
     def effective(self) -> dict[str, HostSettings]:
-        """The settings by pattern, with what they leave out filled in; under "" those of any other host."""
+        """Return the complete settings by pattern; those of all other hosts are under ""."""
         everywhere = {key: getattr(self, key) for key in HostSettings.model_fields}
         own = {host: {key: getattr(some, key) for key in some.model_fields_set} for host, some in self.hosts.items()}
         return {host: HostSettings.model_construct(**everywhere | keys) for host, keys in {"": {}, **own}.items()}
@@ -283,7 +283,7 @@ class RetentionConfig(Section):
 
 
 class LogConfig(Section):
-    """`[log]`: what is written to standard error."""
+    """`[log]`: the log on standard error."""
 
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"

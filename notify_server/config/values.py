@@ -1,6 +1,6 @@
 """The parsers of single values: durations, hosts, networks, addresses. Each takes text or a TOML value.
 
-A parser raises ValueError with one line that says what is wrong and what to write; who calls it knows the key.
+A parser raises ValueError with one line: the error and the correct form; its caller adds the key.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def _postgres_url(url: str) -> str:
         readable, options = False, {}
     if not readable or not url.isprintable() or re.search(r"\s", url):
         raise ValueError(
-            'must be like "postgresql://user:password@host/database?sslmode=require", with what is special in a name '
-            "or a password as %XX"
+            'must be like "postgresql://user:password@host/database?sslmode=require", with special characters in '
+            "names and passwords as %XX"
         )
     if options.get("sslmode", ["prefer"])[-1] not in _SSLMODES:
         raise ValueError(f"sslmode must be one of {', '.join(_SSLMODES)}")
@@ -282,7 +282,7 @@ PositiveDuration = Annotated[Duration, AfterValidator(positive)]
 Count = Annotated[int, PlainValidator(whole(1))]
 Port = Annotated[int, PlainValidator(whole(1, 65535))]
 Text = Annotated[str, PlainValidator(text)]
-# RFC 9110, section 5.5, without what is obsolete there.
+# RFC 9110, section 5.5, without the obsolete forms.
 HeaderValue = Annotated[str, PlainValidator(matching(r"[!-~]([ -~]*[!-~])?", "printable ASCII, not blank at its ends"))]
 Token = Annotated[SecretStr, PlainValidator(token)]
 Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]

@@ -14,7 +14,7 @@ import msgspec
 from notify_server.contract.wire import BOM, MAX_API_CODE, contract_error
 from notify_server.errors import ContractError
 
-# The gateway's forms are 16 and 6 characters; senders that keep to them loosely are let in.
+# The gateway's forms have 16 and 6 characters; loose deviations of senders are accepted.
 MAX_APP_ID: Final = 64
 MAX_NONCE: Final = 64
 # Base64 of a signature by the longest key that `load_platform_key` takes, 16,384 bits.

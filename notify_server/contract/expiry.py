@@ -1,6 +1,6 @@
 """Reads from a signed address when its signature ends.
 
-Each rule is what the vendor's own package writes into the query. The same name has two meanings in two of them:
+Each rule follows the query that the vendor's own package writes. The same name has two meanings in two of them:
 `x-oss-expires` is a moment in OSS V2, and a number of seconds in OSS V4.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from urllib.parse import unquote_plus
 
-# A moment outside of 2000 to 2100 is a slip of whoever signed, and nothing to act on.
+# A time outside of 2000 to 2100 is a mistake of the signer and is ignored.
 EARLIEST, LATEST = 946_684_800, 4_102_444_800
 
 _MARKS = re.compile(r"[?&](?:[^=&]*expires|e|q-sign-time|q-key-time|auth_key|sign)=", re.IGNORECASE).search
@@ -19,12 +19,12 @@ _NUMBER = re.compile(r"[0-9]{1,10}").fullmatch
 _PERIOD = re.compile(r"([0-9]{1,10});([0-9]{1,10})").fullmatch
 _QINIU_TOKEN = re.compile(r"[^:]+:[^:]+").fullmatch
 _ACCESS_KEYS = ("ossaccesskeyid", "accesskeyid", "awsaccesskeyid")
-# Signatures of CDNs, which tell when the address was issued, and not how long it lasts.
+# Signatures of CDNs, which hold the time of issue but not the lifetime.
 _CDN_SIGNATURES = ("auth_key", "sign")
 
 
 def expiry(url: str) -> int | None:
-    """Return the moment (Unix ms) from which the address is refused, None when it has no signature that tells.
+    """Return the moment (Unix ms) from which the address is refused, None when no signature has a lifetime.
 
     With a temporary security token the address may end earlier, with the token. The smallest end counts where there are
     several. A name that is repeated with another value is ignored.
@@ -36,7 +36,7 @@ def expiry(url: str) -> int | None:
 
 
 def is_signed(url: str) -> bool:
-    """Return True for an address with a signature whose end it does not tell."""
+    """Return True for an address with a signature whose end is unknown."""
     if "?" not in url or _MARKS(url) is None:
         return False
     query = _query(url)

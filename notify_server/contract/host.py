@@ -1,4 +1,4 @@
-"""The rule of what a host is, and its one canonical spelling, for addresses and for the configuration alike.
+"""Decides whether a host is valid, and gives its one canonical spelling, for addresses and the configuration alike.
 
 The reading is that of the WHATWG URL Standard's host parser (section 3.5), the most permissive one in use, so that
 nothing a browser, libcurl or `inet_aton` would take for an IP address passes as a name.
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"0x(?P<hex>[0-9a-f]*)|0(?P<oct>[0-7]*)|(?P<dec>[1-9][0-9]*
 
 def canonical_host(host: str) -> str:
     """Return the host as the WHATWG host parser serialises it, without brackets and trailing dot: lower case, punycode,
-    addresses in their usual form. Raises ValueError when it is no host.
+    addresses in their usual form. Raises ValueError when it is not a host.
     """
     if host.startswith("["):
         if "%" in host or not host.endswith("]"):
@@ -57,7 +57,7 @@ def canonical_pattern(entry: str) -> str:
 
 
 def matches(hostname: str, pattern: str) -> bool:
-    """Return True when a canonical host is one of those that a canonical pattern stands for."""
+    """Return True when a canonical pattern matches a canonical host."""
     return hostname.endswith(pattern[1:]) if pattern.startswith("*.") else hostname == pattern
 
 

@@ -1,4 +1,4 @@
-"""What an object's key says of the file behind it, so that a person can tell which source file it was."""
+"""Decodes an object's key, so that a person can see which source file it was."""
 
 from __future__ import annotations
 

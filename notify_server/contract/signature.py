@@ -1,7 +1,7 @@
 """The gateway's signed envelope: proving who sent it (gateway document; envelope.py opens it).
 
 **The signature does not cover `file_list`**, nor any other object or array, so it never vouches for a `target_url`: it
-says who sent the batch, and the guard judges the addresses as if anybody had sent them.
+says who sent the batch, and the guard judges the addresses as untrusted.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class PlatformKey(msgspec.Struct, frozen=True):
     public_key: rsa.RSAPublicKey
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether `signature` is this key's over `message`: SHA1withRSA, PKCS#1 v1.5 (gateway document)."""
+        """Return whether `signature` is this key's over `message`: SHA1withRSA, PKCS#1 v1.5 (gateway document)."""
         try:
-            # SHA-1 is the platform's choice. A collision serves only someone who may choose what the platform signs.
+            # SHA-1 is the platform's choice. A collision helps only someone who can choose the text that the platform
+            # signs.
             self.public_key.verify(signature, message, padding.PKCS1v15(), hashes.SHA1())  # noqa: S303
         except InvalidSignature:
             return False
@@ -108,7 +109,7 @@ def verify(envelope: Envelope, keys: Sequence[PlatformKey], *, now_ms: int, wind
 
 
 def nonce_key(envelope: Envelope) -> str:
-    """The text under which the envelope's nonce is consumed: one for each pair of application id and nonce."""
+    """Return the text under which the envelope's nonce is consumed: one for each pair of application id and nonce."""
     return f"{envelope.app_id}&{envelope.nonce}"
 
 
@@ -151,7 +152,7 @@ def _is_private_key(der: bytes) -> bool:
     try:
         load_der_private_key(der, password=None)
     except TypeError:
-        # cryptography's way to say that the key is encrypted.
+        # cryptography raises this for an encrypted key.
         return True
     except (ValueError, UnsupportedAlgorithm):
         return False

@@ -1,4 +1,4 @@
-"""The caller's place in a trace: the `traceparent` header (W3C Trace Context, 3.2)."""
+"""Parses the caller's `traceparent` header (W3C Trace Context, 3.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TRACEPARENT = re.compile(
     r"(?P<known>(?P<version>[0-9a-f]{2})-(?P<trace_id>[0-9a-f]{32})-(?P<parent_id>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2}))"
     r"(?P<more>-[\x21-\x7e]*)?"
 )
-# Much longer than any version is going to be.
+# Much longer than any version will be.
 _LONGEST = 512
 
 
@@ -28,8 +28,8 @@ class TraceParent(msgspec.Struct, frozen=True):
 
 
 def parse_traceparent(values: Sequence[str]) -> TraceParent | None:
-    """The header's values, one for each time it was sent. None when it is missing, repeated or not valid: then it is as
-    if there were none (3.2.2.3, 4.3).
+    """Parse the header's values, one for each time it was sent. Return None when it is missing, repeated or invalid:
+    then it counts as missing (3.2.2.3, 4.3).
     """
     if len(values) != 1 or len(values[0]) > _LONGEST or (found := _TRACEPARENT.fullmatch(values[0])) is None:
         return None
@@ -42,6 +42,6 @@ def parse_traceparent(values: Sequence[str]) -> TraceParent | None:
 
 
 def trace_fields(traceparent: str | None) -> dict[str, str]:
-    """`trace_id` for a line of the log, of a header that was kept; nothing without one."""
+    """Return `trace_id` for a log line, from a kept header; nothing without one."""
     parent = parse_traceparent([traceparent]) if traceparent is not None else None
     return {"trace_id": parent.trace_id} if parent is not None else {}

@@ -39,10 +39,10 @@ class _KnownFields(Notification, frozen=True, forbid_unknown_fields=True):
 _decode_nothing_unknown = msgspec.json.Decoder(_KnownFields).decode
 
 # RFC 3986, 3.1 and 3.2: the scheme is case-insensitive, and the authority ends at the first "/", "?" or "#".
-# What the authority holds is for the guard to judge, and the guard trims blanks and a BOM around the address.
+# The guard judges the authority, and trims blanks and a BOM around the address.
 _has_http_authority = re.compile(r"[ \t\r\n\ufeff]*https?://[^/?#]", re.IGNORECASE | re.ASCII).match
 
-# Some senders' libraries write it before UTF-8, where it says nothing.
+# Some senders' libraries write it before UTF-8, where it has no meaning.
 BOM: Final = b"\xef\xbb\xbf"
 
 _NOTIFICATION_FIELDS: Final = frozenset(Notification.__struct_fields__)
@@ -92,8 +92,8 @@ def parse_notification(body: bytes, *, max_files: int) -> Notification:
     if len(files) > max_files:
         raise ContractError("file_list", f"more than {max_files} entries")
 
-    # The condition is what a sound entry with an address meets, FAILED or not: nearly all pass on it alone. Everything
-    # rarer, right or wrong, is told apart outside the loop.
+    # The condition holds for a valid entry with an address, FAILED or not: nearly all pass it alone. The rare rest,
+    # valid or not, is checked outside the loop.
     for entry in files:
         if (
             0 < len(entry.oss_object_name) <= MAX_OBJECT_NAME
@@ -139,7 +139,7 @@ def contract_error(error: Exception, body: bytes, *, whole: str = "body") -> Con
     """Say what msgspec or the UTF-8 decoder found wrong with `body`, in the contract's words.
 
     `whole` is the field to name for what concerns all of `body`, which may be one value out of a request. Nothing of
-    what the sender wrote is repeated.
+    the sender's text is repeated.
     """
     if isinstance(error, RecursionError):
         return ContractError(whole, "nested too deeply")
@@ -174,7 +174,7 @@ def _length_fault(value: str, longest: int) -> str | None:
 
 
 def _entry_fault(entry: FileEntry) -> tuple[str, str] | None:
-    """The field of `entry` that breaks a rule, and how; None when all is well."""
+    """Return the faulty field of `entry` and the fault; None when it is correct."""
     if problem := _length_fault(entry.oss_object_name, MAX_OBJECT_NAME):
         return "oss_object_name", problem
     url = entry.target_url
@@ -188,7 +188,7 @@ def _entry_fault(entry: FileEntry) -> tuple[str, str] | None:
 
 
 def _settle_rare_entries(files: list[FileEntry]) -> None:
-    """Refuse the first entry that breaks a rule; give FAILED entries without an address one spelling of that, None."""
+    """Refuse the first invalid entry; give FAILED entries without an address the same value, None."""
     for index, entry in enumerate(files):
         if fault := _entry_fault(entry):
             name, problem = fault

@@ -1,8 +1,7 @@
 """Supervises a child process of the daemon: starts it, talks to it in frames over its standard input and output, and
 replaces it when it has ended or hangs.
 
-A child hangs when nothing has been read from it for some time although it is pinged: it is killed, and what it was sent
-and has not answered is lost, as after a crash.
+A child that answers no ping for some time hangs: it is killed, and its unanswered frames are lost, as after a crash.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MIN_RESTART_SECONDS = 0.05
 MAX_RESTART_SECONDS = 5.0
 # Silence is counted in ticks of the daemon's loop: time in which the daemon itself stands still does not count.
 TICK_SECONDS = 0.2
-# Whoever waits for an answer is refused after SILENT_TICKS; the process is killed after HUNG_TICKS.
+# Callers that wait for an answer get an error after SILENT_TICKS; the process is killed after HUNG_TICKS.
 SILENT_TICKS = 3
 HUNG_TICKS = 20
 # How long a process may take to load and to send its first sign of life.
@@ -47,8 +46,8 @@ class Child:
 
     `on_up` receives its first frame, `on_frame` every later one. `on_death` is called when a process that was up has
     ended. `on_silent` is called when it has not answered for SILENT_TICKS: it may answer later, or be killed.
-    `is_overdue` is asked in each tick, with the count of ticks, whether the process owes an answer for so long that it
-    must be killed. `name` is for the log; `restarts` counts replacements.
+    `is_overdue` is called in each tick, with the count of ticks; it returns True if an answer is so late that the
+    process must be killed. `name` is for the log; `restarts` counts replacements.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process id, None while there is no process."""
+        """The process id, None while there is none."""
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
@@ -205,7 +204,7 @@ class Child:
                         log.debug(f"{self._name} ready", pid=process.pid)
                         self._on_up(payload)
         except Exception as error:
-            # What cannot be understood now is not understood later either: begin again with another process.
+            # A frame that cannot be decoded now never will be: start another process.
             log.error(f"{self._name} cannot be understood, please report this", pid=process.pid, exc_info=error)
         return self._up
 

@@ -1,9 +1,9 @@
-"""The keeper: the process that writes the record on SQLite. Calls arrive on standard input, answers leave on standard
-output.
+"""The keeper: the process that writes the record on SQLite. It reads calls from standard input and writes answers to
+standard output.
 
-It is a process of its own because SQLite blocks its caller for as long as the disk takes, and Python's lock blocks
-everybody else: callbacks are answered and probes judged beside it. It ends when its input ends, after it has done what
-it was sent, so it outlives a daemon that was killed by no more than that.
+It is a separate process because SQLite blocks its caller for as long as the disk takes, and Python's lock would block
+callbacks and probes too. It ends when its input ends, after finishing the calls it has received: it outlives a killed
+daemon by no more than that.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Keeper:
         if self._expanding is not None:
             self._expanding.cancel()
         await self._store.close()
-        # All of them have their answers by now and are about to send them.
+        # All of them have their answers now and are about to send more.
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def verbs(self, store: SqliteStore) -> Mapping[str, Callable[..., Awaitable[object]]]:
@@ -190,9 +190,9 @@ def _exit() -> None:
 
 def main(keeper: type[Keeper] = Keeper) -> None:
     """Run the process. It ends quietly when the daemon does."""
-    # SIGCONT: one that stands still goes on, finishes its transaction and ends.
+    # SIGCONT: a stopped keeper resumes, finishes its transaction and ends.
     follow_daemon(signal.SIGCONT)
-    # Nobody else may read the record, nor lock it.
+    # No other user may read or lock the record.
     os.umask(0o077)
     freeze_gc()
     with contextlib.suppress(BrokenPipeError, EOFError):

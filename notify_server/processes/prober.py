@@ -30,12 +30,12 @@ from notify_server.processes.prober_protocol import ProberConfig, Ready
 from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.verify.guard import Guard
 
-# Evidence goes out together: so much of it, or when the first of it has waited for so long. A frame costs the daemon a
-# wake-up, whatever is in it. But no more than for half of what is in flight, so that the daemon judges one half, and
-# sends new requests, while we ask for the other: otherwise each waits for the other.
+# Evidence is sent in batches: when there is this much of it, or when the first has waited this long. A frame costs the
+# daemon a wake-up, whatever its size. A batch is at most half of what is in flight, so that the daemon judges one half
+# and sends new requests while the prober works on the other.
 MAX_TOGETHER = 64
 TOGETHER_SECONDS = 0.002
-# Connections kept: twice what may be in flight, and some for each of many hosts. select() knows descriptors up to
+# Connections kept: twice the requests in flight, and some for each of many hosts. select() handles descriptors up to
 # 1,023, and requests in flight need some too.
 MIN_KEPT, MAX_KEPT = 400, 800
 
@@ -59,7 +59,7 @@ _REASONS = {
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
 } | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
 
-# What connect() says when this machine has no port, descriptor or memory left.
+# Errors of connect() when this machine has no port, descriptor or memory left.
 _SHORTAGES = frozenset({errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -68,7 +68,7 @@ class Handle:
 
     def __init__(self, config: ProberConfig, guard: Guard, under_way: Counter[tuple[str, int]]) -> None:
         self._guard = guard
-        # Requests under way by the address and port dialled, of all handles; and those that this one has dialled.
+        # Requests in flight by dialled address and port, of all handles; and those that this handle has dialled.
         self._under_way = under_way
         self._places: list[tuple[str, int]] = []
         self._crowded = ""
@@ -92,7 +92,7 @@ class Handle:
         if config.referer:
             curl.setopt(pycurl.REFERER, config.referer)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
-        # The environment's proxies would do the dialling in our place, unguarded.
+        # Proxies from the environment would dial in our place, unguarded.
         curl.setopt(pycurl.PROXY, "")
         curl.setopt(pycurl.NOPROXY, "*")
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
@@ -120,7 +120,7 @@ class Handle:
             # libcurl since 8.20 rewrites percent escapes, which breaks signed addresses. The option cannot be unset.
             self._sets_target = True
             curl.setopt(pycurl.REQUEST_TARGET, url[url.index("/", len("https://")) :])
-        # Most requests are like the last one but for their address.
+        # Most requests differ from the last one only in their address.
         manner = (
             request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep, request.ranged
         )  # fmt: skip
@@ -143,8 +143,8 @@ class Handle:
         curl.setopt(pycurl.FORBID_REUSE, not request.keep)
 
     def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
-        # Asked for every address about to be dialled, also each of a name's answers in turn: what is refused here is
-        # passed over, and nothing has been sent to it.
+        # Called for every address about to be dialled, also each of a name's answers in turn: a refused one is skipped,
+        # and nothing is sent to it.
         family, kind, protocol, peer = address
         refused = self._guard.check_address(peer[0], peer[1])
         if refused is not None:
@@ -173,9 +173,9 @@ class Handle:
         if line.startswith(STATUS_LINE):
             status = status_of(line)
             self._interim = status.startswith(b"1")
-            # A bad answer on a connection that was used before does not count, and it may be what the server sent late
-            # after the answer before. This request's own answer is then still to come, so the connection is given up:
-            # it would be one answer behind for ever.
+            # A bad answer on a reused connection does not count, and may be data that the server sent late after the
+            # previous answer. This request's own answer would then still follow, so the connection is closed: it would
+            # be one answer behind forever.
             self._behind = not self._dialled and not status.startswith((b"1", b"2"))
         elif line in (b"\r\n", b"\n"):
             self._complete = not self._interim
@@ -183,21 +183,21 @@ class Handle:
         return None
 
     def _write(self, data: bytes) -> int | None:
-        # A server that ignores the range sends the whole file: what is wanted is its headers, so it is cut off.
+        # A server that ignores the range sends the whole file: only its headers are needed, so it is cut off.
         self._body_bytes += len(data)
         return None if self._body_bytes <= self._body_limit else 0
 
     def finish(self, error: int | None) -> Evidence:
-        """The evidence of the request, which libcurl has ended with `error` or with an answer (None)."""
+        """Return the evidence of the request, which ended with libcurl's `error`, or with an answer (None)."""
         curl, request = self.curl, self.request
         assert request is not None
         status = curl.getinfo(pycurl.RESPONSE_CODE)
-        # Once the headers are complete the question is answered; what happens to the body makes no difference.
+        # Complete headers decide; the outcome of the body makes no difference.
         answered = self._complete and 200 <= status <= 599
         self._forget_places()
         crowded = self._crowded if error is not None and not answered else ""
         remote_addr = crowded or curl.getinfo(pycurl.PRIMARY_IP) or None
-        # On a connection, and nothing was dialled for it: it had carried another answer before.
+        # Nothing was dialled: the connection had carried another answer before.
         reused = remote_addr is not None and not self._dialled and self._refused is None
         dns = connect = tls = first_byte = None
         begin = 0
@@ -243,7 +243,7 @@ class Handle:
         if self._refused is not None and not self._dialled:
             return self._refused
         if error == pycurl.E_OPERATION_TIMEDOUT and not (reached or self.curl.getinfo(pycurl.NAMELOOKUP_TIME_T)):
-            # The time was up before there was an address.
+            # The time-out came before there was an address.
             return Reason.DNS_ERROR
         return _REASONS.get(error, Reason.PROTOCOL_ERROR)
 
@@ -282,7 +282,7 @@ class Prober:
         """Work until standard input ends (EOFError) or standard output is gone (BrokenPipeError)."""
         multi = self._multi
         while True:
-            # Without a request in flight there is nothing to wake up for but the next frame.
+            # Without a request in flight only the next frame can wake it up.
             reads, writes, errors = multi.fdset() if self._busy else ([], [], [])
             reads.append(self._source)
             ready, _, _ = select.select(reads, writes, errors, self._patience())
@@ -294,12 +294,12 @@ class Prober:
             if self._busy:
                 multi.perform()
                 self._collect()
-            # With nothing else to wait for there is nothing to gain from waiting.
+            # With nothing else to do, waiting longer gains nothing.
             if self._evidence and (not self._busy or time.monotonic() >= self._flush_at):
                 self._flush()
 
     def _patience(self) -> float | None:
-        """How long to wait for something to happen, in seconds; None is for ever."""
+        """Return how long to wait for an event, in seconds; None is forever."""
         timeout_ms = self._multi.timeout() if self._busy else -1
         patience = None if timeout_ms < 0 else timeout_ms / 1000
         if self._evidence:
@@ -312,7 +312,7 @@ class Prober:
         try:
             handle.start(request)
         except (ValueError, pycurl.error):
-            # No address that the guard has read: libcurl cannot even be told of it.
+            # The guard cannot read this address; libcurl cannot even be given it.
             self._idle.append(handle)
             self._send([Evidence(request.id, None, Reason.INVALID_URL, False, None, None, None, None, None, 0.0)])
             return
@@ -349,9 +349,9 @@ class Prober:
 
 
 def main() -> None:
-    """The process: ends quietly when the daemon does."""
+    """Run the process. It ends quietly when the daemon does."""
     follow_daemon(signal.SIGKILL)
-    # Callbacks and what keeps the record come first where there are not enough processors for all.
+    # Callbacks and the keeper come first when there are not enough processors for all.
     os.nice(10)
     try:
         Prober(sys.stdin.fileno(), sys.stdout.fileno()).run()

@@ -19,7 +19,7 @@ from notify_server.verify.own_networks import own_networks
 
 START_SECONDS = 20.0
 STOP_SECONDS = 2.0
-# A prober ends each request by the request's own time-out. It hangs when an answer is later than that by so much.
+# A prober ends each request by the request's own time-out. It hangs if an answer is later than that by this much.
 OVERDUE_SECONDS = 5.0
 
 _decode = msgspec.msgpack.Decoder(list[Evidence]).decode
@@ -41,7 +41,7 @@ class ProberLink:
             is_overdue=self._is_overdue,
         )
         self._ready = asyncio.Event()
-        # The requests that are not answered yet, each with the tick of its deadline.
+        # The unanswered requests, each with the tick of its deadline.
         self._deadlines: dict[int, int] = {}
         self.libcurl = ""
 
@@ -57,12 +57,12 @@ class ProberLink:
 
     @property
     def pid(self) -> int | None:
-        """The process id, None while there is no process."""
+        """The process id, None while there is none."""
         return self._child.pid
 
     @property
     def restarts(self) -> int:
-        """The number of processes that were started because another had ended."""
+        """The number of processes started to replace another."""
         return self._child.restarts
 
     async def start(
@@ -88,7 +88,7 @@ class ProberLink:
         self._child.send(_encode(requests))
 
     async def stop(self, grace: float = STOP_SECONDS) -> None:
-        """End the process: it leaves by itself when its input closes, and is killed after `grace` seconds."""
+        """End the process: it ends by itself when its input closes, and is killed after `grace` seconds."""
         await self._child.stop(grace)
 
     def _on_up(self, payload: bytes) -> None:
@@ -128,7 +128,7 @@ def prober_config(verify: VerifyConfig) -> ProberConfig:
 
 def system_certificates() -> str:
     """Return the file of certificate authorities to trust unless `[verify] ca_file` names another."""
-    # libcurl was built on another machine, where they may be elsewhere.
+    # The bundled libcurl was built on another machine, where they may be elsewhere.
     system = ssl.get_default_verify_paths().cafile
     candidates = [system, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"]
     return next((path for path in candidates if path and Path(path).is_file()), certifi.where())

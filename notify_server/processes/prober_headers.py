@@ -52,15 +52,15 @@ STATUS_LINE = b"HTTP/"
 
 
 def read_headers(lines: Sequence[bytes]) -> Answer:
-    """Return the fields that are kept of the header lines that libcurl passed on. Interim (1xx) responses are skipped.
+    """Return the kept fields of the header lines that libcurl passed on. Interim (1xx) responses are skipped.
 
-    A Content-Length that is repeated with another value or is no number is not believed (RFC 9110 8.6). Where the
-    answer is a part (206), or says that there is none (416), Content-Range alone tells the length of the whole object.
+    A Content-Length that is repeated with another value or is not a number is ignored (RFC 9110 8.6). If the answer is
+    a part (206), or there is no such part (416), only Content-Range has the length of the whole object.
     """
     status_line = b""
     fields: dict[bytes, bytes] = {}
     contradicted = False
-    # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined what continues a field.
+    # Lines that begin with a blank are to be ignored (RFC 9112 2.2); libcurl has joined continued fields.
     for line in lines:
         head, colon, value = line.partition(b":")
         name = _name(head)

@@ -1,4 +1,4 @@
-"""What a prober is told first, and says first. Apart from the prober, so that the daemon loads no libcurl."""
+"""The first messages from and to a prober. Separate from the prober, so that the daemon loads no libcurl."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import msgspec
 
 
 class ProberConfig(msgspec.Struct, frozen=True):
-    """What a prober is told once: the guard's settings as text, the certificates to trust, and its name to the
-    world.
+    """The settings sent to a prober first: the guard's settings as text, the trusted certificates, and the user
+    agent.
     """
 
     allowed_hosts: list[str]
@@ -22,6 +22,6 @@ class ProberConfig(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):
-    """What a prober says once it can be sent requests: the version of its libcurl."""
+    """The prober's first message, once it accepts requests: the version of its libcurl."""
 
     libcurl: str

@@ -1,4 +1,4 @@
-"""The child's end of the pipes: what every child process of the daemon does, whatever its work is."""
+"""The child's end of the pipes, the same for every child process of the daemon."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Input:
         ends before.
         """
         os.set_blocking(self._source, True)
-        # Not a byte more: nothing would wake the caller for what follows.
+        # Not a byte more: nothing would wake the caller for further frames.
         (length,) = FRAME_HEADER.unpack(self._exactly(FRAME_HEADER.size))
         payload = self._exactly(length)
         os.set_blocking(self._source, False)
@@ -88,8 +88,8 @@ class Input:
 def follow_daemon(when_it_dies: signal.Signals) -> None:
     """Let the daemon alone decide when this process stops, and send this process a signal when the daemon is killed.
 
-    What a terminal or a service manager sends to the whole group is ignored: the daemon closes the inputs of its
-    children in its own order. A child that stands still does not see that its input has ended, hence the signal.
+    Signals of a terminal or a service manager to the whole group are ignored: the daemon closes the inputs of its
+    children in its own order. A stopped child does not notice that its input has ended, hence the signal.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

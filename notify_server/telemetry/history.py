@@ -17,7 +17,7 @@ HISTORY_MINUTES = 24 * 60
 
 
 class Sample(Struct, frozen=True):
-    """What happened in `seconds` until `at`. Latencies are estimates from histograms, null when nothing happened."""
+    """Counts of `seconds` until `at`. Latencies are estimates from histograms, null when nothing happened."""
 
     at: datetime
     seconds: float
@@ -38,8 +38,9 @@ class Sample(Struct, frozen=True):
 
 
 def quantile_ms(counts: Sequence[int], share: float) -> float | None:
-    """The quantile of a histogram with the bounds BUCKETS, in ms, as if a bucket were evenly filled; beyond the last
-    bound, that bound. None when it is empty."""
+    """Return a quantile of a histogram with the bounds BUCKETS, in ms, as if each bucket were evenly filled; beyond the
+    last bound, that bound. None when it is empty.
+    """
     rank = share * sum(counts)
     if not rank:
         return None
@@ -54,7 +55,7 @@ def quantile_ms(counts: Sequence[int], share: float) -> float | None:
 
 
 class _Reading(Struct, frozen=True):
-    """The counters at one moment."""
+    """The counters at one time."""
 
     at: float
     callbacks: Mapping[str, int]
@@ -81,7 +82,7 @@ class Timeline:
         self._readings: deque[_Reading] = deque(maxlen=HISTORY_SECONDS + 1)
 
     def sample(self, monotonic: float) -> Sample:
-        """What has happened since the last time; `monotonic` is seconds."""
+        """Take a sample of the time since the last one; `monotonic` is seconds."""
         reading = self._read(monotonic)
         sample = self._between(self._last, reading)
         self._last = reading

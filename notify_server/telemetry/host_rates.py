@@ -9,15 +9,15 @@ from msgspec import Struct
 
 from notify_server.model import FileResult, FileState
 
-# A host's rates are of the last minute, forgotten in steps of ten seconds.
+# A host's rates cover the last minute, and are forgotten in steps of ten seconds.
 STEP_SECONDS = 10.0
 MAX_STEPS = 6
-# Hosts whose rates are remembered, those asked last.
+# The number of hosts whose rates are remembered; the most recently requested stay.
 MAX_HOSTS_KEPT = 1000
 
 
 class HostRate(Struct, frozen=True):
-    """A host in the last minute: attempts that ended, those that did not find the file, and the mean time they took."""
+    """A host in the last minute: attempts that ended, those that did not find the file, and their mean duration."""
 
     attempts: int
     failed: int
@@ -25,11 +25,11 @@ class HostRate(Struct, frozen=True):
 
 
 class HostRates:
-    """What each host has answered in the last minute. Times are monotonic seconds."""
+    """Counts each host's answers in the last minute. Times are monotonic seconds."""
 
     def __init__(self, max_hosts: int = MAX_HOSTS_KEPT) -> None:
         self._max_hosts = max_hosts
-        # For each step: when it ends, attempts, failures, and ms in all.
+        # For each step: its end, attempts, failures, and ms in all.
         self._hosts: dict[str, deque[list[float]]] = {}
 
     def recorded(self, results: Sequence[FileResult], now: float) -> None:
@@ -37,7 +37,7 @@ class HostRates:
         end = (now // STEP_SECONDS + 1) * STEP_SECONDS
         for result in results:
             host = result.file.host
-            # Asked last stands last.
+            # The most recently requested host is last.
             steps = self._hosts.pop(host) if host in self._hosts else deque(maxlen=MAX_STEPS)
             self._hosts[host] = steps
             if not steps or steps[-1][0] != end:
@@ -50,8 +50,8 @@ class HostRates:
             step[3] += result.elapsed_ms or 0.0
 
     def rates(self, now: float) -> dict[str, HostRate]:
-        """By host; hosts that have not been asked in the last minute are left out."""
-        # As many steps as are kept of a host that is asked all the time: none of what they tell is older than a minute.
+        """Return the rates by host; hosts without a request in the last minute are left out."""
+        # All steps of a host that is requested continuously: none of them is older than a minute.
         oldest = (now // STEP_SECONDS + 1 - MAX_STEPS) * STEP_SECONDS
         rates: dict[str, HostRate] = {}
         for host, steps in self._hosts.items():

@@ -1,4 +1,4 @@
-"""Sets up logging, once, by the command that runs."""
+"""Sets up logging, once per process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from notify_server.config import LogConfig
 
-# Lines that wait for a slow reader of standard error; more are dropped, so that neither acks nor memory wait for it.
+# Lines that wait for a slow reader of standard error; more are dropped, so neither acks nor memory suffer.
 MAX_WAITING_LINES = 10_000
 EXIT_SECONDS = 1.0
 # syslog(3); journald reads them from the beginning of a line.
@@ -69,7 +69,7 @@ class BackgroundStream:
 
 
 class BestEffortStream:
-    """Writes to a stream whose reader may go away, which must not stop the one who writes."""
+    """Writes to a stream whose reader may go away, without failing the writer."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -119,7 +119,7 @@ def set_up_logging(config: LogConfig, *, background: bool = False) -> None:
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
-    # What libraries log, asyncio's "exception was never retrieved" above all, goes the same way.
+    # Messages of libraries, above all asyncio's "exception was never retrieved", are formatted alike.
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -132,15 +132,15 @@ def set_up_logging(config: LogConfig, *, background: bool = False) -> None:
 
 
 def set_level(level: str) -> None:
-    """Write nothing less important than this from now on."""
+    """Write nothing below this level from now on."""
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
     logging.getLogger().setLevel(max(number, logging.WARNING))
 
 
 def _is_journal(environ: Mapping[str, str], descriptor: int) -> bool:
-    """Return True when the descriptor is the stream to journald that systemd names in JOURNAL_STREAM, and not what
-    somebody has redirected it to (systemd.exec(5)).
+    """Return True when the descriptor is the stream to journald that systemd names in JOURNAL_STREAM, and was not
+    redirected since (systemd.exec(5)).
     """
     try:
         status = os.fstat(descriptor)
@@ -176,5 +176,7 @@ def _inert(logger: object, method: str, event: structlog.typing.EventDict) -> st
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not that a request was malformed: aiohttp tells with a traceback, and quotes headers that may hold a token."""
+    """Return False for aiohttp's message about a malformed request: its traceback quotes headers that may hold a
+    token.
+    """
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))

@@ -1,4 +1,4 @@
-"""Metrics of the server for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from notify_server.model import FileResult, FileState, Verdict
 from notify_server.telemetry.series import Counts, Durations, Read
 
-# How a callback that was accepted is counted: the code of the platform's convention.
+# The label of an accepted callback: the code of the platform's convention.
 ACCEPTED = "000"
 SETTLED_VERDICTS = (Verdict.COMPLETE, Verdict.INCOMPLETE)
 SETTLED_STATES = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED)
 
 
 def tracing_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether the environment names a collector for traces, in the variables that OpenTelemetry has for it."""
+    """Return whether the environment names a collector for traces, in OpenTelemetry's variables."""
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return False
     return bool(environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
 
 
 class Metrics:
-    """What Prometheus is told, in a registry of its own: an application has one, and a test as many as it likes."""
+    """The metrics of one application, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -56,7 +56,7 @@ class Metrics:
             "verdict", *SETTLED_VERDICTS,
         )  # fmt: skip
         self.files = self._counts(
-            "notify_server_files_settled", "Files that were asked for and have settled.", "state", *SETTLED_STATES
+            "notify_server_files_settled", "Files that were requested and have settled.", "state", *SETTLED_STATES
         )
         self.probes = self._counts(
             "notify_server_probes", 'Requests made to hosts, by the reason they failed for, or "ok".', "reason", "ok"
@@ -80,16 +80,17 @@ class Metrics:
         )
 
     def pruned(self, at: float, seconds: float) -> None:
-        """Retention has been gone through: when that was, in Unix seconds, and what it took."""
+        """Note a finished pruning: its time, in Unix seconds, and its duration."""
         self._prune = at, seconds
 
     def surveyed(self, oldest_pending_at: float | None, rejections: int) -> None:
-        """What only a walk over the record tells: when its oldest batch without a verdict came, in Unix seconds, and
-        how many refused bodies it has."""
+        """Note the figures that need a walk over the record: when its oldest batch without a verdict was received, in
+        Unix seconds, and the number of refused bodies.
+        """
         self._surveyed = oldest_pending_at, rejections
 
     def watch_survey(self, now: Callable[[], float]) -> None:
-        """Tell of what was `surveyed` last; `now` gives Unix seconds."""
+        """Export the figures of the last survey; `now` gives Unix seconds."""
 
         def oldest_pending() -> float | None:
             if self._surveyed is None:
@@ -107,7 +108,7 @@ class Metrics:
         )
 
     def watch_files(self, database: Path) -> None:
-        """Tell how large the database at this path is, and how much room is left for it."""
+        """Export the size of the database at this path, and the free space of its disk."""
 
         def sizes() -> Mapping[str, float]:
             parts = {"database": database, "wal": database.with_name(database.name + "-wal")}
@@ -129,7 +130,7 @@ class Metrics:
         self.gauge("notify_server_store_free_bytes", "Space that is left where the store's files are.", free)
 
     def build_info(self, **versions: str) -> None:
-        """The versions of what this daemon is made of, as labels."""
+        """Export the versions of the components, as labels."""
         Info("notify_server_build", "The versions in use.", registry=self.registry).info(versions)
 
     def _counts(self, name: str, text: str, label: str, *values: str) -> Counts:
@@ -143,7 +144,7 @@ class Metrics:
         return durations
 
     def gauge(self, name: str, text: str, read: Callable[[], float | None]) -> None:
-        """A gauge that is read when it is scraped; None is no value."""
+        """Add a gauge that is read when it is scraped; None is no value."""
 
         def reading() -> Mapping[str, float]:
             value = read()
@@ -152,15 +153,15 @@ class Metrics:
         self.gauges(name, text, "", reading)
 
     def gauges(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
-        """Gauges, one for each value of a label, that are read when they are scraped."""
+        """Add gauges, one for each value of a label, that are read when they are scraped."""
         self.registry.register(Read(GaugeMetricFamily, name, text, label, read))
 
     def counter(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A counter that is counted elsewhere and read when it is scraped."""
+        """Add a counter that is kept elsewhere and read when it is scraped."""
         self.registry.register(Read(CounterMetricFamily, name, text, "", lambda: {"": read()}))
 
     def recorded(self, results: Sequence[FileResult]) -> None:
-        """Count results that have been recorded, and the requests they took."""
+        """Count recorded results and their requests."""
         dns, connect, tls, first_byte, total = self.probe_seconds.series.values()
         for result in results:
             if result.state is not FileState.PENDING:
@@ -178,5 +179,5 @@ class Metrics:
                         series.observe(duration_ms / 1000)
 
     def render(self) -> tuple[bytes, str]:
-        """The exposition, and its content type."""
+        """Return the exposition, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -17,7 +17,7 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Series:
-    """The observations of one histogram under one label. Counting costs the hot path one bisection."""
+    """The observations of one histogram under one label. Counting takes one bisection."""
 
     __slots__ = ("counts", "sum")
 
@@ -32,9 +32,8 @@ class Series:
 
 
 class Durations:
-    """Histograms of seconds, one for each value of a label; without a label there is one, under "".
-
-    They are made into Prometheus's when they are scraped.
+    """Histograms of seconds, one for each value of a label; without a label there is one, under "". They become
+    Prometheus's when they are scraped.
     """
 
     def __init__(self, name: str, text: str, label: str, values: Sequence[str]) -> None:
@@ -42,7 +41,7 @@ class Durations:
         self.series = {value: Series() for value in values}
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """For prometheus_client."""
+        """Return the metrics; prometheus_client calls this."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
         for value, series in self.series.items():
@@ -52,7 +51,7 @@ class Durations:
 
 
 class Counts:
-    """Counters under one label, counted on the event loop alone and therefore without a lock; without a label there is
+    """Counters under one label, used on the event loop alone and therefore without a lock; without a label there is
     one, under "".
     """
 
@@ -65,11 +64,11 @@ class Counts:
         self.by[value] = self.by.get(value, 0) + number
 
     def add_plain(self, number: int = 1) -> None:
-        """Count `number` more of what has no label."""
+        """Count `number` more without a label."""
         self.add("", number)
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """For prometheus_client."""
+        """Return the metrics; prometheus_client calls this."""
         family = CounterMetricFamily(*self._family)
         for value, number in self.by.items():
             family.add_metric([value] if value else [], number)
@@ -94,11 +93,11 @@ class Read:
         self._read = read
 
     def describe(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """For prometheus_client, which otherwise reads them to learn their names."""
+        """Return the names; prometheus_client would otherwise read the metrics for them."""
         yield self._kind(*self._family)
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """For prometheus_client."""
+        """Return the metrics; prometheus_client calls this."""
         family = self._kind(*self._family)
         for value, number in self._read().items():
             family.add_metric([value] if value else [], number)

@@ -26,11 +26,11 @@ def open_tracing() -> Tracing | None:
         tracing = Tracing.to_collector(version())
     except ImportError as error:
         log.warning(
-            "no traces: OTEL_… asks for them, `pip install 'notify-server[otel]'` brings them", error=str(error)
+            "no traces: OTEL_… is set, but the extra is missing: `pip install 'notify-server[otel]'`", error=str(error)
         )
         return None
     except Exception as error:
-        log.warning("no traces: what OTEL_… says cannot be used", error=str(error))
+        log.warning("no traces: OTEL_… has a value that cannot be used", error=str(error))
         return None
     log.info("traces are exported over OTLP/HTTP")
     return tracing

@@ -1,10 +1,10 @@
-"""Traces for OpenTelemetry: a span for each callback, and one for each request that is made to a host.
+"""Traces for OpenTelemetry: a span for each callback, and one for each request to a host.
 
-Imported only where the environment says where traces go (`observe.tracing_wanted`): it needs the extra `otel`. What the
-SDK lets one set in the environment (sampler, batches, headers) it reads there by itself.
+Imported only when the environment names a collector (`metrics.tracing_wanted`): it needs the extra `otel`. The SDK
+reads its own settings (sampler, batches, headers) from the environment.
 
-A request to a host belongs to the callback that last delivered its batch: to our own span of it as long as that is
-remembered, else to its caller's. Neither addresses' queries nor any header get into a span: they may hold secrets.
+A request to a host belongs to the callback that last delivered its batch: to our span of that while it is remembered,
+else to its caller's. Spans hold neither the queries of addresses nor headers: they may be secret.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from notify_server.model import AttemptRow, Delivery, FileResult
 log = structlog.get_logger("notify_server")
 
 SERVICE = "notify_server"
-# Methods that may name a span (HTTP semantic conventions); others are what strangers make up.
+# Methods that may name a span (HTTP semantic conventions); others may be invented.
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
-# Callbacks whose spans are remembered, for the requests that follow from them.
+# The number of callbacks whose spans are remembered, for the requests that follow from them.
 MAX_CALLBACKS_KEPT = 10_000
-# Who delivered a batch last is asked for once in so long.
+# How often the last delivery of a batch is read.
 FRESH_SECONDS = 1.0
-# Groups of results that wait to be told of; beyond these they are not. In between, the event loop gets its turn.
+# Groups of results that wait for export; more are dropped. Between groups the event loop gets its turn.
 GROUPS_WAITING = 64
 TOGETHER = 16
 CATCH_UP_SECONDS = 1.0
 
-# For a batch's id: request_id and traceparent of its latest delivery, None when that is not known.
+# For a batch's id: request_id and traceparent of its latest delivery, None when unknown.
 LatestDelivery = Callable[[int], Awaitable[tuple[str, str | None] | None]]
 
 
 class CallbackSpan:
-    """A callback that is being answered. `trace_id` is lower-case hex."""
+    """A callback in progress. `trace_id` is lower-case hex."""
 
     def __init__(self, span: Span) -> None:
         self._span = span
         self.trace_id = f"{span.get_span_context().trace_id:032x}"
 
     def accepted(self, delivery: Delivery) -> None:
-        """What it brought."""
+        """Note the notification's contents."""
         self._span.set_attribute("notify_server.batch_id", delivery.batch_id)
         self._span.set_attribute("notify_server.api_code", delivery.api_code)
         self._span.set_attribute("notify_server.files", delivery.files)
@@ -88,7 +88,7 @@ class CallbackSpan:
 
 
 class Tracing:
-    """For the event loop's thread alone; what is exported leaves in a thread of the processor's."""
+    """Records spans. For the event loop's thread alone; the processor exports in a thread of its own."""
 
     def __init__(self, processor: SpanProcessor, version: str) -> None:
         named = {"service.name": SERVICE, "service.version": version}
@@ -98,7 +98,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer(SERVICE, version)
         self._callbacks: OrderedDict[str, SpanContext] = OrderedDict()
         self._results: asyncio.Queue[Sequence[FileResult]] = asyncio.Queue(GROUPS_WAITING)
-        # When the daemon has to be gone, in the event loop's time.
+        # The daemon's deadline for its stop, in the event loop's time.
         self.deadline: float | None = None
 
     @classmethod
@@ -125,12 +125,12 @@ class Tracing:
         return CallbackSpan(span)
 
     def probed(self, results: Sequence[FileResult]) -> None:
-        """Requests have been made to hosts. They are told of later, or not at all while that cannot keep up."""
+        """Queue requests to hosts for export; they are dropped if the exporter cannot keep up."""
         with contextlib.suppress(asyncio.QueueFull):
             self._results.put_nowait(results)
 
     async def run(self, latest: LatestDelivery) -> None:
-        """Tell of requests that were made, until cancelled."""
+        """Export queued requests until cancelled."""
         parents: dict[int, Context] = {}
         asked_at = 0.0
         while True:
@@ -148,14 +148,14 @@ class Tracing:
             self._results.task_done()
 
     async def caught_up(self) -> None:
-        """Return once `run` has told of everything so far, or in CATCH_UP_SECONDS."""
+        """Return once `run` has exported everything queued so far, or after CATCH_UP_SECONDS."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await self._results.join()
 
     async def close(self, seconds: float) -> None:
-        """Export what has ended until the deadline, or for so long when there is none: nobody waits longer for a
-        collector that does not answer.
+        """Export finished spans until the deadline, or for CLOSE_SECONDS without one; a collector that does not answer
+        delays nothing longer.
         """
         loop = asyncio.get_running_loop()
         until = self.deadline or loop.time() + seconds
@@ -166,7 +166,7 @@ class Tracing:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(exported.set)
 
-        # A thread that the interpreter does not wait for.
+        # A daemon thread: the interpreter does not wait for it.
         threading.Thread(target=shut_down, name="tracing-shutdown", daemon=True).start()
         try:
             async with asyncio.timeout_at(until):
