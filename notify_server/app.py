@@ -18,6 +18,7 @@ from aiohttp import web
 from notify_server.background import prune_record, publish_verdicts, sample_time_series, survey_record
 from notify_server.callbacks.handler import Callback
 from notify_server.callbacks.response import SERVER_NAME
+from notify_server.callbacks.route import CallbackRoute
 from notify_server.clock import SteadyClock, unix_ms
 from notify_server.config import Config, HostSettings, version
 from notify_server.errors import StoreUnavailableError
@@ -296,7 +297,8 @@ def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[Prob
 async def _web(app: web.Application) -> AsyncIterator[None]:
     config, store, metrics, pool = app[CONFIG], app[STORE], app[METRICS], app[POOL]
     wall, now = app[CLOCKS]
-    app[CALLBACK] = Callback(config, store, metrics, now, wall, app[TRACING])
+    callback = Callback(config, store, metrics, now, wall, app[TRACING])
+    app[CALLBACK] = CallbackRoute(config.server, callback)
     app[HEALTH] = Health(
         store,
         metrics,

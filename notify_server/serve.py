@@ -31,7 +31,7 @@ ACCEPTING_TURNS = 3
 
 def make_connections(app: web.Application, handlers: web.Server, config: ServerConfig) -> CallbackConnection:
     """Return the factory of connections to an app that has been set up; `handlers` is aiohttp's factory."""
-    return CallbackConnection(config, handlers, app[CALLBACK], app[METRICS].connections_refused.add_plain)
+    return CallbackConnection(config, handlers, app[CALLBACK].callback, app[METRICS].connections_refused.add_plain)
 
 
 class Reload(NamedTuple):

@@ -13,13 +13,11 @@ import structlog
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from notify_server.callbacks.errors import RefusedError
+from notify_server.callbacks.errors import SIGNATURE_MESSAGE, RefusedError
 from notify_server.config import AuthConfig, IPNetwork, ServerConfig
 
 log = structlog.get_logger("notify_server.web")
 
-# The same words for every failed check, so that a caller learns nothing about which one it was.
-SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
 # A flood is logged at most this often.
 LOUD_SECONDS = 60.0
 # Beyond this many sources the ones silent for longest are forgotten, which only favours them.
@@ -52,14 +50,14 @@ class Access:
         self._clock = clock
         self._loud_at = 0.0
 
-    def caller(self, headers: CIMultiDictProxy[str], peer: str) -> str:
+    def caller(self, headers: Headers, peer: str) -> str:
         """Return the address of the caller, behind the trusted proxies. Raise RefusedError (429) beyond its rate."""
         address = client_address(peer, headers, self._trusted) if self._trusted else peer
         if self._rate_limit is not None:
             self._check_rate(self._rate_limit, address)
         return address
 
-    def check(self, headers: CIMultiDictProxy[str], url: URL, caller: str) -> None:
+    def check(self, headers: Headers, url: URL, caller: str) -> None:
         """Raise RefusedError unless the network, the token and the kind of client are allowed."""
         if self._networks and not within(caller, self._networks):
             raise RefusedError(403, "401002", "无权限访问当前接口 not permitted from this address")
@@ -82,7 +80,7 @@ class Access:
         raise RefusedError(429, "429", "请求过于频繁 too many requests, send it again later", headers=retry_after)
 
 
-def _tokens(headers: CIMultiDictProxy[str], url: URL) -> Iterator[bytes]:
+def _tokens(headers: Headers, url: URL) -> Iterator[bytes]:
     """Return the token in each reading of the request: a `+` in an address may be itself or a blank."""
     scheme, _, credentials = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":

@@ -1,9 +1,8 @@
-"""The callers' connections. Callbacks are read and answered here; everything else is aiohttp's.
+"""Reads callbacks from their connections; every other request goes to aiohttp.
 
-What is read here is what senders send: a whole head at once, with the length of the body in it. aiohttp's own parser
-reads the head, so that both understand a request alike. At the first request of another kind (another path or method,
-chunked, a head in pieces or malformed) the connection is handed to aiohttp for good, with that
-request from its first byte. An ack costs a third of what it costs there.
+This reader takes the form that senders use: a complete head at once, with the length of the body in it. At the first
+request of another kind (another path or method, chunked, a head in pieces or malformed) the connection is handed to
+aiohttp for good, from the first byte of that request. An ack costs a third of what it costs there.
 """
 
 from __future__ import annotations
@@ -14,36 +13,27 @@ from collections.abc import Callable
 from typing import cast
 
 from aiohttp import web
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion11, RawRequestMessage
 
-from notify_server.callbacks.errors import RefusedError
-from notify_server.callbacks.handler import Callback, content_length
+from notify_server.callbacks.aiohttp_parser import MAX_HEAD, Head, sound_parser
+from notify_server.callbacks.connection_limit import ConnectionLimit
+from notify_server.callbacks.delegated import Delegated
+from notify_server.callbacks.handler import Callback, Exchange
 from notify_server.callbacks.response import Answer
 from notify_server.config import ServerConfig
 
-# A longer head is aiohttp's; so long may one line of it be there.
-MAX_HEAD = 8190
 HEAD_END = b"\r\n\r\n"
-# How long what is still coming of a refused body is read after the answer, so that the sender gets to read that.
+# After a refusal the rest of the body is read and dropped for this long, so that the sender can read the response.
 LINGER_SECONDS = 1.0
-
-
-def body_length(message: RawRequestMessage) -> int | None:
-    """The length of the body in bytes, None for a request that is not read here."""
-    headers = message.headers
-    if message.version != HttpVersion11 or message.chunked or message.upgrade or message.compression:
-        return None
-    if "Expect" in headers or "Transfer-Encoding" in headers or "Content-Encoding" in headers:
-        return None
-    length = headers.get("Content-Length", "")
-    return content_length(headers) if length.isascii() and length.isdigit() else None
+# Connections beyond max_connections that linger at a time.
+MAX_LINGERING = 256
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class CallbackConnection:
     """Makes the protocol of each connection, and knows them all.
 
-    `handlers` makes aiohttp's. Without `callback` all connections are aiohttp's from the start.
+    `handlers` makes aiohttp's protocols. Without `callback`, or where the parser is not sound, aiohttp reads
+    everything.
     """
 
     def __init__(
@@ -56,42 +46,30 @@ class CallbackConnection:
         self.config = config
         self.handlers = handlers
         self.callback = callback
+        self.loop = asyncio.get_running_loop()
+        self.parser = sound_parser(self.loop) if callback is not None else None
+        self.begins = (f"POST {config.callback_path} ".encode(), f"POST {config.callback_path}?".encode())
+        self.limit = ConnectionLimit(config.max_connections, config.trusted_proxies, self.loop.time)
+        self.on_refused = on_refused
         self.open: set[Connection] = set()
-        # Whether connections are closed after their next answer.
+        self.lingering = 0
+        # True once connections are closed after their next answer.
         self.draining = False
         self.settled = asyncio.Event()
-        self.loop = asyncio.get_running_loop()
-        self.begins = (f"POST {config.callback_path} ".encode(), f"POST {config.callback_path}?".encode())
-        self._on_refused = on_refused
-        # The parser wants somebody whose reading it could pause. It is given heads alone.
-        self._nobody = BaseProtocol(self.loop)
 
     def __call__(self) -> asyncio.Protocol:
-        """The protocol of a new connection."""
-        if self.connections >= self.config.max_connections:
-            self._on_refused()
-            return _Full()
-        if self.callback is None:
-            return self.handlers()
-        return Connection(self, self.callback)
+        """Return the protocol of a new connection."""
+        return Connection(self)
 
     @property
     def connections(self) -> int:
-        """How many are open."""
-        return len(self.open) + len(self.handlers.connections)
-
-    def read_head(self, head: bytes) -> RawRequestMessage | None:
-        """The head of a request, None when it is malformed."""
-        parser = HttpRequestParser(self._nobody, self.loop, MAX_HEAD, auto_decompress=False)
-        try:
-            messages, _, _ = parser.feed_data(head)
-        except HttpProcessingError:
-            return None
-        return messages[0][0] if messages else None
+        """The number of open connections."""
+        return len(self.limit)
 
     async def drain(self, seconds: float) -> None:
-        """Close the connections that are idle, and the others once their request is answered, or after so long.
-        aiohttp's are not touched.
+        """Close the connections that are idle, and the others once their request is answered, or after `seconds`.
+
+        Connections of aiohttp stay as they are.
         """
         self.draining = True
         for connection in list(self.open):
@@ -107,90 +85,97 @@ class CallbackConnection:
 
 
 class Connection(asyncio.Protocol):
-    """One caller's connection, until it is closed or handed to aiohttp."""
+    """One caller's connection, until it is closed or handed to aiohttp.
+
+    What has been received and not been used yet is `_unread` from `_at` on; while there is some, reading is paused. It
+    is not cut at each request: a sender that pipelines thousands would have all of it copied each time.
+    """
 
     __slots__ = (
-        "_answering",
-        "_at",
-        "_callback",
-        "_choked",
-        "_due",
-        "_ended",
-        "_front",
-        "_held",
-        "_later",
-        "_lingering",
-        "_message",
-        "_missing",
-        "_parts",
-        "_peer",
-        "_remote",
-        "_timer",
-        "_transport",
-    )
+        "_answering", "_at", "_choked", "_counted", "_due", "_ended", "_exchange", "_front", "_head", "_lingering",
+        "_missing", "_parts", "_paused", "_served", "_timer", "_transport", "_unread", "peer", "since",
+    )  # fmt: skip
 
-    def __init__(self, front: CallbackConnection, callback: Callback) -> None:
+    def __init__(self, front: CallbackConnection) -> None:
+        self.peer = ""
+        self.since = 0.0
         self._front = front
-        self._callback = callback
         self._transport: asyncio.Transport | None = None
-        self._peer = ""
-        # The request whose body arrives or whose answer is due, who sent it, and what is there of the body.
-        self._message: RawRequestMessage | None = None
-        self._remote = ""
+        # The request whose body is arriving or whose answer is pending, and what is there of the body.
+        self._head: Head | None = None
+        self._exchange: Exchange | None = None
         self._parts: list[bytes] = []
         self._missing = 0
         self._answering = False
-        # What came before its turn, from `_at` on; while there is some nothing more is read. It is not cut at each
-        # request: a sender that pipelines thousands would have all of it copied each time.
-        self._later = b""
+        self._served = False
+        self._unread = b""
         self._at = 0
-        # Bytes of the body that count in the callback's budget.
-        self._held = 0
-        # The caller does not read its answers.
+        # The part of `_unread` that counts in the budget.
+        self._counted = 0
+        self._paused = False
+        # True while the caller does not read its answers.
         self._choked = False
         self._lingering = False
-        # The caller sends nothing more.
+        # True once the caller has closed its side.
         self._ended = False
-        # When the caller has kept us waiting for too long; the timer rings then, or earlier and is set again.
+        # Deadline for the caller. The timer fires then, or earlier and is set again.
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def under_way(self) -> bool:
-        """Whether a request has begun to arrive and has no answer yet."""
-        return self._message is not None
+        """True when a request has begun to arrive and has no answer yet."""
+        return self._head is not None
+
+    @property
+    def awaits_request(self) -> bool:
+        """True while the caller has begun a request, or has never sent one, and is the one who is waited for."""
+        return not self._answering and (self._head is not None or not self._served or self._choked)
+
+    @property
+    def is_idle(self) -> bool:
+        """True while the connection is kept alive between two requests."""
+        return not self._answering and self._head is None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        front = self._front
         peer = transport.get_extra_info("peername")
-        self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._front.open.add(self)
-        self._wait(self._front.config.header_timeout)
+        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.since = front.loop.time()
+        if not front.limit.join(self):
+            front.on_refused()
+            self._transport.write(FULL)
+            if front.lingering < MAX_LINGERING:
+                self._linger()
+            else:
+                self._transport.close()
+        elif front.parser is None:
+            self._hand_over(b"")
+        else:
+            front.open.add(self)
+            self._wait(front.config.header_timeout)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        if self._message is not None and not self._answering:
-            self._callback.hung_up(self._remote)
+        if self._exchange is not None and not self._answering and self._front.callback is not None:
+            self._front.callback.hung_up(self._exchange)
+        self._front.limit.leave(self)
         self._leave()
 
     def eof_received(self) -> bool:
-        # Who has sent all that it had may still read the answer; over TLS there is no such half of a connection.
+        # A caller that has closed its side may still read the answer; TLS has no half-closed connections.
         self._ended = True
         return self._answering and self._transport is not None and self._transport.can_write_eof()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
             return
-        if self._answering or self._choked:
-            # Sent before the last was answered (RFC 9112 9.3.2): in its turn.
-            self._later = self._later[self._at :] + data
-            self._at = 0
-            self._pause()
-        elif self._message is not None:
-            self._read(data, 0)
-        else:
-            self._begin(data, 0)
+        # A request that arrives before the last was answered waits for its turn (RFC 9112 9.3.2).
+        self._unread = self._unread[self._at :] + data if self._unread else data
+        self._at = 0
+        self._advance()
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -198,133 +183,160 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._choked = False
-        self._next()
+        self._advance()
 
     def close(self) -> None:
-        """End it, whatever is under way."""
+        """Close the connection, whatever is under way."""
         if self._transport is not None:
             self._transport.close()
 
-    def _begin(self, data: bytes, at: int) -> None:
-        """Read a request that begins at `at`."""
-        front = self._front
+    def _advance(self) -> None:
+        """Use what has been received, up to the end of it or to a request that has to be answered first."""
+        if self._transport is None or self._transport.is_closing() or self._lingering:
+            return
+        if self._at < len(self._unread) and not self._answering and not self._choked:
+            if self._head is None:
+                self._begin()
+            else:
+                self._read()
+        if self._at < len(self._unread):
+            self._pause()
+            self._count_unread()
+        elif self._unread:
+            self._unread, self._at = b"", 0
+            self._resume()
+            self._count_unread()
+
+    def _begin(self) -> None:
+        front, data, at = self._front, self._unread, self._at
+        callback, parser = front.callback, front.parser
+        assert callback is not None
+        assert parser is not None
         end = data.find(HEAD_END, at, at + MAX_HEAD) + len(HEAD_END)
         if end < len(HEAD_END) or not data.startswith(front.begins, at):
             return self._hand_over(data[at:])
-        message = front.read_head(data[at:end])
-        if message is None or (length := body_length(message)) is None:
+        head = parser.parse(data[at:end])
+        if head is None:
             return self._hand_over(data[at:])
-        self._message = message
-        self._missing = length
-        try:
-            self._remote = self._callback.admit(message.method, message.headers, message.url, self._peer)
-        except RefusedError as refused:
-            self._take(data, end)
-            self._refuse(refused, self._peer)
+        self._head = head
+        self._missing = head.length
+        self._at = end
+        self._exchange, admitted = callback.open(head.method, head.headers, head.url, self.peer, self._reply)
+        if not admitted:
+            self._answering = True
+            self._take()
             return None
-        self._read(data, end)
+        self._read()
         if not self._answering:
             self._wait(front.config.body_timeout)
         return None
 
-    def _take(self, data: bytes, at: int) -> bytes:
-        """Return what of the data, from `at` on, is the body's."""
-        end = at + self._missing
-        if len(data) > end:
-            self._later, self._at = data, end
-            self._pause()
-        body = data[at:end]
-        self._missing -= len(body)
-        return body
+    def _take(self) -> bytes:
+        """Return what has been received of the body."""
+        part = self._unread[self._at : self._at + self._missing]
+        self._at += len(part)
+        self._missing -= len(part)
+        return part
 
-    def _read(self, data: bytes, at: int) -> None:
-        data = self._take(data, at)
+    def _read(self) -> None:
+        """Keep a part of the body, and hand over the whole when it is the last one."""
+        callback, exchange = self._front.callback, self._exchange
+        assert callback is not None
+        assert exchange is not None
+        part = self._take()
+        self.since = self._front.loop.time()
+        if not callback.hold(exchange, len(part)):
+            self._answering = True
+            self._parts = []
+            return
         if self._missing:
-            try:
-                self._callback.hold(len(data))
-            except RefusedError as refused:
-                self._parts = []
-                self._refuse(refused, self._remote)
-                return
-            self._held += len(data)
-            self._parts.append(data)
+            self._parts.append(part)
             return
         if self._parts:
-            self._parts.append(data)
-            data = b"".join(self._parts)
+            self._parts.append(part)
+            part = b"".join(self._parts)
             self._parts = []
-        assert self._message is not None
         self._answering = True
-        self._callback.receive(self._message.headers, self._remote, data, self._reply)
-
-    def _refuse(self, refused: RefusedError | None, remote: str) -> None:
-        assert self._message is not None
-        self._answering = True
-        self._callback.refuse(self._message.headers, remote, refused, self._reply)
-
-    def _release(self) -> None:
-        self._callback.release(self._held)
-        self._held = 0
+        callback.receive(exchange, part)
 
     def _reply(self, answer: Answer) -> None:
-        self._release()
-        front, message = self._front, self._message
-        if self._transport is None or self._transport.is_closing() or message is None:
+        front, head = self._front, self._head
+        if self._transport is None or self._transport.is_closing() or head is None:
             return
-        # What is still coming of a body that was refused would keep the next request waiting.
-        closes = message.should_close or front.draining or answer.closes or self._missing > 0 or self._ended
-        self._message = None
+        # The rest of a refused body would delay the next request.
+        closes = head.should_close or front.draining or answer.closes or self._missing > 0 or self._ended
+        self._head = self._exchange = None
         self._answering = False
+        self._served = True
         self._transport.write(answer.written(closes=closes))
         if self._missing:
             self._linger()
         elif closes:
             self._transport.close()
         else:
-            self._due = front.loop.time() + front.config.header_timeout
-            if self._later:
-                self._next()
+            self.since = front.loop.time()
+            self._due = self.since + front.config.header_timeout
+            if self._unread:
+                self._advance()
         if front.draining:
             front.settled.set()
 
     def _linger(self) -> None:
         assert self._transport is not None
         self._lingering = True
-        self._parts = []
-        self._transport.resume_reading()
+        self._front.lingering += 1
+        self._unread, self._at = b"", 0
+        self._count_unread()
+        self._resume()
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._wait(LINGER_SECONDS)
 
-    def _next(self) -> None:
-        # Reading goes on first: it may be paused again by what comes of the rest, or be aiohttp's.
-        if self._transport is None or self._answering or self._choked:
-            return
-        self._transport.resume_reading()
-        if self._later:
-            later, at, self._later, self._at = self._later, self._at, b"", 0
-            self._begin(later, at)
-
     def _pause(self) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._paused:
+            self._paused = True
             self._transport.pause_reading()
 
+    def _resume(self) -> None:
+        if self._transport is not None and self._paused and not self._choked:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _count_unread(self) -> None:
+        """Count what is left of the requests that have to wait; a caller beyond the budget loses its connection."""
+        callback = self._front.callback
+        if callback is None or len(self._unread) == self._counted:
+            return
+        callback.budget.give_back(self._counted)
+        self._counted = len(self._unread)
+        if not callback.budget.take(self._counted):
+            self._counted = 0
+            if self._transport is not None:
+                self._transport.abort()
+
     def _hand_over(self, data: bytes) -> None:
-        transport = self._transport
+        transport, front = self._transport, self._front
         assert transport is not None
+        if self._paused:
+            transport.resume_reading()
         self._transport = None
+        delegated = Delegated(self.peer, front.handlers(), front.limit.leave, front.loop.time)
+        front.limit.replace(self, delegated)
         self._leave()
-        handler = self._front.handlers()
-        transport.set_protocol(handler)
-        handler.connection_made(transport)
-        handler.data_received(data)
+        transport.set_protocol(delegated)
+        delegated.connection_made(transport)
+        if data:
+            delegated.data_received(data)
 
     def _leave(self) -> None:
         self._front.open.discard(self)
-        self._message = None
+        if self._lingering:
+            self._front.lingering -= 1
+            self._lingering = False
+        self._head = self._exchange = None
         self._parts = []
-        self._later = b""
-        self._release()
+        self._unread, self._at = b"", 0
+        self._count_unread()
         if self._timer is not None:
             self._timer.cancel()
         if self._front.draining:
@@ -334,30 +346,20 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._due = self._front.loop.time() + seconds
-        self._timer = self._front.loop.call_at(self._due, self._ring)
+        self._timer = self._front.loop.call_at(self._due, self._fire)
 
-    def _ring(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
         if self._transport is None:
             return
         if self._answering:
-            # The wait is ours, not the caller's.
+            # The server is waited for, not the caller.
             self._wait(self._front.config.header_timeout)
         elif self._front.loop.time() < self._due:
-            self._timer = self._front.loop.call_at(self._due, self._ring)
-        elif self._message is not None:
-            self._refuse(None, self._remote)
+            self._timer = self._front.loop.call_at(self._due, self._fire)
+        elif self._exchange is not None and self._front.callback is not None and not self._lingering:
+            self._answering = True
+            self._front.callback.late(self._exchange)
         else:
-            # What it has not read by now it does not read.
+            # A caller that has not read its answer by now does not read it.
             self._transport.abort()
-
-
-class _Full(asyncio.Protocol):
-    """What a connection beyond max_connections gets."""
-
-    ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        full = cast(asyncio.WriteTransport, transport)
-        full.write(self.ANSWER)
-        full.close()

@@ -1,9 +1,19 @@
-"""The one shape of every error answer: the platform's response convention."""
+"""The refusals of callbacks, and the one shape of every error answer: the platform's response convention."""
 
 from __future__ import annotations
 
 import msgspec
+import structlog
 from aiohttp import web
+
+from notify_server.contract import signature
+from notify_server.errors import ContractError, NonceReusedError, SignatureError, StoreUnavailableError
+
+log = structlog.get_logger("notify_server.web")
+
+# The same words for every failed check, so that a caller learns nothing about which one it was.
+SIGNATURE_MESSAGE = "验证签名失败 signature verification failed"
+RETRY_AFTER_SECONDS = 5
 
 _encode = msgspec.json.Encoder().encode
 
@@ -35,13 +45,45 @@ class RefusedError(Exception):
         self.why = why
 
 
-RETRY_AFTER_SECONDS = 5
-
-
 def busy(message: str, *, close: bool = False, why: str = "") -> RefusedError:
     """Return a 503: the same request may succeed later."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} | ({"Connection": "close"} if close else {})
     return RefusedError(503, "503", message, headers=headers, why=why)
+
+
+def late() -> RefusedError:
+    """Return a 408: the body did not arrive within `body_timeout`."""
+    return RefusedError(408, "408", "the body did not arrive in time", headers={"Connection": "close"})
+
+
+def too_large(limit: int) -> RefusedError:
+    """Return a 413: the body is larger than `body_limit_bytes`."""
+    close = {"Connection": "close"}
+    return RefusedError(413, "413", f"body: larger than {limit} bytes", headers=close, keep=True)
+
+
+def refusal_of(error: BaseException, about: dict[str, str]) -> RefusedError:
+    """Return how to answer an error. Its frames are dropped; an unexpected one is logged with the fields `about`."""
+    match error:
+        case RefusedError():
+            refused = error
+        case ContractError():
+            # An envelope that cannot be opened.
+            refused = RefusedError(400, "400", str(error), keep=True)
+        case SignatureError(code=signature.TIMESTAMP_EXPIRED):
+            message = "请求时间非法或已过期 timestamp invalid or expired"
+            refused = RefusedError(403, "403001", message, why=str(error))
+        case SignatureError():
+            refused = RefusedError(401, "401001", SIGNATURE_MESSAGE, why=str(error))
+        case NonceReusedError():
+            refused = RefusedError(403, "403002", "请勿重复请求 duplicate request", why=str(error))
+        case StoreUnavailableError():
+            refused = busy("the store cannot commit, send it again", why=str(error))
+        case _:
+            log.error("a request failed, please report this", **about, exc_info=error)
+            refused = RefusedError(500, "500", "系统异常 system error, try again")
+    forget_frames(error)
+    return refused
 
 
 def error_body(request_id: str, code: str, message: str) -> bytes:

@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 
 from notify_server.callbacks.errors import error_response
-from notify_server.callbacks.handler import Callback
+from notify_server.callbacks.route import CallbackRoute
 from notify_server.web.api.endpoints import ENDPOINTS, HttpApi
 from notify_server.web.dashboard.dashboard import Dashboard, View
 from notify_server.web.dashboard.views import VIEWS
@@ -21,7 +21,7 @@ from notify_server.web.openapi import Endpoint
 
 log = structlog.get_logger("notify_server")
 
-CALLBACK = web.AppKey("callback", Callback)
+CALLBACK = web.AppKey("callback", CallbackRoute)
 HEALTH = web.AppKey("health", Health)
 HTTP_API = web.AppKey("http_api", HttpApi)
 DASHBOARD = web.AppKey("dashboard", Dashboard)
@@ -60,7 +60,12 @@ async def _view(view: View, request: web.Request) -> web.StreamResponse:
     return await request.app[DASHBOARD].answer(view, request)
 
 
-async def _not_found(request: web.Request) -> web.Response:
+async def _not_found(request: web.Request) -> web.StreamResponse:
+    callback = request.app[CALLBACK]
+    if request.method == "POST":
+        if callback.serves(request.path):
+            return await _callback(request)
+        callback.missed(request)
     request_id = str(uuid4())
     log.debug("not found", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
     return error_response(request_id, 404, "404", "nothing is served at this path")

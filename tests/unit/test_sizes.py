@@ -31,13 +31,7 @@ def too_long(name: str, text: str) -> Iterator[str]:
 def test_no_module_class_or_function_is_too_long() -> None:
     modules = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
     assert len(modules) > 100
-    exempt = {"callbacks/handler.py"}
-    assert [
-        each
-        for name, path in sorted(modules.items())
-        if name not in exempt
-        for each in too_long(name, path.read_text())
-    ] == []
+    assert [each for name, path in sorted(modules.items()) for each in too_long(name, path.read_text())] == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -356,12 +357,42 @@ async def test_any_other_method_is_refused_with_what_is_allowed(daemon: AppServe
     assert daemon.counts() == before
 
 
-@pytest.mark.parametrize("path", ["/notify/", "/notify/x", "/Notify", "/notif", "/x/notify", "/api/v1", "/%00"])
-@pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_nothing_else_is_served(daemon: AppServer, method: str, path: str) -> None:
-    before = daemon.counts()
-    (await daemon.ask(method, path, json=daemon.notification())).refusal(404, "404")
+async def not_found(daemon: AppServer) -> int:
+    """Return how many POSTs were to paths that are not served."""
+    text = (await daemon.get("/metrics")).body.decode()
+    found = re.search(r'^notify_server_callbacks_total\{code="404"\} (\d+)', text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("path", ["/notify/x", "/Notify", "/notif", "/x/notify", "/api/v1", "/%00"])
+async def test_post_to_another_path_is_refused_logged_and_counted(daemon: AppServer, path: str) -> None:
+    before, since = daemon.counts(), len(daemon.events.all)
+    counted = await not_found(daemon)
+    (await daemon.ask("POST", path, json=daemon.notification())).refusal(404, "404")
     assert daemon.counts() == before
+    assert await not_found(daemon) == counted + 1
+    (event,) = [each for each in daemon.events.all[since:] if each["event"].startswith("a POST to a path")]
+    assert event["callback_path"] == "/notify"
+
+
+@pytest.mark.parametrize("path", ["/notify/", "/notify/x", "/Notify", "/api/v1"])
+async def test_get_of_another_path_is_refused(daemon: AppServer, path: str) -> None:
+    (await daemon.ask("GET", path)).refusal(404, "404")
+
+
+@pytest.mark.parametrize("path", ["/notify/", "//notify", "//notify//?token=", "/notify/?a=b"])
+async def test_callback_registered_with_a_slash_more_is_taken(daemon: AppServer, path: str) -> None:
+    connection = await daemon.connect()
+    body = json.dumps(daemon.notification()).encode()
+    for _ in range(2):
+        await connection.send(b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body)))
+        await connection.send(body)
+        (await connection.answer()).accepted()
+
+
+async def test_callback_registered_with_a_slash_less_is_taken(start: Start) -> None:
+    daemon = await start(server={"callback_path": "/hooks/files/"})
+    (await daemon.post(daemon.notification(), path="/hooks/files")).accepted()
 
 
 async def test_the_callback_path_is_configured(start: Start) -> None:

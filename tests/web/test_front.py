@@ -17,7 +17,8 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from notify_server.callbacks.connection import MAX_HEAD, CallbackConnection
+from notify_server.callbacks.aiohttp_parser import MAX_HEAD
+from notify_server.callbacks.connection import CallbackConnection
 from notify_server.web.routes import CALLBACK
 from tests.support.app import AppServer, Clock, Events, start_app
 from tests.support.notification import notification
@@ -139,7 +140,8 @@ async def doors(events: Events, tmp_path_factory: pytest.TempPathFactory) -> Asy
     assert handlers is not None
     loop = asyncio.get_running_loop()
     fronts = [
-        CallbackConnection(daemon.config.server, handlers, callback, int) for callback in (daemon.app[CALLBACK], None)
+        CallbackConnection(daemon.config.server, handlers, callback, int)
+        for callback in (daemon.app[CALLBACK].callback, None)
     ]
     listeners = [await loop.create_server(front, "127.0.0.1", 0) for front in fronts]
     ports = [listener.sockets[0].getsockname()[1] for listener in listeners]

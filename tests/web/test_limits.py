@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest_asyncio
+
+from tests.support.waiting import SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -40,15 +41,6 @@ async def drip(connection: Connection, data: bytes, *, every: float = 0.02) -> N
         await asyncio.sleep(every)
 
 
-class Stopwatch:
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-
 # Slow callers
 
 
@@ -59,14 +51,12 @@ async def test_a_body_that_drips_is_cut_off(start_server: Start) -> None:
         (b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 700),
     ):
         connection = await daemon.connect()
-        watch = Stopwatch()
         await connection.send(HEAD + head)
         dripping = asyncio.create_task(drip(connection, body))
         (await connection.answer()).refusal(408, "408")
-        assert 0.25 < watch.seconds < 1.0
         # Nor does the caller keep the connection.
         assert await connection.rest() == b""
-        assert watch.seconds < 2.5
+        assert not dripping.done()
         dripping.cancel()
     await daemon.serves()
     assert daemon.counts() == (1, 0)
@@ -75,12 +65,10 @@ async def test_a_body_that_drips_is_cut_off(start_server: Start) -> None:
 async def test_a_body_that_stops_is_cut_off(start_server: Start) -> None:
     daemon = await start_server(server={"body_timeout": 0.2})
     connection = await daemon.connect()
-    watch = Stopwatch()
     await connection.send(HEAD + b"Content-Length: 100\r\n\r\n{")
     answer = await connection.answer()
     answer.refusal(408, "408")
     assert answer.headers["Connection"] == "close"
-    assert 0.15 < watch.seconds < 1.0
 
 
 async def test_a_slow_body_within_its_time_is_accepted(start_server: Start) -> None:
@@ -88,31 +76,26 @@ async def test_a_slow_body_within_its_time_is_accepted(start_server: Start) -> N
     connection = await daemon.connect()
     body = content(daemon)
     await connection.send(posting(body)[:-10])
-    # Longer than headers have, which is no matter now.
-    await asyncio.sleep(0.4)
+    # By its end the time for headers has passed.
+    assert await (await daemon.connect()).rest() == b""
     await connection.send(body[-10:])
     (await connection.answer()).accepted()
 
 
 async def test_a_refused_caller_cannot_keep_the_connection_with_its_body(start_server: Start) -> None:
-    daemon = await start_server(
-        server={"body_timeout": 0.3, "body_limit_bytes": 2000}, auth={"callback_token": "x" * 8}
-    )
+    daemon = await start_server(server={"body_timeout": 60, "body_limit_bytes": 2000}, auth={"callback_token": "x" * 8})
     connection = await daemon.connect()
-    watch = Stopwatch()
     await connection.send(HEAD + b"Content-Length: 1999\r\n\r\n")
     dripping = asyncio.create_task(drip(connection, b" " * 1900))
     (await connection.answer()).refusal(401, "401001")
-    assert watch.seconds < 0.25
     assert await connection.rest() == b""
-    assert watch.seconds < 2.5
+    assert not dripping.done()
     dripping.cancel()
 
 
 async def test_silence_and_dripping_headers_are_closed_while_honest_callers_are_served(start_server: Start) -> None:
     daemon = await start_server(server={"header_timeout": 0.4})
     await daemon.serves()
-    watch = Stopwatch()
     silent = [await daemon.connect() for _ in range(20)]
     dripping = [await daemon.connect() for _ in range(20)]
     # Has had its turn, and drips at its second request.
@@ -122,22 +105,24 @@ async def test_silence_and_dripping_headers_are_closed_while_honest_callers_are_
     drips = [asyncio.create_task(drip(each, HEAD + b"X: " + b"x" * 500)) for each in (*dripping, returning)]
     for _ in range(10):
         await daemon.serves()
-    assert watch.seconds < 0.4
     for connection in (*silent, *dripping, returning):
         assert await connection.rest() == b""
-    assert 0.3 < watch.seconds < 1.5
     for task in drips:
+        assert not task.done()
         task.cancel()
     await daemon.serves()
 
 
 async def test_a_connection_in_use_is_kept_beyond_the_time_for_headers(start_server: Start) -> None:
-    daemon = await start_server(server={"header_timeout": 0.3})
-    connection = await daemon.connect()
-    for _ in range(4):
+    daemon = await start_server(server={"header_timeout": 1.0})
+    connection, silent = await daemon.connect(), await daemon.connect()
+    closed = asyncio.create_task(silent.rest())
+    while not closed.done():
         await connection.send(posting(content(daemon)))
         (await connection.answer()).accepted()
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.01)
+    await connection.send(posting(content(daemon)))
+    (await connection.answer()).accepted()
 
 
 # Many callers
@@ -181,6 +166,20 @@ async def test_a_caller_beyond_max_connections_that_has_sent_its_request_can_rea
                 assert response.headers["Retry-After"]
 
 
+async def test_silent_connections_of_one_address_leave_room_for_another_address(start_server: Start) -> None:
+    daemon = await start_server(server={"max_connections": 20})
+    silent = [await daemon.connect() for _ in range(30)]
+    body = content(daemon)
+    for _ in range(25):
+        reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port, local_addr=("127.0.0.2", 0))
+        writer.write(posting(body))
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+    # Those in excess were refused with an answer, those that gave way were closed.
+    ends = [await connection.rest() for connection in (*silent[20:], silent[0])]
+    assert [end.partition(b"\r\n")[0] for end in ends] == [b"HTTP/1.1 503 Service Unavailable"] * 10 + [b""]
+
+
 async def test_many_requests_at_once_are_all_acked(start_server: Start) -> None:
     daemon = await start_server()
     answers = await asyncio.gather(*(daemon.post(daemon.notification()) for _ in range(300)))
@@ -212,7 +211,7 @@ async def test_on_stop_what_waits_for_its_commit_is_acked(start_server: Start, l
 
 
 async def test_on_stop_a_request_whose_body_is_arriving_is_answered(start_server: Start) -> None:
-    daemon = await start_server(server={"shutdown_grace": 4})
+    daemon = await start_server(server={"shutdown_grace": 100})
     body = content(daemon)
     connection = await daemon.connect()
     await connection.send(posting(body)[:-10])
@@ -224,9 +223,7 @@ async def test_on_stop_a_request_whose_body_is_arriving_is_answered(start_server
     await connection.send(body[-10:])
     (await connection.answer()).accepted()
     assert await connection.rest() == b""
-    watch = Stopwatch()
-    await stopping
-    assert watch.seconds < 1
+    await asyncio.wait_for(stopping, SECONDS)
 
 
 async def refused_connection(daemon: AppServer) -> None:
@@ -241,11 +238,9 @@ async def refused_connection(daemon: AppServer) -> None:
 
 
 async def test_with_nothing_to_wait_for_it_stops_at_once(start_server: Start) -> None:
-    daemon = await start_server(server={"shutdown_grace": 20})
+    daemon = await start_server(server={"shutdown_grace": 100})
     await daemon.serves()
-    watch = Stopwatch()
-    await daemon.stop(hang_up=False)
-    assert watch.seconds < 1
+    await asyncio.wait_for(daemon.stop(hang_up=False), SECONDS)
 
 
 async def test_it_stops_within_the_grace_whatever_keeps_it(start_server: Start, origin: int) -> None:
