@@ -22,7 +22,8 @@ from notify_server.callbacks.response import Answer
 from notify_server.config import ServerConfig
 
 HEAD_END = b"\r\n\r\n"
-# After a refusal the rest of the body is read and dropped for this long, so that the sender can read the response.
+# After a refusal the rest of the body is read and dropped, so that the sender can read the response: until nothing has
+# come for this long, and at most for `header_timeout`.
 LINGER_SECONDS = 1.0
 # Connections beyond max_connections that linger at a time.
 MAX_LINGERING = 256
@@ -92,8 +93,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_answering", "_at", "_choked", "_counted", "_due", "_ended", "_exchange", "_front", "_head", "_lingering",
-        "_missing", "_parts", "_paused", "_served", "_timer", "_transport", "_unread", "peer", "since",
+        "_answering", "_at", "_choked", "_counted", "_due", "_ended", "_exchange", "_front", "_head", "_linger_until",
+        "_lingering", "_missing", "_parts", "_paused", "_served", "_timer", "_transport", "_unread", "peer", "since",
     )  # fmt: skip
 
     def __init__(self, front: CallbackConnection) -> None:
@@ -116,6 +117,7 @@ class Connection(asyncio.Protocol):
         # True while the caller does not read its answers.
         self._choked = False
         self._lingering = False
+        self._linger_until = 0.0
         # True once the caller has closed its side.
         self._ended = False
         # Deadline for the caller. The timer fires then, or earlier and is set again.
@@ -171,6 +173,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
+            self._due = min(self._front.loop.time() + LINGER_SECONDS, self._linger_until)
+            return
+        if self._answering and self._missing:
+            # The rest of a body that is being refused.
             return
         # A request that arrives before the last was answered waits for its turn (RFC 9112 9.3.2).
         self._unread = self._unread[self._at :] + data if self._unread else data
@@ -245,7 +251,7 @@ class Connection(asyncio.Protocol):
         assert exchange is not None
         part = self._take()
         self.since = self._front.loop.time()
-        if not callback.hold(exchange, len(part)):
+        if not callback.hold(exchange, len(part), whole=not self._missing and not self._parts):
             self._answering = True
             self._parts = []
             return
@@ -290,6 +296,7 @@ class Connection(asyncio.Protocol):
         self._resume()
         if self._transport.can_write_eof():
             self._transport.write_eof()
+        self._linger_until = self._front.loop.time() + self._front.config.header_timeout
         self._wait(LINGER_SECONDS)
 
     def _pause(self) -> None:
@@ -309,7 +316,7 @@ class Connection(asyncio.Protocol):
             return
         callback.budget.give_back(self._counted)
         self._counted = len(self._unread)
-        if not callback.budget.take(self._counted):
+        if not callback.budget.take(self._counted, whole=True):
             self._counted = 0
             if self._transport is not None:
                 self._transport.abort()

@@ -117,9 +117,11 @@ class Callback:
             return exchange, False
         return exchange, True
 
-    def hold(self, exchange: Exchange, size: int) -> bool:
-        """Count bytes of a body against the budget of all callers; False when there is no room, and it is refused."""
-        if not self.budget.take(size):
+    def hold(self, exchange: Exchange, size: int, *, whole: bool) -> bool:
+        """Count bytes of a body, or a `whole` one, against the budget of all callers; False when there is no room, and
+        it is refused.
+        """
+        if not self.budget.take(size, whole=whole):
             self.refuse(exchange, busy("too many large bodies are arriving, send it again later", close=True))
             return False
         exchange.held += size

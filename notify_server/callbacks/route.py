@@ -112,7 +112,7 @@ class CallbackRoute:
             if size > limit:
                 self.callback.refuse(exchange, too_large(limit))
                 return None
-            if not self.callback.hold(exchange, len(part)):
+            if not self.callback.hold(exchange, len(part), whole=request.content.is_eof() and not parts):
                 return None
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from notify_server.processes.frames import Frames, frame
+from notify_server.processes.frames import FRAME_HEADER, Frames, frame
 from notify_server.supervise import let_end, start_task, stop_tasks
 
 log = structlog.get_logger("notify_server")
 
 READ_BYTES = 1 << 20
+# A payload from this size on is written without copying it behind its header.
+LARGE_FRAME = 1 << 16
 MIN_RESTART_SECONDS = 0.05
 MAX_RESTART_SECONDS = 5.0
 # Silence is counted in ticks of the daemon's loop: time in which the daemon itself stands still does not count.
@@ -108,7 +110,11 @@ class Child:
         pipe = self._process.stdin if self._process is not None else None
         # uvloop raises on a pipe whose other end is closed, which it may notice before `on_death` is called.
         if pipe is not None and not pipe.is_closing():
-            pipe.write(frame(payload))
+            if len(payload) < LARGE_FRAME:
+                pipe.write(frame(payload))
+            else:
+                pipe.write(FRAME_HEADER.pack(len(payload)))
+                pipe.write(payload)
 
     async def stop(self, grace: float) -> bool:
         """Close the input of the process and wait for its end; kill it after `grace` seconds. Return False when it had

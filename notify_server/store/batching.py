@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 Group = Sequence[tuple[Item, asyncio.Future[Answer]]]
 
 MAX_ITEMS = 256
-MAX_BYTES = 32 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024
 
 
 class Batcher(Generic[Item, Answer]):
@@ -84,6 +84,34 @@ class Batcher(Generic[Item, Answer]):
         for _, future in group:
             if not future.done():
                 future.set_exception(_copy(error))
+
+
+class ByteGate:
+    """Bounds the bytes that are under way: what would exceed the limit waits for its turn, in order.
+
+    One that is larger than the limit goes alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._under_way = 0
+        self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
+
+    def enter(self, size: int, start: Callable[[], object]) -> None:
+        """Call `start` once there is room for so many bytes, at once if there is. `leave` gives them back."""
+        self._waiting.append((size, start))
+        self._let_in()
+
+    def leave(self, size: int) -> None:
+        """Give back bytes, and let in those that wait for them."""
+        self._under_way -= size
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and (not self._under_way or self._under_way + self._waiting[0][0] <= self._limit):
+            size, start = self._waiting.popleft()
+            self._under_way += size
+            start()
 
 
 class GroupCommit(Generic[Item, Answer]):

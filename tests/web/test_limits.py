@@ -45,7 +45,7 @@ async def drip(connection: Connection, data: bytes, *, every: float = 0.02) -> N
 
 
 async def test_a_body_that_drips_is_cut_off(start_server: Start) -> None:
-    daemon = await start_server(server={"body_timeout": 0.3})
+    daemon = await start_server(server={"header_timeout": 0.5, "body_timeout": 0.3})
     for head, body in (
         (b"Content-Length: 5000\r\n\r\n", b" " * 4000),
         (b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 700),
@@ -83,7 +83,9 @@ async def test_a_slow_body_within_its_time_is_accepted(start_server: Start) -> N
 
 
 async def test_a_refused_caller_cannot_keep_the_connection_with_its_body(start_server: Start) -> None:
-    daemon = await start_server(server={"body_timeout": 60, "body_limit_bytes": 2000}, auth={"callback_token": "x" * 8})
+    daemon = await start_server(
+        server={"header_timeout": 0.5, "body_timeout": 60, "body_limit_bytes": 2000}, auth={"callback_token": "x" * 8}
+    )
     connection = await daemon.connect()
     await connection.send(HEAD + b"Content-Length: 1999\r\n\r\n")
     dripping = asyncio.create_task(drip(connection, b" " * 1900))

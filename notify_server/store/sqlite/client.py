@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from notify_server.processes.keeper_protocol import (
     Reply,
 )
 from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
-from notify_server.store.batching import Batcher, Group
+from notify_server.store.batching import MAX_BYTES, Batcher, ByteGate, Group
 from notify_server.store.sqlite.expectations_client import SqliteExpectationsClient
 from notify_server.store.sqlite.outbox_client import SqliteOutboxClient
 from notify_server.store.sqlite.scheduler import RECENT_SECONDS
@@ -87,6 +88,8 @@ class SqliteClient:
         self._closing = False
         self._accepting: Batcher[Delivery, int] = Batcher(lambda delivery: len(delivery.body))
         self._accepted_at = -math.inf
+        # Bodies on their way to the keeper, which are in memory several times.
+        self._gate = ByteGate(2 * MAX_BYTES)
 
     @classmethod
     async def open(
@@ -240,12 +243,15 @@ class SqliteClient:
 
     def _send_deliveries(self) -> None:
         while self._accepting:
-            self._accept(self._accepting.take())
+            group = self._accepting.take()
+            size = sum(len(delivery.body) for delivery, _ in group)
+            self._gate.enter(size, partial(self._accept, group, size))
 
-    def _accept(self, group: Group[Delivery, int]) -> None:
+    def _accept(self, group: Group[Delivery, int], size: int) -> None:
         began = time.perf_counter()
 
         def committed(call: asyncio.Future[list[int | Failure]]) -> None:
+            self._gate.leave(size)
             if (error := call.exception()) is not None:
                 assert isinstance(error, Exception)
                 self._accepting.fail(group, error)
@@ -257,7 +263,22 @@ class SqliteClient:
         self._call("accept_all", [delivery for delivery, _ in group]).add_done_callback(committed)
 
     async def reject(self, rejection: Rejection) -> None:
-        await self._call("reject", rejection)
+        size = len(rejection.body)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def start() -> None:
+            if turn.cancelled():
+                self._gate.leave(size)
+            else:
+                turn.set_result(None)
+
+        self._gate.enter(size, start)
+        try:
+            await turn
+            await self._call("reject", rejection)
+        finally:
+            if not turn.cancelled():
+                self._gate.leave(size)
 
     def expand_inbox(self, listener: ExpansionListener) -> None:
         """Have the keeper expand the inbox, by the time of the latest call, until it is closed."""
