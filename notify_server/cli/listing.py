@@ -56,7 +56,7 @@ def moment(text: str) -> datetime:
         ) from None
 
 
-def _ms(text: str | None) -> int | None:
+def milliseconds(text: str | None) -> int | None:
     return None if text is None else round(moment(text).timestamp() * 1000)
 
 
@@ -94,7 +94,7 @@ async def batches(
     as_json: bool,
 ) -> int:
     """List batches, the latest first."""
-    wanted = BatchFilter(verdict, api_code, None, _ms(since), _ms(until))
+    wanted = BatchFilter(verdict, api_code, None, milliseconds(since), milliseconds(until))
     found, more = await _first(lambda cursor: source.records.batches(wanted, cursor, min(limit + 1, PAGE)), limit)
     if as_json:
         for batch in found:

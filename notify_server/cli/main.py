@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from notify_server.cli.commands import configuration, forward, installation, record, simulation
+from notify_server.cli.commands import configuration, forward, installation, record, simulation, submissions
 from notify_server.cli.common import EXIT_USAGE
 from notify_server.cli.options import ClickUsageError, ConfigOption
 
@@ -54,6 +54,7 @@ def serve(config: ConfigOption = None) -> None:
 app.add_typer(simulation.app)
 app.add_typer(installation.app)
 app.add_typer(record.app)
+app.add_typer(submissions.app)
 app.add_typer(configuration.app, name="config", help="Check, show or write the configuration.", no_args_is_help=True)
 app.add_typer(
     forward.endpoints,

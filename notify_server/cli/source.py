@@ -116,6 +116,17 @@ class Remote:
         except msgspec.MsgspecError as error:
             raise self._another(response.status) from error
 
+    async def post_lines(self, kind: type[T], path: str, lines: bytes) -> T:
+        """Post NDJSON and return the answer. Raises SourceError with the daemon's message."""
+        content = {"Content-Type": "application/x-ndjson"}
+        async with self._request("POST", path, {}, headers=content, data=lines) as response:
+            answer = await response.read()
+        self._check(response.status, answer)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.MsgspecError as error:
+            raise self._another(response.status) from error
+
     @asynccontextmanager
     async def _request(
         self, method: str, path: str, query: Mapping[str, object], **options: Any
@@ -141,8 +152,8 @@ class Remote:
             raise SourceError(f"{self.url}: no daemon answers there ({error or type(error).__name__})") from error
 
     def _check(self, status: int, answer: bytes) -> None:
-        """Raise SourceError with the daemon's message unless the status is 200."""
-        if status == 200:
+        """Raise SourceError with the daemon's message unless the call succeeded."""
+        if status in (200, 201):
             return
         try:
             refused = str(msgspec.json.decode(answer)["msg"])

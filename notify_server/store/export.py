@@ -16,7 +16,8 @@ COLUMNS = FileItem.__struct_fields__
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
 
 
-def _cell(value: object) -> object:
+def safe_cell(value: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula."""
     if value is None:
         return ""
     if isinstance(value, datetime):
@@ -36,7 +37,7 @@ def csv_lines(files: Iterable[FileItem]) -> bytes:
     """Return a line for each file (RFC 4180). An apostrophe precedes what a spreadsheet would take for a formula."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerows([_cell(getattr(file, column)) for column in COLUMNS] for file in files)
+    writer.writerows([safe_cell(getattr(file, column)) for column in COLUMNS] for file in files)
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
