@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import structlog
 from aiohttp import web
 
-from notify_server.background import prune_record, publish_verdicts, sample_time_series, survey_record
+from notify_server.background import (
+    follow_log_outs,
+    publish_verdicts,
+    sample_time_series,
+    start_housekeeping,
+)
 from notify_server.callbacks.handler import Callback
 from notify_server.callbacks.response import SERVER_NAME
 from notify_server.callbacks.route import CallbackRoute
@@ -55,7 +60,7 @@ from notify_server.web.api.endpoints import HttpApi
 from notify_server.web.api.handlers import Api
 from notify_server.web.api.types import RuntimeState
 from notify_server.web.dashboard.dashboard import Dashboard
-from notify_server.web.health import Handler, Health
+from notify_server.web.health import Health
 from notify_server.web.routes import CALLBACK, DASHBOARD, DRAINING, HEALTH, HTTP_API, add_routes
 from notify_server.web.stream import Stream
 
@@ -154,7 +159,8 @@ async def _record(app: web.Application) -> AsyncIterator[None]:
         metrics.watch_files(config.store.path)
     app[RECORDS] = await _open_records(config)
     own_token = await make_token(config.store) if config.auth.admin_token is None else None
-    app[ADMIN] = Admin(config, app[CLOCKS].now, own_token)
+    admin = app[ADMIN] = Admin(config, app[CLOCKS].now, own_token, store.end_session)
+    admin.end_sessions(await app[RECORDS].ended_sessions())
     yield
     await app[RECORDS].close()
     await store.close(app[GRACE].left() * STORE_SHARE)
@@ -228,10 +234,8 @@ async def _verification(app: web.Application) -> AsyncIterator[None]:
     listener = ExpansionListener(
         _add_hosts_to(pool), on_verdicts, metrics.unknown_fields.add_plain, metrics.reported_failed.add_plain
     )
-    tasks = [
-        start_task(prune_record(app[LIVE], store, metrics, now), "prune the record"),
-        start_task(survey_record(app[RECORDS], metrics), "survey the record"),
-    ]
+    tasks = start_housekeeping(store, app[RECORDS], app[LIVE], metrics, now, _add_hosts_to(pool))
+    tasks.append(start_task(follow_log_outs(app[ADMIN].end_sessions, app[RECORDS]), "follow log-outs"))
     if isinstance(store, SqliteClient):
         # In the keeper, beside the database.
         store.expand_inbox(listener)
@@ -306,8 +310,7 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         app[DRAINING].is_set,
         config.server.takes_callbacks,
         (lambda: False) if pool is None else lambda: pool.is_short,
-        # Open without a configured token, so that a scraper of a new installation works.
-        app[ADMIN].guard if app[ADMIN].is_configured else _let_in,
+        app[ADMIN].guard_if_configured,
     )
     timeline = Timeline(metrics, now=now, backlog=lambda: store.backlog, in_flight=lambda: _in_flight(pool))
     state = RuntimeState(
@@ -334,10 +337,6 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         tasks.append(start_task(watch, "watch the limits of submissions"))
     yield
     await stop_tasks(*tasks)
-
-
-def _let_in(handler: Handler) -> Handler:
-    return handler
 
 
 async def _name_server(request: web.Request, response: web.StreamResponse) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from notify_server.config import VerifyConfig
 from notify_server.contract.trace_context import trace_fields
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict
 from notify_server.reloading import Live
 from notify_server.store.base import Store
 from notify_server.store.reading.types import Records
+from notify_server.supervise import start_task
 from notify_server.telemetry.history import Timeline
 from notify_server.telemetry.metrics import Metrics
 from notify_server.web.stream import Stream, verdict_message
@@ -29,6 +31,29 @@ PRUNE_PAUSES = 3.0
 # The survey counts over the whole record: at most this often, and for at most this share of the time.
 SURVEY_SECONDS = 5.0
 SURVEY_SHARE = 0.05
+# A host may ask for a rest of an hour.
+LONGEST_REST = 3600.0
+CLOCK_MARGIN = 60.0
+LATE_FILES = 1000
+WAITS_SECONDS = 600.0
+# A session that was ended on one server is accepted on others for at most this long.
+LOG_OUT_SECONDS = 5.0
+
+
+def start_housekeeping(
+    store: Store,
+    records: Records,
+    live: Live,
+    metrics: Metrics,
+    now: Callable[[], int],
+    add_hosts: Callable[[frozenset[str]], object],
+) -> list[asyncio.Task[None]]:
+    """Start the tasks that keep the record in order. `add_hosts` gets hosts whose files are due."""
+    return [
+        start_task(prune_record(live, store, metrics, now), "prune the record"),
+        start_task(survey_record(records, metrics), "survey the record"),
+        start_task(limit_waits(store, live.config.verify, now, add_hosts), "limit waits"),
+    ]
 
 
 async def prune_record(live: Live, store: Store, metrics: Metrics, now: Callable[[], int]) -> None:
@@ -50,6 +75,23 @@ async def prune_record(live: Live, store: Store, metrics: Metrics, now: Callable
         await asyncio.sleep(PRUNE_SECONDS)
 
 
+async def limit_waits(
+    store: Store, verify: VerifyConfig, now: Callable[[], int], add_hosts: Callable[[frozenset[str]], object]
+) -> None:
+    """Make files due that wait for longer than the schedule says: a clock was wrong when they were written, the one of
+    this machine before a restart, or that of another server.
+    """
+    longest = max([LONGEST_REST, *verify.retry_schedule]) * (1 + verify.jitter) + CLOCK_MARGIN
+    while True:
+        try:
+            while (late := await store.make_due(now() + round(longest * 1000), now(), LATE_FILES)).files:
+                log.warning("files waited for longer than the schedule says, they are due now", files=late.files)
+                add_hosts(late.hosts)
+        except StoreUnavailableError as error:
+            log.warning("cannot look for files that wait for too long, trying again later", error=str(error))
+        await asyncio.sleep(WAITS_SECONDS)
+
+
 async def survey_record(records: Records, metrics: Metrics) -> None:
     """Refresh the metrics that need a walk over the record, so that a scrape never waits for one."""
     while True:
@@ -62,6 +104,16 @@ async def survey_record(records: Records, metrics: Metrics) -> None:
             oldest = totals.oldest_pending_at
             metrics.surveyed(oldest.timestamp() if oldest is not None else None, totals.rejections)
         await asyncio.sleep(max(SURVEY_SECONDS, (time.monotonic() - began) / SURVEY_SHARE))
+
+
+async def follow_log_outs(end_sessions: Callable[[Sequence[str]], object], records: Records) -> None:
+    """Take over the sessions that were ended on other servers."""
+    while True:
+        await asyncio.sleep(LOG_OUT_SECONDS)
+        try:
+            end_sessions(await records.ended_sessions())
+        except StoreUnavailableError as error:
+            log.debug("cannot read which sessions were ended, trying again later", error=str(error))
 
 
 async def sample_time_series(timeline: Timeline, stream: Stream) -> None:

@@ -98,6 +98,8 @@ class Keeper:
             "record": store.record,
             "recheck": store.recheck,
             "ping": store.ping,
+            "make_due": store.make_due,
+            "end_session": store.end_session,
             "prune": store.prune,
             "subscribe": store.outbox.subscribe,
             "claim_deliveries": store.outbox.claim_deliveries,

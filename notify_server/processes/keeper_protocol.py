@@ -113,6 +113,8 @@ VERBS = {
     "record": Verb(tuple[list[FileResult], int], list[BatchVerdict]),
     "recheck": Verb(tuple[list[int], int], Restart),
     "ping": Verb(tuple[int], None),
+    "make_due": Verb(tuple[int, int, int], Restart),
+    "end_session": Verb(tuple[str, int], None),
     "prune": Verb(tuple[int, int, int], int),
     # The outbox (store/outbox.py).
     "subscribe": Verb(tuple[list[Subscription], str | None, int], None),

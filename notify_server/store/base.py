@@ -28,6 +28,8 @@ from notify_server.model import (
 from notify_server.store.expectations import Expectations
 from notify_server.store.outbox import Outbox
 
+# Begins the keys of ended sessions among those of the platform's nonces, which have an & in them.
+SESSION_PREFIX = "session/"
 # The largest integer of both engines, and so the largest id.
 MAX_ID = 2**63 - 1
 # How long closing a store may take unless its caller says otherwise.
@@ -163,6 +165,15 @@ class Store(FileQueue, Editable, Protocol):
 
     async def reject(self, rejection: Rejection) -> None:
         """Keep a refused body, within MAX_REJECTIONS and MAX_REJECTION_BYTES; the oldest go first."""
+
+    async def make_due(self, beyond: int, now: int, limit: int) -> Restart:
+        """Make pending files due, at most `limit`, whose next attempt is later than `beyond`, which no schedule asks
+        for: they were written while a clock was wrong. The same for deliveries of events beyond a later time of their
+        own.
+        """
+
+    async def end_session(self, session: str, ends_at: int) -> None:
+        """Remember that a log-in was ended, until it would have ended by itself at `ends_at` (Unix ms)."""
 
     async def ping(self, now: int) -> None:
         """Commit a trivial write, to learn whether the store can."""

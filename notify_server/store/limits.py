@@ -9,6 +9,9 @@ MAX_REJECTIONS = 10_000
 MAX_REJECTION_BYTES = 256 * 1024 * 1024
 # The latest requests of each file are kept.
 MAX_ATTEMPT_ROWS = 50
+# Beyond the longest wait of a file, an event waits for its next delivery at most this much longer: a receiver may ask
+# for a day, after a day of the schedule.
+DELIVERY_WAIT_MS = 2 * 86_400_000
 
 
 def clamp(number: int) -> int:

@@ -2,8 +2,8 @@
 
 Where the request comes from never counts: a proxy in front gives every request the address of this machine.
 
-The session cookie holds its expiry and a MAC keyed by the admin_token. No session is stored, so it is valid on every
-node, and changing the token ends all sessions.
+The session cookie holds its expiry, a random text and a MAC keyed by the admin_token. Only sessions that were ended
+before their time are stored, so one is valid on every node, and changing the token ends all sessions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from uuid import uuid4
 
 import structlog
@@ -21,6 +22,7 @@ from aiohttp import web
 from notify_server.callbacks.access import RateLimit, client_address, source_of, within
 from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.config import Config
+from notify_server.errors import StoreUnavailableError
 
 log = structlog.get_logger("notify_server.web")
 
@@ -36,6 +38,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # A log-in code is in the log, which others may read later.
 CODE_SECONDS = 15 * 60
 
+_SESSION = re.compile(r"[0-9]{1,15}\.[0-9a-f]{32}")
+
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -43,9 +47,16 @@ class Admin:
     """Checks requests against the admin_token and issues session cookies. `now` gives Unix ms.
 
     The configured token counts; `own_token` is the one that the server made for itself, for when none is configured.
+    `on_session_end` writes down that a session was ended before its time (Unix ms).
     """
 
-    def __init__(self, config: Config, now: Callable[[], int], own_token: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        now: Callable[[], int],
+        own_token: str | None = None,
+        on_session_end: Callable[[str, int], Awaitable[None]] | None = None,
+    ) -> None:
         configured = config.auth.admin_token
         self.is_configured = configured is not None
         token = configured.get_secret_value() if configured is not None else own_token
@@ -59,6 +70,8 @@ class Admin:
         self._now = now
         self._code = b""
         self._code_ends = 0
+        self._on_session_end = on_session_end
+        self._ended: set[str] = set()
 
     def guard(self, handler: Handler) -> Handler:
         """Wrap a handler so that unauthorized requests get the API's error answer."""
@@ -73,6 +86,12 @@ class Admin:
             return await handler(request)
 
         return guarded
+
+    def guard_if_configured(self, handler: Handler) -> Handler:
+        """Wrap as `guard` does where a token is configured. Without one the handler is open, so that a scraper of a new
+        installation works.
+        """
+        return self.guard(handler) if self.is_configured else handler
 
     def check(self, request: web.Request, csrf: str | None = None) -> None:
         """Raise RefusedError unless the request may read and, when its method is not safe, act.
@@ -164,10 +183,10 @@ class Admin:
         return peer
 
     def _start_session(self, request: web.Request, peer: str, response: web.StreamResponse) -> None:
-        ends = self._now() // 1000 + SESSION_SECONDS
+        session = f"{self._now() // 1000 + SESSION_SECONDS}.{secrets.token_hex(16)}"
         response.set_cookie(
             COOKIE,
-            f"{ends}.{self._mac(f'session {ends}')}",
+            f"{session}.{self._mac(f'session {session}')}",
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="Strict",
@@ -176,19 +195,38 @@ class Admin:
         )
         log.info("logged in", remote=peer)
 
-    @staticmethod
-    def log_out(response: web.StreamResponse) -> None:
-        """Delete the session cookie."""
+    async def log_out(self, request: web.Request, response: web.StreamResponse) -> None:
+        """End the session, so that its cookie is worth nothing any more, and delete the cookie."""
         response.del_cookie(COOKIE, path="/", httponly=True, samesite="Strict")
+        if (session := self._session(request)) is None:
+            return
+        self._ended.add(session)
+        if self._on_session_end is None:
+            return
+        try:
+            await self._on_session_end(session, int(session.partition(".")[0]) * 1000)
+        except StoreUnavailableError as error:
+            log.warning("the end of a session is not recorded: it holds again after a restart", error=str(error))
+
+    def end_sessions(self, sessions: Iterable[str]) -> None:
+        """Take over which sessions were ended, here before a restart or on another server."""
+        now = self._now() // 1000
+        self._ended = {
+            each for each in (*self._ended, *sessions) if _SESSION.fullmatch(each) and int(each.partition(".")[0]) > now
+        }
 
     def logged_in(self, request: web.Request) -> bool:
         """Return True when the request has a valid session cookie."""
-        ends, _, mac = request.cookies.get(COOKIE, "").partition(".")
-        if not (ends.isascii() and ends.isdigit() and len(ends) < 16):
-            return False
+        return self._session(request) is not None
+
+    def _session(self, request: web.Request) -> str | None:
+        """Return the valid session that the request's cookie names."""
+        session, _, mac = request.cookies.get(COOKIE, "").rpartition(".")
         presented = mac.encode("utf-8", "surrogatepass")
-        expected = self._mac(f"session {ends}").encode()
-        return hmac.compare_digest(presented, expected) and self._now() < int(ends) * 1000
+        if not hmac.compare_digest(presented, self._mac(f"session {session}").encode()):
+            return None
+        # From here on the text is one that was issued.
+        return session if self._now() < int(session.partition(".")[0]) * 1000 and session not in self._ended else None
 
     def csrf(self, request: web.Request) -> str:
         """Return the CSRF token, which the forms and scripts of this session send back."""

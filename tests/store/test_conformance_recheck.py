@@ -195,3 +195,36 @@ async def test_a_batch_that_is_asked_for_anew_is_not_pruned(store: Engine, backe
     while await store.prune(LATER, LATER, 100):
         pass
     assert await summary(backend) == [("batch", "pending", 1, 1, 0, 0, 0, 0)]
+
+
+DAY_MS = 86_400_000
+
+
+async def test_files_that_wait_for_longer_than_the_limit_become_due_and_spend_nothing(
+    store: Engine, backend: Backend
+) -> None:
+    """Row 132: their next attempt was written while the clock was 400 days ahead."""
+    await take_in(store, finished("late"), finished("soon"), finished("settled"))
+    late, soon, settled = await claim(store)
+    results = [
+        again(late, NOW + 400 * DAY_MS), again(soon, NOW + DAY_MS), found(settled)
+    ]  # fmt: skip
+    await store.record(results, NOW)
+    assert await store.make_due(NOW + 400 * DAY_MS, NOW, 10) == Restart(0, frozenset())
+    assert await store.make_due(NOW + DAY_MS, NOW, 10) == Restart(1, frozenset({HOST}))
+    assert await store.make_due(NOW + DAY_MS, NOW, 10) == Restart(0, frozenset())
+    rows = await backend.rows("SELECT oss_object_name, state, attempts, next_attempt_at FROM file ORDER BY 1")
+    assert rows == [
+        ("late", "pending", 1, NOW), ("settled", "available", 1, None), ("soon", "pending", 1, NOW + DAY_MS)
+    ]  # fmt: skip
+    assert [file.id for file in await claim(store)] == [late.id]
+
+
+async def test_files_of_many_hosts_become_due_a_limited_number_at_a_time(store: Engine) -> None:
+    for host in ("a.example", "b.example", "c.example"):
+        await take_in(store, *(finished(f"{n}", host=host) for n in range(3)), batch_id=host)
+        files = await claim(store, host)
+        await store.record([again(file, NOW + 400 * DAY_MS) for file in files], NOW)
+    made = [await store.make_due(NOW + DAY_MS, NOW, 4) for _ in range(4)]
+    assert [each.files for each in made] == [4, 4, 1, 0]
+    assert frozenset().union(*(each.hosts for each in made)) == {"a.example", "b.example", "c.example"}

@@ -45,6 +45,7 @@ from tests.store.builders import (
     blocked,
     claim_one,
     deliver,
+    delivery,
     failed,
     finished,
     found,
@@ -590,3 +591,13 @@ async def test_closing_waits_for_the_calls_under_way_and_refuses_what_comes_late
     for call in (much.totals(), much.batch(1), much.search("a", 1), much.files(FileFilter(), None, 1)):
         with pytest.raises(StoreUnavailableError, match="closed"):
             await call
+
+
+async def test_ended_sessions_are_kept_and_no_nonce_is_taken_for_one(store: Engine, backend: Backend) -> None:
+    records = await backend.records()
+    assert await records.ended_sessions() == []
+    for session in ("2.b", "1.a", "2.b"):
+        await store.end_session(session, NOW + 1)
+    await store.accept(delivery(nonce=("session&1", NOW + 1)))
+    await store.accept(delivery(nonce=("sessions&1", NOW + 1)))
+    assert sorted(await records.ended_sessions()) == ["1.a", "2.b"]

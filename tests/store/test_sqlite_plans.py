@@ -20,8 +20,9 @@ from tests.support.sqlite_faults import connection_of, opened
 SQL = load_queries("sqlite")
 Parameters = Sequence[Any] | dict[str, Any]
 
-# Run once, when the store is opened; or over the rejections, whose number is bounded.
-MAY_WALK = {"backlog", "inbox_files", "rejection_size"}
+# Run once, when the store is opened; or over the rejections, whose number is bounded; or every ten minutes, over the
+# hosts with pending files, with a seek for each.
+MAY_WALK = {"backlog", "inbox_files", "rejection_size", "late_files"}
 # Walk from one end of a table and stop early; how early, the steps below tell.
 WALK_FROM_AN_END = {"inbox_start", "prune_notifications", "rejection_oldest", "prune_rejections", "rejection_newest"}
 
@@ -40,6 +41,8 @@ OUTCOME = ["available", None, 1, None, 200, 1, "t", "e", "m", None, "a", 1.0, NO
 WITH: dict[str, Parameters | tuple[int, int, list[Any]]] = {
     "accept": rows(*(["b", "a", NOW, "r", "none", "id", 1, None, b"{}"] for _ in range(3))),
     "nonce_purge": [0],
+    "late_files_due": [NOW, ID_TEXT],
+    "late_deliveries_due": [NOW, NOW + 400 * 86_400_000],
     "nonce_consume": ["new", NOW],
     "reject": rows([NOW, "r", "400", "d", b"{}", "id"]),
     "rejection_replayed": ["3"],

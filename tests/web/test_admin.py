@@ -182,7 +182,7 @@ async def open_browser(tmp_path: Path) -> AsyncIterator[Any]:
 
         async def logout(request: web.Request) -> web.StreamResponse:
             response = web.Response(text="out")
-            admin.log_out(response)
+            await admin.log_out(request, response)
             return response
 
         app = web.Application()
@@ -241,8 +241,11 @@ async def test_a_log_in_ends_in_time_and_with_the_log_out(open_browser: Any) -> 
     clock.fixed += 1
     assert (await browser.ask("GET", "/page")).status == 401
     await browser.log_in()
+    cookie = browser.cookie.value
     answer = await browser.ask("POST", "/logout", {CSRF_HEADER: await browser.csrf()})
     assert answer.status == 200
+    # A copy of the cookie is worth nothing either.
+    assert (await browser.ask("GET", "/page", {"Cookie": f"{COOKIE}={cookie}"})).status == 401
     assert browser.cookie.value == "" and int(browser.cookie["max-age"]) == 0
 
 
@@ -457,6 +460,27 @@ async def test_configured_token_makes_no_file_and_no_log_in_address(start_server
     daemon = await start_server(auth={"admin_token": TOKEN})
     assert not daemon.path.with_name("admin_token").exists()
     assert not [event for event in events.all[since:] if "/ui/login" in str(event.get("url"))]
+
+
+async def logged_in(daemon: AppServer) -> str:
+    """Log in with the token; the cookie as a browser sends it."""
+    answer = await daemon.ask("POST", "/ui/login", anonymous=True, data={"token": daemon.token}, allow_redirects=False)
+    return f"{COOKIE}={SimpleCookie(answer.headers['Set-Cookie'])[COOKIE].value}"
+
+
+async def test_log_out_ends_one_session_and_holds_after_a_restart(start: Start) -> None:
+    daemon = await start()
+    ended, other = await logged_in(daemon), await logged_in(daemon)
+    page = (await daemon.get("/", anonymous=True, headers={"Cookie": ended})).body.decode()
+    csrf = page.partition('name="csrf" value="')[2].partition('"')[0]
+    answer = await daemon.ask(
+        "POST", "/ui/logout", anonymous=True, headers={"Cookie": ended}, data={"csrf": csrf}, allow_redirects=False
+    )
+    assert answer.status == 303
+    await daemon.stop()
+    again = await start()
+    for each, status in ((ended, 401), (other, 200)):
+        assert (await again.get("/api/v1/totals", anonymous=True, headers={"Cookie": each})).status == status
 
 
 # --- The log-in address ---

@@ -63,6 +63,9 @@ SELECT key, expires_at FROM unnest($1::text[], $2::bigint[]) AS fresh (key, expi
 ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at WHERE known.expires_at < $3
 RETURNING key;
 
+-- name: session_end
+INSERT INTO nonce (key, expires_at) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING;
+
 -- name: nonces_purge
 DELETE FROM nonce
 WHERE key = ANY(ARRAY(
@@ -285,6 +288,38 @@ SELECT
 FROM pending_host
 WHERE host IS NOT NULL
 LIMIT $2;
+
+-- What waits for longer than any schedule says: a seek of file_due for each host. What another node works on is skipped.
+-- name: late_files_due
+WITH RECURSIVE pending_host (host) AS (
+    (SELECT host FROM file WHERE state = 'pending' AND host > '' ORDER BY host LIMIT 1)
+    UNION ALL
+    SELECT (SELECT host FROM file WHERE state = 'pending' AND host > pending_host.host ORDER BY host LIMIT 1)
+    FROM pending_host
+    WHERE pending_host.host IS NOT NULL
+),
+late (id) AS (
+    SELECT late_of_host.id
+    FROM pending_host CROSS JOIN LATERAL (
+        SELECT id FROM file
+        WHERE state = 'pending' AND file.host = pending_host.host AND next_attempt_at > $1
+        LIMIT $3
+    ) AS late_of_host
+    LIMIT $3
+),
+locked (id) AS (
+    SELECT id FROM file
+    WHERE id = ANY(ARRAY(SELECT id FROM late)) AND next_attempt_at > $1
+    ORDER BY id
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE file SET next_attempt_at = $2
+WHERE id = ANY(ARRAY(SELECT id FROM locked))
+RETURNING id, host;
+
+-- name: late_deliveries_due
+UPDATE forward SET next_attempt_at = $1
+WHERE endpoint = ANY(ARRAY(SELECT name FROM endpoint)) AND state = 'pending' AND next_attempt_at > $2;
 
 -- For all hosts at once; of each from behind the place to which this node has claimed before, so that what it holds is
 -- not looked at again and again. What another node is claiming at this moment is skipped. The SELECT may have missed a

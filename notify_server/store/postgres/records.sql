@@ -141,6 +141,9 @@ FROM (
     LIMIT :limit
 ) AS waiting;
 
+-- name: ended_sessions
+SELECT json_agg(key) FROM nonce WHERE key >= :first AND key < :end;
+
 -- name: rejections
 SELECT json_agg(:rejection_item)
 FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit) AS found;

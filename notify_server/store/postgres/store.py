@@ -18,7 +18,7 @@ import structlog
 from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreUnavailableError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, InboxItem, Rejection, Restart
-from notify_server.store.base import Expansion, Nodes
+from notify_server.store.base import SESSION_PREFIX, Expansion, Nodes
 from notify_server.store.batching import GroupCommit
 from notify_server.store.limits import clamp
 from notify_server.store.merge import first_of_each
@@ -41,6 +41,7 @@ from notify_server.store.postgres.session import (
 )
 from notify_server.store.postgres.writes import (
     insert_deliveries,
+    make_due,
     prune,
     write_deliveries,
     write_discard,
@@ -297,6 +298,17 @@ class PostgresStore:
             # On the connection of acks, so that what holds them up is seen.
             async with self._acks.use() as connection:
                 await transact(connection, partial(write_heartbeat, now=now))
+
+    async def make_due(self, beyond: int, now: int, limit: int) -> Restart:
+        async with self._pool.verb_connection() as connection:
+            restart = await transact(connection, partial(make_due, beyond=clamp(beyond), now=clamp(now), limit=limit))
+        if restart.files:
+            self._node.call(WORK)
+        return restart
+
+    async def end_session(self, session: str, ends_at: int) -> None:
+        async with self._pool.verb_connection() as connection:
+            await connection.execute(SQL["session_end"], SESSION_PREFIX + session, clamp(ends_at))
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         job = partial(

@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from notify_server.errors import NonceReusedError, NotifyServerError
 from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, InboxItem, Rejection, Restart
 from notify_server.store.base import rejection_gone, valid_ids
-from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
+from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
 from notify_server.store.postgres.expecting import SQL as EXPECTATION_SQL
@@ -200,6 +200,14 @@ async def write_recheck(connection: Connection, files: Sequence[int], now: int) 
     await connection.execute(SQL["recheck_batches"], *arrays(by_batch(settled), 4))
     reopened = sum(sum(states.values()) for states in settled.values())
     return reopened, Restart(len(found), frozenset(host for _, _, host, _ in found))
+
+
+async def make_due(connection: Connection, beyond: int, now: int, limit: int) -> Restart:
+    """Make files and deliveries due that wait for too long. See base.Store.make_due."""
+    found = await connection.fetch(SQL["late_files_due"], beyond, now, limit)
+    await connection.execute(SQL["leases_restart"], [id for id, _ in found])
+    await connection.execute(SQL["late_deliveries_due"], now, beyond + DELIVERY_WAIT_MS)
+    return Restart(len(found), frozenset(host for _, host in found))
 
 
 async def prune(connection: Connection, events: Events, completed_before: int, rejected_before: int, limit: int) -> int:

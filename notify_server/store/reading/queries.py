@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from notify_server.store.base import MAX_ID
+from notify_server.store.base import MAX_ID, SESSION_PREFIX
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
 from notify_server.store.reading.expectations import ExpectationRecords
 from notify_server.store.reading.outbox import OutboxRecords
@@ -195,6 +195,11 @@ class QueriedRecords(ABC):
         if len(items) > limit:
             return Page(items[:limit], encode_cursor(*walk.key_of(items[limit - 1])))
         return Page(items, None if row[1] is None else encode_cursor(*msgspec.json.decode(row[1])))
+
+    async def ended_sessions(self) -> list[str]:
+        # The range of all keys that begin with the prefix: "0" follows "/".
+        keys = await self._list(str, "ended_sessions", first=SESSION_PREFIX, end=SESSION_PREFIX[:-1] + "0")
+        return [key.removeprefix(SESSION_PREFIX) for key in keys]
 
     async def _list(self, kind: type[T], query: str, **parameters: object) -> list[T]:
         row = await self._get(query, **parameters)

@@ -245,5 +245,8 @@ class Records(Protocol):
     async def rejected_body(self, id: int) -> bytes | None:
         """Return the body of a rejection as received."""
 
+    async def ended_sessions(self) -> list[str]:
+        """Return the log-ins that were ended and would not have ended by themselves long ago."""
+
     async def search(self, text: str, limit: int) -> Found:
         """Return batches by the beginning of their batch_id, and files of the newest batches by their whole key."""

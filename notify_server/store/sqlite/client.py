@@ -313,6 +313,13 @@ class SqliteClient:
     async def ping(self, now: int) -> None:
         await self._call("ping", now)
 
+    async def make_due(self, beyond: int, now: int, limit: int) -> Restart:
+        restart: Restart = await self._call("make_due", beyond, now, limit)
+        return restart
+
+    async def end_session(self, session: str, ends_at: int) -> None:
+        await self._call("end_session", session, ends_at)
+
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         deleted: int = await self._call("prune", completed_before, rejected_before, limit)
         return deleted

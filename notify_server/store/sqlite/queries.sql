@@ -181,6 +181,30 @@ SELECT json_group_array(
 FROM pending_host
 WHERE host IS NOT NULL;
 
+-- What waits for longer than any schedule says: a seek of file_due for each host.
+-- name: late_files
+WITH RECURSIVE pending_host (host) AS (
+    SELECT (SELECT host FROM file WHERE state = 'pending' AND host > '' ORDER BY host LIMIT 1)
+    UNION ALL
+    SELECT (SELECT host FROM file WHERE state = 'pending' AND host > pending_host.host ORDER BY host LIMIT 1)
+    FROM pending_host
+    WHERE pending_host.host IS NOT NULL
+)
+SELECT json_group_array(json_array(id, host))
+FROM (
+    SELECT file.id, file.host
+    FROM pending_host CROSS JOIN file INDEXED BY file_due
+        ON file.host = pending_host.host AND file.state = 'pending' AND file.next_attempt_at > :beyond
+    LIMIT :limit
+);
+
+-- name: late_files_due
+UPDATE file SET next_attempt_at = ? WHERE id IN (SELECT value FROM json_each(?));
+
+-- name: late_deliveries_due
+UPDATE forward SET next_attempt_at = ?
+WHERE endpoint IN (SELECT name FROM endpoint) AND state = 'pending' AND next_attempt_at > ?;
+
 -- name: claim
 -- Those that are due at the same time as :id come first, for themselves: comparing both columns at once, SQLite would
 -- walk over all of them again.

@@ -142,6 +142,9 @@ FROM (
     LIMIT :limit
 );
 
+-- name: ended_sessions
+SELECT json_group_array(key) FROM nonce WHERE key >= :first AND key < :end;
+
 -- name: rejections
 SELECT json_group_array(:rejection_item)
 FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit);

@@ -17,7 +17,7 @@ import msgspec
 
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, InboxItem, Rejection, Restart
-from notify_server.store.base import CLOSE_SECONDS, Expansion, Nodes
+from notify_server.store.base import CLOSE_SECONDS, SESSION_PREFIX, Expansion, Nodes
 from notify_server.store.merge import first_of_each
 from notify_server.store.sql import load_queries
 from notify_server.store.sqlite import writes
@@ -225,6 +225,20 @@ class SqliteStore:
 
     async def ping(self, now: int) -> None:
         await self._writer.transaction(lambda connection: connection.execute(SQL["heartbeat"], (now,)))
+
+    async def make_due(self, beyond: int, now: int, limit: int) -> Restart:
+        reset: set[int] = set()
+
+        def write(connection: sqlite3.Connection) -> Restart:
+            nonlocal reset
+            reset, restart = writes.make_due(connection, beyond, now, limit)
+            return restart
+
+        return await self._writer.transaction(write, on_commit=lambda: self._claims.reset(reset))
+
+    async def end_session(self, session: str, ends_at: int) -> None:
+        row = (SESSION_PREFIX + session, ends_at)
+        await self._writer.transaction(lambda connection: connection.execute(SQL["nonce_consume"], row))
 
     async def prune(self, completed_before: int, rejected_before: int, limit: int) -> int:
         def write(connection: sqlite3.Connection) -> int:

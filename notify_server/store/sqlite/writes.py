@@ -22,7 +22,7 @@ from notify_server.model import (
     Verdict,
 )
 from notify_server.store.base import Expansion, rejection_gone
-from notify_server.store.limits import MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
+from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.sql import expand_rows, load_queries
 from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
@@ -173,6 +173,17 @@ def write_recheck(connection: sqlite3.Connection, files: Sequence[int], now: int
         _insert(connection, "recheck_batches", rows)
     reopened = sum(sum(states.values()) for states in settled.values())
     return reopened, restarted, Restart(len(found), frozenset(host for _, _, host, _ in found))
+
+
+def make_due(connection: sqlite3.Connection, beyond: int, now: int, limit: int) -> tuple[set[int], Restart]:
+    """Return the files that were made due, and the answer. See base.Store.make_due."""
+    parameters = {"beyond": beyond, "limit": limit}
+    (answer,) = connection.execute(SQL["late_files"], parameters).fetchone()
+    found: list[tuple[int, str]] = msgspec.json.decode(answer, type=list[tuple[int, str]])
+    ids = {id for id, _ in found}
+    connection.execute(SQL["late_files_due"], (now, msgspec.json.encode(list(ids)).decode()))
+    connection.execute(SQL["late_deliveries_due"], (now, beyond + DELIVERY_WAIT_MS))
+    return ids, Restart(len(ids), frozenset(host for _, host in found))
 
 
 def write_results(

@@ -110,7 +110,7 @@ def _is_prefetch(request: web.Request) -> bool:
 
 async def logout(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
     response = dashboard.redirect(request, "/ui/login")
-    dashboard.admin.log_out(response)
+    await dashboard.admin.log_out(request, response)
     return response
 
 
