@@ -35,7 +35,20 @@ Run = Callable[[Setting], Awaitable[list[Figure]]]
 
 PARTS = {
     name: f"tests.torture.{name}"
-    for name in ("crash", "fsync", "stop", "hang", "nodes", "soak", "fuzz", "addresses", "slow", "origins", "dead_host")
+    for name in (
+        "crash",
+        "fsync",
+        "stop",
+        "hang",
+        "nodes",
+        "soak",
+        "fuzz",
+        "addresses",
+        "slow",
+        "origins",
+        "dead_host",
+        "forward",
+    )
 }
 # What a part may take at most: so much whatever its scale, and three times what the longest is meant to take.
 LEAST_SECONDS = 120.0

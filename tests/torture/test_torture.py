@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.torture import crash, fsync, hang, nodes, soak, stop
+from tests.torture import crash, forward, fsync, hang, nodes, soak, stop
 from tests.torture.__main__ import PARTS, Part, arguments, load, report, run_part
 from tests.torture.figures import Figure, Setting
 
@@ -54,6 +54,13 @@ async def test_one_of_two_nodes_that_is_killed_under_load_loses_nothing_and_the_
     assert not_met(figures) == []
     assert figures[0].counts["files"] == 10_000
     assert figures[3].counts["claimed"] > 0
+
+
+async def test_daemon_killed_while_it_forwards_loses_no_verdict_and_sends_none_stale(tmp_path: Path, seed: int) -> None:
+    figures = await forward.kills(Setting(seed, 0.005, tmp_path))
+    # Whether a single kill finds deliveries that are not recorded is chance.
+    assert not_met(figures[:3]) == []
+    assert figures[0].counts["events"] > 0
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
