@@ -30,7 +30,7 @@ from notify_server.config import LogConfig
 from notify_server.telemetry.logging import set_up_logging
 from tests.bench.figures import MissingToolError, Outcome, Setting, show
 
-PARTS = ("acks", "latency", "verdict", "probes", "together", "growth", "backlog", "dashboard", "postgres")
+PARTS = ("acks", "latency", "verdict", "probes", "together", "growth", "backlog", "dashboard", "postgres", "forward")
 
 
 class Part(Protocol):

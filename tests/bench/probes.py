@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -113,8 +114,10 @@ def curl(task: Task) -> Probing:
     return run
 
 
-def ours(task: Task, *, processes: int = 1) -> Probing:
-    """The daemon, from its first request to its last verdict, on a store that has them all waiting."""
+def ours(task: Task, *, processes: int = 1, settings: Mapping[str, str] = MappingProxyType({})) -> Probing:
+    """The daemon, from its first request to its last verdict, on a store that has them all waiting. `settings` are more
+    keys of its configuration.
+    """
     store = task.work / f"probes-{time.time_ns()}.db"
     lead = LEAD_SECONDS
     due_at = unix_ms() + round(lead * 1000)
@@ -123,7 +126,7 @@ def ours(task: Task, *, processes: int = 1) -> Probing:
     limits["verify__processes"] = str(processes)
     if task.origin.ca_file:
         limits["verify__ca_file"] = str(task.origin.ca_file)
-    with daemon(store, **limits) as server:
+    with daemon(store, **limits, **settings) as server:
         # Whatever starting took is not the files'.
         while (left := due_at - unix_ms()) > 100:
             time.sleep((left - 50) / 1000)
