@@ -103,7 +103,7 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
     deadline = clock() + START_SECONDS
     while clock() < deadline:
         exited = process.returncode is not None
-        lines = _whole_lines(log)
+        lines = whole_lines(log)
         for line in lines:
             if '"ready for notifications"' in line:
                 return str(msgspec.json.decode(line)["url"])
@@ -113,7 +113,8 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
     raise SimulationError(f"the daemon is not ready after {START_SECONDS:g} seconds: see {log}")
 
 
-def _whole_lines(log: Path) -> list[str]:
+def whole_lines(log: Path) -> list[str]:
+    """Return the lines of a log that are written to their end."""
     return log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 

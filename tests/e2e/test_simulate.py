@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from rich.console import Console
@@ -25,7 +26,9 @@ from notify_server.simulator.plan import Kind, Plan
 from notify_server.simulator.platform import SimulationError
 from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.lock import FileLock
+from tests.support.cli import running
 from tests.support.daemon import Daemon, Finished, clean_environment, process_gone, run_command, to_toml
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -227,3 +230,26 @@ async def stop(process: asyncio.subprocess.Process, number: signal.Signals) -> t
         _, errors = await process.communicate()
     await process_gone(process.pid)
     return process.returncode, errors.decode()
+
+
+async def test_the_demo_shows_a_dashboard_that_one_click_opens_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    # Cookies of an address, not of a name.
+    jar = aiohttp.CookieJar(unsafe=True)
+    async with (
+        running("demo", "--keep", str(tmp_path / "demo"), cwd=tmp_path) as process,
+        aiohttp.ClientSession(cookie_jar=jar) as web,
+    ):
+        assert process.stdout is not None
+        shown = (await process.stdout.readuntil(b"Ctrl-C stops.")).decode()
+        (address,) = re.findall(r"http://127\.0\.0\.1:\d+/ui/login/\S+", shown)
+        async with web.get(address) as page:
+            assert page.status == 200
+            assert page.url.path == "/"
+        record = tmp_path / "demo" / "notify.db"
+        with contextlib.closing(sqlite3.connect(f"file:{record}?mode=ro", uri=True)) as reader:
+            first = reader.execute("SELECT count(*) FROM notification").fetchone()[0]
+            assert first >= 40
+            # One more every few seconds.
+            await eventually(lambda: reader.execute("SELECT count(*) FROM notification").fetchone()[0] > first)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0

@@ -22,6 +22,18 @@ def _share(text: str) -> Any:
 
 
 @app.command()
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="The directory, instead of a temporary one.")
+    ] = None,
+) -> None:
+    """Run a server with a record full of life, and show the address of its dashboard. Ctrl-C stops it."""
+    from notify_server.cli.demo import run
+
+    run(keep)
+
+
+@app.command()
 def simulate(
     config: ConfigOption = None,
     url: Annotated[
