@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent.parent
 ROWS = 90
 LAST_ROW = 135
 REAL_USE = "I"
+FORWARDING = "J"
 # Of each group, the first row: the groups follow one another without a gap.
 GROUPS = {"A": 1, "B": 33, "C": 41, "D": 51, "E": 57, "F": 69, "G": 79, "H": 85}
 
@@ -54,10 +55,10 @@ def test_every_row_is_there_once_in_its_order_and_group() -> None:
     assert numbers[:ROWS] == list(range(1, ROWS + 1))
     # Rows of what real use has broken follow, each once, in the order of their numbers.
     assert numbers == sorted(set(numbers))
-    assert numbers[-1] <= LAST_ROW
     assert {group: min(row.number for row in TABLE if row.group == group) for group in GROUPS} == GROUPS
-    assert {row.group for row in TABLE} == {*GROUPS, REAL_USE}
-    assert all((row.group == REAL_USE) == (row.number > ROWS) for row in TABLE)
+    assert {row.group for row in TABLE} == {*GROUPS, REAL_USE, FORWARDING}
+    assert all((row.group == REAL_USE) == (ROWS < row.number <= LAST_ROW) for row in TABLE)
+    assert all((row.group == FORWARDING) == (row.number > LAST_ROW) for row in TABLE)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row.number))
