@@ -71,6 +71,11 @@ class Reason(StrEnum):
     PORT_NOT_ALLOWED = "port_not_allowed"
     HOST_NOT_ALLOWED = "host_not_allowed"
     INVALID_URL = "invalid_url"
+    EMPTY = "empty"
+    NOT_MEDIA = "not_media"
+    ARCHIVED = "archived"
+    HOTLINK = "hotlink"
+    EXPIRED = "expired"
 
 
 def http_reason(status: int) -> str:
@@ -170,13 +175,17 @@ class UrlGuard(Protocol):
 
 
 class DueFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A claimed file: pending, due, and reserved until it is recorded or released."""
+    """A claimed file: pending, due, and reserved until it is recorded or released. `expires_at` is when its signed
+    address ends, None when that is unknown or never.
+    """
 
     id: int
     batch: int
     host: str
     target_url: str
     attempts: int
+    oss_object_name: str = ""
+    expires_at: int | None = None
 
 
 class HostDue(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -213,7 +222,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
 
     `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards. A GET asks for the
-    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers. `address_limit` is
+    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers. With `sniff` a GET
+    reads the first 512 bytes, to tell what kind of file it is. `address_limit` is
     how many requests of this prober may dial one address and port at a time (0: any number).
     """
 
@@ -226,6 +236,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     keep: bool = True
     ranged: bool = True
     address_limit: int = 0
+    sniff: bool = False
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -238,6 +249,8 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
     `shortage` is true when this machine had no port or descriptor left, so that nothing was sent; `crowded` when as
     many requests as allowed were under way to the address, which is `remote_addr` then.
+    `vendor_request_id` and `vendor_code` are the storage vendor's id of the request and code of its error; `headers`
+    are further header fields, by their name in lower case. `sniffed` is the media type that the first bytes show.
     """
 
     id: int
@@ -259,6 +272,10 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refused: bool = False
     shortage: bool = False
     crowded: bool = False
+    vendor_request_id: str | None = None
+    vendor_code: str | None = None
+    headers: dict[str, str] | None = None
+    sniffed: str | None = None
 
 
 class AttemptRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -275,12 +292,15 @@ class AttemptRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     first_byte_ms: float | None
     total_ms: float
     remote_addr: str | None
+    vendor_request_id: str | None = None
+    vendor_code: str | None = None
 
 
 class FileResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The outcome of one attempt on a claimed file, to be recorded with the requests it took.
 
     `state` is PENDING with `next_attempt_at` set when the file is to be tried again. `attempts` is the new total.
+    `headers` is a JSON object, see `Evidence`; `flags` a JSON list of what is remarkable and no reason to fail.
     """
 
     file: DueFile
@@ -298,6 +318,10 @@ class FileResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     elapsed_ms: float | None
     verified_at: int | None
     requests: tuple[AttemptRow, ...] = ()
+    vendor_request_id: str | None = None
+    vendor_code: str | None = None
+    headers: str | None = None
+    flags: str | None = None
 
 
 class BatchVerdict(msgspec.Struct, frozen=True):

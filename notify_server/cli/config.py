@@ -113,14 +113,30 @@ def settings(config: Config, file: Path | None, environ: Mapping[str, str]) -> I
     tables = {} if file is None else tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     variables = _variables(environ)
     for section, model in config:
-        if section == FORWARD:
+        if section != FORWARD:
+            yield from _settings(section, model, file, tables.get(section, {}), variables)
+
+
+def _settings(
+    section: str,
+    model: BaseModel,
+    file: Path | None,
+    table: Mapping[str, Any],
+    variables: Mapping[tuple[str, str], str],
+) -> Iterator[Setting]:
+    """Yield the keys of a section, then those of its tables."""
+    inner: list[tuple[str, BaseModel]] = []
+    for key, field in type(model).model_fields.items():
+        value = getattr(model, key)
+        if isinstance(value, BaseModel):
+            inner.append((key, value))
             continue
-        for key, field in type(model).model_fields.items():
-            variable = variables.get((section, key))
-            source = f"environment {variable}" if variable else "default"
-            if not variable and key in tables.get(section, {}):
-                source = str(file)
-            yield Setting(section, key, _plain(getattr(model, key), field), source)
+        outer, _, rest = f"{section}.{key}".replace(".", "__").partition("__")
+        variable = variables.get((outer, rest))
+        source = f"environment {variable}" if variable else str(file) if key in table else "default"
+        yield Setting(section, key, _plain(value, field), source)
+    for key, value in inner:
+        yield from _settings(f"{section}.{key}", value, file, table.get(key, {}), variables)
 
 
 def forwarded(config: Config, file: Path | None, environ: Mapping[str, str]) -> Setting:

@@ -12,6 +12,7 @@ from notify_server.config.sections import (
     RetentionConfig,
     ServerConfig,
     StoreConfig,
+    UsableConfig,
     VerifyConfig,
     version,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ServerConfig",
     "StatusRange",
     "StoreConfig",
+    "UsableConfig",
     "VerifyConfig",
     "load_config",
     "version",

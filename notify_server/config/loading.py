@@ -48,7 +48,7 @@ def load_config(path: Path | None, *, environ: Mapping[str, str] = os.environ, c
             values[section] = variables.get(section, tables.get(section, []))
             continue
         table = tables.get(section, {})
-        values[section] = table | variables.get(section, {}) if isinstance(table, dict) else table
+        values[section] = _merge(section, table, variables.get(section, {})) if isinstance(table, dict) else table
     config = None
     try:
         config = Config(**values)
@@ -93,6 +93,11 @@ def _sort_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
             known[name] = value
         elif section not in Config.model_fields:
             problems.append(f"environment {name}: {_unknown('section', section, Config.model_fields)}")
+        elif key.partition("__")[2] and (table := _table(section, key.partition("__")[0])) is not None:
+            if (inner := key.partition("__")[2]) in table.model_fields:
+                known[name] = value
+            else:
+                problems.append(f"environment {name}: {_unknown('key', inner, table.model_fields)}")
         elif key not in _keys(section):
             problems.append(f"environment {name}: {_unknown('key', key, _keys(section))}")
         else:
@@ -111,10 +116,23 @@ def _nest(variables: Mapping[str, str]) -> dict[str, Any]:
         if not key:
             nested[section] = _decode(value)
         else:
-            origin = get_origin(_section(section).model_fields[key].annotation)
+            place, kind = nested.setdefault(section, {}), _section(section)
+            outer, _, inner = key.partition("__")
+            if inner and (table := _table(section, outer)) is not None:
+                place, kind, key = place.setdefault(outer, {}), table, inner
+            origin = get_origin(kind.model_fields[key].annotation)
             is_collection = isinstance(origin, type) and issubclass(origin, (tuple, Mapping))
-            nested.setdefault(section, {})[key] = _decode(value) if is_collection else value
+            place[key] = _decode(value) if is_collection else value
     return nested
+
+
+def _merge(section: str, table: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the variables' values over those of the file, also within its tables."""
+    merged = {**table, **variables}
+    for key in table.keys() & variables.keys():
+        if _table(section, key) is not None and isinstance(table[key], dict):
+            merged[key] = {**table[key], **variables[key]}
+    return merged
 
 
 def _decode(value: str) -> Any:
@@ -136,6 +154,13 @@ def _keys(section: str) -> Iterable[str]:
 
 def _section(name: str) -> type[Section]:
     return cast("type[Section]", Config.model_fields[name].annotation)
+
+
+def _table(section: str, key: str) -> type[Section] | None:
+    """Return the table that a key of a section is, such as `[verify.usable]`; None for any other key."""
+    field = None if section == FORWARD else _section(section).model_fields.get(key)
+    kind = None if field is None else field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -191,7 +216,15 @@ def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]])
     # An error of the whole configuration comes from its only rule.
     section, *rest = error["loc"] or _ROLES
     inside_hosts = (section, *rest[:1]) == ("verify", "hosts") and len(rest) > 1
-    if rest and rest[0] in variables.get(str(section), {}):
+    inner = _table(str(section), str(rest[0])) if rest else None
+    set_there = variables.get(str(section), {})
+    if inner is not None and len(rest) > 1:
+        outer = rest.pop(0)
+        if rest[0] in cast("Mapping[str, object]", set_there.get(str(outer), {})):
+            place = "environment " + f"{ENV_PREFIX}{section}__{outer}__{rest.pop(0)}".upper()
+        else:
+            place = f"[{section}.{outer}]"
+    elif rest and rest[0] in set_there:
         place = "environment " + f"{ENV_PREFIX}{section}__{rest.pop(0)}".upper()
     elif inside_hosts:
         place, rest = f"[verify.hosts.{show(rest[1])}]", rest[2:]
@@ -203,7 +236,7 @@ def _problem(error: ErrorDetails, variables: Mapping[str, Mapping[str, object]])
         case "value_error":
             what = str(error["ctx"]["error"])
         case "extra_forbidden":
-            known = HostSettings.model_fields if inside_hosts else _keys(str(section))
+            known = HostSettings.model_fields if inside_hosts else inner.model_fields if inner else _keys(str(section))
             what = _unknown("key", str(error["loc"][-1]), known)
         case "literal_error":
             wanted = error["ctx"]["expected"].replace("'", '"')

@@ -20,6 +20,7 @@ from notify_server.config.values import (
     Duration,
     HeaderValue,
     HostPattern,
+    MediaPattern,
     Method,
     Networks,
     Port,
@@ -209,6 +210,26 @@ def _user_agent() -> str:
     return f"notify-server/{version()}".removesuffix("/")
 
 
+Action = Literal["fail", "flag", "off"]
+
+
+class UsableConfig(Section):
+    """`[verify.usable]`: what makes a file that is there unavailable ("fail"), or is only shown ("flag")."""
+
+    empty: Action = "fail"
+    not_media: Action = "fail"
+    archived: Action = "fail"
+    hotlink: Action = "fail"
+    expired: Action = "fail"
+    sniff: Literal["off", "doubtful", "all"] = "doubtful"
+    expect: tuple[MediaPattern, ...] = ()
+
+    def action(self, reason: str) -> str:
+        """Return what is done about a reason."""
+        action: str = getattr(self, reason)
+        return action
+
+
 class VerifyConfig(HostSettings):
     """`[verify]`: how files are checked. `for_host` returns the settings of one host."""
 
@@ -225,6 +246,7 @@ class VerifyConfig(HostSettings):
     referer: HeaderValue | None = None
     ca_file: ReadableFile | None = None
     hosts: Mapping[HostPattern, HostSettings] = Field(default_factory=dict)
+    usable: UsableConfig = Field(default_factory=UsableConfig)
 
     @field_validator("concurrency")
     @classmethod

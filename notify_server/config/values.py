@@ -286,6 +286,9 @@ Text = Annotated[str, PlainValidator(text)]
 HeaderValue = Annotated[str, PlainValidator(matching(r"[!-~]([ -~]*[!-~])?", "printable ASCII, not blank at its ends"))]
 Token = Annotated[SecretStr, PlainValidator(token)]
 Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]
+MediaPattern = Annotated[
+    str, PlainValidator(matching(r"[a-z]+/(?:\*|[a-z0-9][a-z0-9.+-]*)", 'a media type, like "image/*" or "video/mp4"'))
+]
 HostPattern = Annotated[str, PlainValidator(host_pattern)]
 ReadableFile = Annotated[Path, PlainValidator(readable_file)]
 Method = Literal["HEAD", "GET"]

@@ -179,6 +179,7 @@ class MissingRow(msgspec.Struct, frozen=True, array_like=True):
     http_status: int | None
     attempts: int
     last_attempt_at: int | None
+    vendor_request_id: str | None = None
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
@@ -259,6 +260,7 @@ def missing_file(row: MissingRow) -> MissingFile:
         row.http_status,
         row.attempts,
         utc(row.last_attempt_at),
+        row.vendor_request_id,
     )
 
 

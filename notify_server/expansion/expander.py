@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import structlog
 
 from notify_server.contract.envelope import open_envelope
+from notify_server.contract.expiry import expiry
 from notify_server.contract.trace_context import trace_fields
 from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import ContractError, StoreUnavailableError
@@ -121,7 +122,10 @@ class Expander:
         assert entry.target_url is not None
         target = self._guard.examine(entry.target_url)
         if target.refusal is None:
-            return NewFile(entry.oss_object_name, entry.target_url, target.host, entry.status, FileState.PENDING, None)
+            return NewFile(
+                *(entry.oss_object_name, entry.target_url, target.host, entry.status, FileState.PENDING, None),
+                expiry(entry.target_url),
+            )
         # The address may be hostile, and is stored for display.
         shown = printable_url(entry.target_url)
         return NewFile(entry.oss_object_name, shown, target.host, entry.status, FileState.BLOCKED, target.refusal)

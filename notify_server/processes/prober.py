@@ -25,8 +25,16 @@ import msgspec
 import pycurl
 
 from notify_server.model import Evidence, Reason, Request
-from notify_server.processes.prober_headers import NO_ANSWER, STATUS_LINE, read_headers, status_of
+from notify_server.processes.prober_headers import (
+    NO_ANSWER,
+    STATUS_LINE,
+    error_code,
+    has_xml,
+    read_headers,
+    status_of,
+)
 from notify_server.processes.prober_protocol import ProberConfig, Ready
+from notify_server.processes.sniffing import sniff
 from notify_server.processes.worker import Input, Output, follow_daemon
 from notify_server.verify.guard import Guard
 
@@ -59,6 +67,12 @@ _REASONS = {
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
 } | dict.fromkeys(_TLS_ERRORS, Reason.TLS_ERROR)
 
+# An error's code is within the beginning of its body.
+_ERROR_BYTES = 2048
+
+# The bytes that tell a file's kind.
+_SNIFFED_BYTES = 512
+
 # Errors of connect() when this machine has no port, descriptor or memory left.
 _SHORTAGES = frozenset({errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -75,6 +89,10 @@ class Handle:
         self._lines: list[bytes] = []
         self._body_bytes = 0
         self._body_limit = 1
+        # The beginning of an error's body, None where it is not read.
+        self._error: bytearray | None = None
+        # The beginning of the file, None where it is not read.
+        self._beginning: bytearray | None = None
         self._refused: Reason | None = None
         self._shortage = False
         self._dialled = False
@@ -107,6 +125,9 @@ class Handle:
         self.request = request
         self._lines = []
         self._body_bytes = 0
+        self._body_limit = _SNIFFED_BYTES if request.sniff else 1 if request.ranged else 0
+        self._error = None
+        self._beginning = bytearray() if request.sniff else None
         self._refused = None
         self._shortage = False
         self._crowded = ""
@@ -122,7 +143,8 @@ class Handle:
             curl.setopt(pycurl.REQUEST_TARGET, url[url.index("/", len("https://")) :])
         # Most requests differ from the last one only in their address.
         manner = (
-            request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep, request.ranged
+            request.method, request.timeout_ms, request.connect_timeout_ms, request.fresh, request.keep, request.ranged,
+            request.sniff,
         )  # fmt: skip
         if manner == self._manner:
             return
@@ -133,10 +155,9 @@ class Handle:
         else:
             curl.setopt(pycurl.HTTPGET, 1)
             if request.ranged:
-                curl.setopt(pycurl.RANGE, "0-0")
+                curl.setopt(pycurl.RANGE, f"0-{_SNIFFED_BYTES - 1}" if request.sniff else "0-0")
             else:
                 curl.unsetopt(pycurl.RANGE)
-        self._body_limit = 1 if request.ranged else 0
         curl.setopt(pycurl.TIMEOUT_MS, max(1, request.timeout_ms))
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, request.connect_timeout_ms))
         curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
@@ -173,18 +194,25 @@ class Handle:
         if line.startswith(STATUS_LINE):
             status = status_of(line)
             self._interim = status.startswith(b"1")
+            self._error = bytearray() if status.startswith((b"4", b"5")) else None
             # A bad answer on a reused connection does not count, and may be data that the server sent late after the
             # previous answer. This request's own answer would then still follow, so the connection is closed: it would
             # be one answer behind forever.
             self._behind = not self._dialled and not status.startswith((b"1", b"2"))
         elif line in (b"\r\n", b"\n"):
             self._complete = not self._interim
+            if self._error is not None and self._complete and has_xml(self._lines):
+                self._body_limit = _ERROR_BYTES
             return -1 if self._behind and self._complete else None
         return None
 
     def _write(self, data: bytes) -> int | None:
         # A server that ignores the range sends the whole file: only its headers are needed, so it is cut off.
         self._body_bytes += len(data)
+        if self._error is not None:
+            self._error += data[: max(0, self._body_limit - len(self._error))]
+        elif self._beginning is not None:
+            self._beginning += data[: max(0, _SNIFFED_BYTES - len(self._beginning))]
         return None if self._body_bytes <= self._body_limit else 0
 
     def finish(self, error: int | None) -> Evidence:
@@ -224,10 +252,14 @@ class Handle:
             tls,
             first_byte,
             curl.getinfo(pycurl.TOTAL_TIME_T) / 1000,
-            *answer,
+            *answer[:6],
             os_error == errno.ECONNREFUSED,
             not answered and (self._shortage or os_error in _SHORTAGES),
             bool(crowded),
+            answer.vendor_request_id,
+            answer.vendor_code or (error_code(bytes(self._error)) if self._error else None),
+            answer.further,
+            sniff(bytes(self._beginning)) if self._beginning and 200 <= status <= 299 else None,
         )
 
     def _forget_places(self) -> None:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+
+import msgspec
 
 # Longer values are cut, because people read them.
 VALUE_LIMIT = 255
 # One more than `Guard.follow` takes, so that the beginning of a longer address is not followed.
 LOCATION_LIMIT = 8193
 
+# Fields that are kept as they are, the most important first: what is too much at the end is left out.
+_FURTHER = {
+    name: name.decode()
+    for name in (
+        b"x-oss-ec", b"x-oss-storage-class", b"x-amz-storage-class", b"x-oss-restore", b"x-amz-restore",
+        b"x-oss-expiration", b"x-amz-expiration", b"x-oss-object-type", b"x-oss-hash-crc64ecma",
+        b"x-cos-hash-crc64ecma", b"content-md5", b"content-disposition", b"content-encoding", b"server", b"date",
+        b"via", b"x-cache",
+    )
+}  # fmt: skip
+# The JSON of these is at most this many bytes.
+FURTHER_LIMIT = 2000
+_REQUEST_IDS = (
+    b"x-oss-request-id", b"x-amz-request-id", b"x-cos-request-id", b"x-tos-request-id", b"x-obs-request-id", b"x-reqid"
+)  # fmt: skip
 _KEPT = frozenset(
     {b"content-length", b"content-type", b"etag", b"last-modified", b"retry-after", b"location", b"content-range"}
+    | {b"x-oss-err", *_REQUEST_IDS, *_FURTHER}
 )
+_CODE = re.compile(rb"<Code>\s*([A-Za-z0-9._-]{1,64})\s*</Code>").search
 # C0, DEL and C1: nothing that a terminal, a log or a spreadsheet acts on.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _CONTENT_RANGE = re.compile(rb"bytes\s+(?:\d+-\d+|\*)/(\d{1,18})\s*$", re.IGNORECASE)
@@ -45,6 +66,9 @@ class Answer(NamedTuple):
     last_modified: str | None
     retry_after: str | None
     location: str | None
+    vendor_request_id: str | None = None
+    vendor_code: str | None = None
+    further: dict[str, str] | None = None
 
 
 NO_ANSWER = Answer(None, None, None, None, None, None)
@@ -87,7 +111,40 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
         _text(fields.get(b"last-modified")),
         _text(fields.get(b"retry-after")),
         None if location is None else location_text(location),
+        next((_text(fields[name]) for name in _REQUEST_IDS if name in fields), None),
+        _code_of_header(fields.get(b"x-oss-err")),
+        _further(fields),
     )
+
+
+def error_code(body: bytes) -> str | None:
+    """Return the `<Code>` of an error in the form of S3, which OSS, COS, OBS, TOS and MinIO share."""
+    found = _CODE(body)
+    return found[1].decode() if found else None
+
+
+def has_xml(lines: Sequence[bytes]) -> bool:
+    """Return True if the Content-Type names XML, the form in which storage vendors explain an error."""
+    return any(b"xml" in line and line[:13].lower() == b"content-type:" for line in map(bytes.lower, lines))
+
+
+def _code_of_header(value: bytes | None) -> str | None:
+    """Return the code of an `x-oss-err` field: OSS sends the XML of an error in it where there is no body."""
+    if value is None:
+        return None
+    try:
+        return error_code(base64.b64decode(value.strip()))
+    except binascii.Error:
+        return None
+
+
+def _further(fields: Mapping[bytes, bytes]) -> dict[str, str] | None:
+    kept = {_FURTHER[name]: sanitise(value) for name, value in fields.items() if name in _FURTHER}
+    if sum(map(len, kept.values())) > FURTHER_LIMIT // 8 and len(msgspec.json.encode(kept)) > FURTHER_LIMIT:
+        kept = {name: kept[name] for name in _FURTHER.values() if name in kept}
+        while len(msgspec.json.encode(kept)) > FURTHER_LIMIT:
+            kept.popitem()
+    return kept or None
 
 
 @lru_cache(maxsize=512)

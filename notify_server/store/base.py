@@ -47,7 +47,9 @@ def rejection_gone(id: int) -> RejectionGoneError:
 
 
 class NewFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A file as the notification and the guard leave it: `state` is pending, blocked or upload_failed."""
+    """A file as the notification and the guard leave it: `state` is pending, blocked or upload_failed. `expires_at` is
+    when its signed address ends, None when that is unknown or never.
+    """
 
     oss_object_name: str
     target_url: str | None
@@ -55,6 +57,7 @@ class NewFile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     reported_status: ReportedStatus
     state: FileState
     reason: Reason | None
+    expires_at: int | None = None
 
 
 class Expansion(msgspec.Struct, frozen=True, array_like=True):

@@ -22,6 +22,10 @@ def safe_cell(value: object) -> object:
         return ""
     if isinstance(value, datetime):
         return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return msgspec.json.encode(value).decode()
     if isinstance(value, str):
         text = value.replace("\0", "")
         return f"'{text}" if value.startswith(_FORMULA) else text

@@ -108,8 +108,8 @@ def resets(target_url: str | None, reported_status: ReportedStatus, file: NewFil
 
 
 def columns(file: NewFile, now: int) -> tuple[object, ...]:
-    """Return the columns of a file that was added or reset: `target_url` to `reason`, `next_attempt_at` and
-    `verified_at`.
+    """Return the columns of a file that was added or reset: `target_url` to `reason`, `next_attempt_at`, `verified_at`
+    and `expires_at`.
     """
     waits = file.state is FileState.PENDING
     return (
@@ -120,6 +120,7 @@ def columns(file: NewFile, now: int) -> tuple[object, ...]:
         file.reason,
         now if waits else None,
         None if waits else now,
+        file.expires_at,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+import msgspec
 import structlog
 
 from notify_server.config import VerifyConfig
@@ -22,7 +23,6 @@ from notify_server.model import (
     Reason,
     Request,
     Target,
-    http_reason,
 )
 from notify_server.processes.prober_client import ProberLink
 from notify_server.verify import policy
@@ -31,6 +31,8 @@ from notify_server.verify.connectivity import Outages
 from notify_server.verify.guard import Guard
 from notify_server.verify.hosts import Address, Host, port_of
 from notify_server.verify.recorder import Recorder
+from notify_server.verify.results import attempt_row, file_result, flags_of
+from notify_server.verify.usable import media_types
 
 log = structlog.get_logger("notify_server.verify")
 
@@ -71,6 +73,9 @@ class Flight:
         # An answer on a reused connection that was discarded.
         self.doubted: Evidence | None = None
 
+
+# The address has ended: nothing is sent, or what was sent was refused for that.
+EXPIRED = policy.Conclusion(FileState.PENDING, Reason.EXPIRED, final=True)
 
 Doubted = tuple[Flight, policy.Conclusion, Evidence]
 
@@ -116,6 +121,7 @@ class Attempts:
         self._slots = slots
         self._now = now
         self._chance = chance
+        self._sniffs = config.usable.sniff != "off" and config.usable.not_media != "off"
         self._flights: dict[int, Flight] = {}
         self._last_id = 0
         self._deaths: dict[int, int] = {}
@@ -138,13 +144,25 @@ class Attempts:
     def begin(self, file: DueFile, host: Host, now: float, outages_before: int | None) -> Flight:
         """Return a new attempt on a file. The caller has counted it at its host."""
         target = self._guard.examine(file.target_url)
+        if target.refusal is None and self._has_ended(file, self._now()):
+            target = msgspec.structs.replace(target, refusal=Reason.EXPIRED)
         return Flight(file, host, policy.first(target, host.settings), now, outages_before)
 
     def refuse(self, flight: Flight, reason: Reason, at: int) -> None:
-        """End an attempt whose address the guard refuses, because the settings have changed since the file was
-        stored.
+        """End an attempt before its first request: the address has expired, or the guard refuses it because the
+        settings have changed since the file was stored.
         """
-        self._end(flight, policy.Conclusion(FileState.BLOCKED, reason), None, at)
+        if reason is Reason.EXPIRED:
+            self._end(flight, EXPIRED, None, at)
+        else:
+            self._end(flight, policy.Conclusion(FileState.BLOCKED, reason), None, at)
+
+    def _end_of(self, file: DueFile) -> int | None:
+        """Return when the file's address ends, as far as that makes a difference."""
+        return file.expires_at if self._config.usable.expired == "fail" else None
+
+    def _has_ended(self, file: DueFile, at: int) -> bool:
+        return (end := self._end_of(file)) is not None and at >= end
 
     def request(self, flight: Flight, link: ProberLink, now: float, at: int) -> Request:
         """Return the flight's next request, for this prober."""
@@ -164,6 +182,9 @@ class Attempts:
             flight.host.reuse,
             ask.ranged,
             settings.per_host_concurrency,
+            ask.method == "GET"
+            and self._sniffs
+            and bool(media_types(flight.file.oss_object_name, self._config.usable)),
         )
 
     def on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:
@@ -178,7 +199,7 @@ class Attempts:
             if item.shortage or item.crowded:
                 self._not_sent(flight, item, now)
                 continue
-            outcome = self._judge(flight, item, now)
+            outcome = self._judge(flight, item, now, at)
             self._note(flight, item, outcome)
             if isinstance(outcome, policy.Conclusion):
                 if not (self._slow_down(flight, outcome, item, at) or self._is_doubted(flight, outcome, item)):
@@ -196,10 +217,17 @@ class Attempts:
         self._slots.pump()
         self._recorder.flush()
 
-    def _judge(self, flight: Flight, item: Evidence, now: float) -> policy.NextRequest | policy.Conclusion:
-        last = flight.file.attempts >= len(self._config.retry_schedule)
-        settings = flight.settings
-        outcome = policy.judge(flight.ask, item, settings, self._guard.follow, last=last)
+    def _judge(self, flight: Flight, item: Evidence, now: float, at: int) -> policy.NextRequest | policy.Conclusion:
+        file, settings = flight.file, flight.settings
+        last = policy.is_last(file.attempts, self._config.retry_schedule, at, self._end_of(file))
+        outcome = policy.judge(
+            *(flight.ask, item, settings, self._guard.follow),
+            last=last,
+            key=file.oss_object_name,
+            usable=self._config.usable,
+        )
+        if outcome is not policy.AVAILABLE and item.status in policy.EXPIRED_STATUS and self._has_ended(file, at):
+            return EXPIRED
         if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
             if outcome.method == flight.ask.method:
                 return policy.Conclusion(FileState.PENDING, Reason.TIMEOUT)
@@ -223,52 +251,23 @@ class Attempts:
             if host.reuse:
                 log.warning("host mixes up answers on one connection: each is used for one request", host=host.name)
             host.reuse = False
-        if item.failure is not None:
-            reason: str | None = item.failure
-        elif item.status in policy.REDIRECTS or outcome is policy.AVAILABLE:
-            reason = None
-        else:
-            reason = http_reason(item.status or 0)
-        flight.requests.append(
-            AttemptRow(
-                flight.sent_at,
-                ask.method,
-                ask.target.url if ask.hops else None,
-                item.status,
-                reason,
-                item.dns_ms,
-                item.connect_ms,
-                item.tls_ms,
-                item.first_byte_ms,
-                item.total_ms,
-                item.remote_addr,
-            )
-        )
+        flight.requests.append(attempt_row(ask, item, outcome, flight.settings, flight.sent_at))
 
     def _end(self, flight: Flight, conclusion: policy.Conclusion, item: Evidence | None, now: int) -> None:
         """Record the attempt, count a failure at the host, and free the slot."""
         file, config = flight.file, self._config
-        attempts = file.attempts + 1
+        attempts = file.attempts + (conclusion is not EXPIRED or item is not None)
         asked = policy.retry_after_ms(item.retry_after, now) if item is not None and item.retry_after else None
         outcome = policy.conclude(conclusion, attempts, config.retry_schedule, config.jitter, self._chance(), asked)
-        next_attempt_at = None if outcome.wait_ms is None else now + outcome.wait_ms
+        outcome = policy.squeeze(outcome, now, self._end_of(file))
+        shown = flags_of(file, flight.ask, item, flight.settings, config.usable, now)
         self._recorder.add(
-            FileResult(
-                file,
-                outcome.state,
-                conclusion.reason,
-                attempts,
-                next_attempt_at,
-                item.status if item is not None else None,
-                item.content_length if item is not None else None,
-                item.content_type if item is not None else None,
-                item.etag if item is not None else None,
-                item.last_modified if item is not None else None,
-                conclusion.led_to or (flight.ask.target.url if flight.ask.hops else None),
-                item.remote_addr if item is not None else None,
-                sum(request.total_ms for request in flight.requests) if item is not None else None,
-                None if outcome.state is FileState.PENDING else now,
-                tuple(flight.requests),
+            file_result(
+                *(file, attempts, conclusion, outcome, now),
+                ask=flight.ask,
+                item=item,
+                requests=flight.requests,
+                flags=shown,
             )
         )
         self._deaths.pop(file.id, None)

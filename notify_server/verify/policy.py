@@ -13,9 +13,10 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-from notify_server.config import HostSettings
+from notify_server.config import HostSettings, UsableConfig
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import printable_url
+from notify_server.verify.usable import problem, wants_look
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the file may well be there.
@@ -27,6 +28,10 @@ FINAL = frozenset({410})
 REFUSALS = frozenset(
     {Reason.PRIVATE_ADDRESS, Reason.PORT_NOT_ALLOWED, Reason.HOST_NOT_ALLOWED, Reason.INVALID_URL, Reason.BAD_REDIRECT}
 )
+# A signed address that has expired is refused with these.
+EXPIRED_STATUS = frozenset({401, 403})
+# The last attempt at a signed address is made so long before its end, because requests take time and clocks differ.
+BEFORE_EXPIRY_MS = 30_000
 # Failures of the host rather than of the file. They count for the host's circuit.
 CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR})
 
@@ -81,9 +86,11 @@ def judge(
     follow: Callable[[str, str], Target],
     *,
     last: bool = False,
+    key: str = "",
+    usable: UsableConfig | None = None,
 ) -> NextRequest | Conclusion:
     """Return what follows from the evidence of one request. `follow` is `Guard.follow`; `last` marks the last attempt
-    of the schedule.
+    of the schedule. With `usable` an accepted answer must also show a file that can be used; `key` is the file's.
 
     A bad answer counts only on a fresh connection: data that a server sends late would otherwise be taken for the
     answer to the next request on that connection. Servers treat HEAD differently from GET more often than files are
@@ -91,13 +98,22 @@ def judge(
     reached the server.
     """
     status = evidence.status
-    if status is not None and (settings.accepts(status) or _empty_range(ask, evidence)):
-        return AVAILABLE
+    accepted = is_accepted(ask, evidence, settings)
+    wrong = (
+        problem(key, evidence, usable, accepted=accepted, method=ask.method)
+        if usable is not None and status is not None
+        else None
+    )
+    if accepted and (wrong is None or wrong.undecided):
+        look = wrong is not None or (usable is not None and wants_look(key, evidence, usable))
+        return _get(ask) if look and ask.method == "HEAD" and _may_get(settings) else AVAILABLE
     if evidence.reused and not ask.fresh:
         return msgspec.structs.replace(ask, fresh=True)
     if status == 429 or (status == 503 and evidence.retry_after):
         return Conclusion(FileState.PENDING, http_reason(status), busy=True)
-    if status in REDIRECTS:
+    if wrong is not None:
+        found: NextRequest | Conclusion = Conclusion(FileState.PENDING, wrong.reason, final=wrong.final)
+    elif status in REDIRECTS:
         found = _redirect(ask, evidence.location, settings, follow)
     elif status is None:
         failure = evidence.failure or Reason.PROTOCOL_ERROR
@@ -116,7 +132,7 @@ def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, 
         if ask.ranged and status in RANGE_REFUSED:
             return msgspec.structs.replace(ask, ranged=False, fresh=False)
         return None
-    if "GET" not in settings.methods[settings.methods.index("HEAD") + 1 :]:
+    if not _may_get(settings):
         return None
     # A redirect may have led HEAD, and HEAD alone, to an error page.
     refused = status in HEAD_REFUSED or (status == 404 and ask.hops > 0)
@@ -124,8 +140,21 @@ def _fall_back(ask: NextRequest, evidence: Evidence, settings: HostSettings, *, 
     # There was a connection, or an answer came: the server has seen the request.
     seen = status is not None or closed or (evidence.failure is Reason.TIMEOUT and evidence.connect_ms is not None)
     if refused or closed or (last and seen):
-        return NextRequest(ask.origin or ask.target, "GET")
+        return _get(ask)
     return None
+
+
+def _get(ask: NextRequest) -> NextRequest:
+    return NextRequest(ask.origin or ask.target, "GET")
+
+
+def _may_get(settings: HostSettings) -> bool:
+    return "HEAD" in settings.methods and "GET" in settings.methods[settings.methods.index("HEAD") + 1 :]
+
+
+def is_accepted(ask: NextRequest, evidence: Evidence, settings: HostSettings) -> bool:
+    """Return True if the answer shows that the file is there."""
+    return evidence.status is not None and (settings.accepts(evidence.status) or _empty_range(ask, evidence))
 
 
 def was_anothers(doubted: Evidence, confirmed: Evidence) -> bool:
@@ -181,6 +210,21 @@ def conclude(
     else:
         wait_ms = scheduled_ms * (1 + jitter * (2 * chance - 1))
     return Outcome(FileState.PENDING, round(wait_ms))
+
+
+def is_last(attempts: int, schedule: Sequence[float], now: int, expires_at: int | None) -> bool:
+    """Return True if no attempt follows the one that is made now, after so many."""
+    return attempts >= len(schedule) or (expires_at is not None and now >= expires_at - BEFORE_EXPIRY_MS)
+
+
+def squeeze(outcome: Outcome, now: int, expires_at: int | None) -> Outcome:
+    """Bring the next attempt forward to the last moment before a signed address ends; after it there is none."""
+    if outcome.wait_ms is None or expires_at is None:
+        return outcome
+    left_ms = expires_at - BEFORE_EXPIRY_MS - now
+    if left_ms <= 0:
+        return Outcome(FileState.UNAVAILABLE)
+    return Outcome(outcome.state, min(outcome.wait_ms, left_ms))
 
 
 def retry_after_ms(value: str | None, now: int) -> int | None:

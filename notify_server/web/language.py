@@ -56,6 +56,11 @@ class Texts:
             key = family if f"reason.{family}.{part}" in self.by_key else "http_other"
         return self(f"reason.{key}.{part}")
 
+    def flag(self, flag: str) -> str:
+        """Return what a flag of a file means; one that is a reason means what the reason does."""
+        name, _, day = flag.partition(":")
+        return self(f"flag.{name}", day=day) if f"flag.{name}" in self.by_key else self.reason(name, "what")
+
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     texts: dict[str, str] = {}

@@ -87,8 +87,34 @@ async def test_every_key_is_shown_with_its_source(tmp_path: Path) -> None:
         if section == "forward":
             continue
         assert f"[{section}]" in lines
-        for key in set(type(model).model_fields) - {"hosts"}:
+        for key in set(type(model).model_fields) - {"hosts", "usable"}:
             assert re.search(rf"^{key} = |^# {key} is not set$", end.stdout, re.M), key
+    assert "[verify.usable]" in lines
+    assert 'archived = "fail"  # default' in lines
+
+
+async def test_a_key_of_a_table_is_set_by_a_variable_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[verify.usable]\nempty = "off"\nsniff = "all"\n')
+    variables = {"NOTIFY_SERVER__VERIFY__USABLE__EMPTY": "flag", "NOTIFY_SERVER__VERIFY__USABLE__EXPECT": "image/*"}
+    end = await config(tmp_path, "show", **variables)
+    lines = end.stdout.splitlines()
+    assert 'empty = "flag"  # environment NOTIFY_SERVER__VERIFY__USABLE__EMPTY' in lines
+    assert 'expect = ["image/*"]  # environment NOTIFY_SERVER__VERIFY__USABLE__EXPECT' in lines
+    assert 'sniff = "all"  # config.toml' in lines
+
+
+async def test_a_wrong_key_of_a_table_is_named_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[verify.usable]\nempti = "off"\nsniff = "some"\n')
+    variables = {"NOTIFY_SERVER__VERIFY__USABLE__EMPTY": "no", "NOTIFY_SERVER__VERIFY__USABLE__EXPCT": "image/*"}
+    end = await config(tmp_path, "check", **variables)
+    assert end.code == 2
+    for line in (
+        'environment NOTIFY_SERVER__VERIFY__USABLE__EXPCT: unknown key, did you mean "expect"?',
+        'environment NOTIFY_SERVER__VERIFY__USABLE__EMPTY: must be "fail", "flag" or "off", not "no"',
+        '[verify.usable] sniff: must be "off", "doubtful" or "all", not "some"',
+        '[verify.usable] empti: unknown key, did you mean "empty"?',
+    ):
+        assert line in end.stderr
 
 
 async def test_as_json_it_shows_the_same(tmp_path: Path) -> None:
@@ -98,7 +124,7 @@ async def test_as_json_it_shows_the_same(tmp_path: Path) -> None:
     assert shown["file"] == "c.toml"
     assert TOKEN not in end.stdout
     settings = shown["settings"]
-    assert settings.keys() == Config.model_fields.keys()
+    assert settings.keys() == {*Config.model_fields, "verify.usable"}
     assert settings["auth"]["callback_token"] == {"value": "…(set)", "source": "c.toml"}
     assert settings["auth"]["admin_token"] == {"value": None, "source": "default"}
     assert settings["verify"]["accept_status"] == {"value": ["204", "300-302"], "source": "c.toml"}

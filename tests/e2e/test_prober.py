@@ -97,6 +97,30 @@ async def suffer(prober: Prober, good: Origin, behave: Behaviour, method: str, t
         return evidence
 
 
+# -- what a storage vendor says of an error ----------------------------------------------------------------------------
+
+XML_ERROR = b"<Error><Code>NoSuchKey</Code>" + b"<Key>a</Key>" * 500 + b"</Error>"
+
+
+@pytest.mark.parametrize(
+    ("method", "head", "body", "code"),
+    [
+        ("GET", b"Content-Type: application/xml\r\n", XML_ERROR, "NoSuchKey"),
+        ("GET", b"Content-Type: application/xml\r\n", b" " * 2048 + XML_ERROR, None),
+        ("GET", b"Content-Type: text/html\r\n", XML_ERROR, None),
+        ("HEAD", b"Content-Type: application/xml\r\n", b"", None),
+    ],
+)
+async def test_the_code_of_an_error_is_read_from_the_beginning_of_an_xml_body(
+    prober: Prober, good: Origin, method: str, head: bytes, body: bytes, code: str | None
+) -> None:
+    head += b"x-oss-request-id: 5F7C\r\nServer: AliyunOSS\r\nContent-Length: %d\r\n\r\n" % len(body)
+    behave = then_hold(b"HTTP/1.1 404 Not Found\r\n" + head + body)
+    evidence = await suffer(prober, good, behave, method, PATIENCE)
+    assert (evidence.status, evidence.vendor_code, evidence.vendor_request_id) == (404, code, "5F7C")
+    assert evidence.headers == {"server": "AliyunOSS"}
+
+
 # -- rows 57-60, 62, 68: origins that never come to the point ----------------------------------------------------------
 
 ATTACKS: dict[str, tuple[Behaviour, Reason]] = {

@@ -94,6 +94,8 @@ async def test_an_available_file_has_every_column_of_evidence(daemon: Daemon, or
         "Content-Type": "image/jpeg",
         "ETag": '"5f3c"',
         "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT",
+        "Server": "AliyunOSS",
+        "x-oss-request-id": "5F7C0A1B",
     }
     origin.on("/APPID/IMAGE/-1/a.jpg", Answer(headers=headers, delay=0.02))
     before = time.time_ns() // 1_000_000
@@ -120,6 +122,11 @@ async def test_an_available_file_has_every_column_of_evidence(daemon: Daemon, or
         "remote_addr": "127.0.0.1",
         "elapsed_ms": 0,
         "verified_at": 0,
+        "vendor_request_id": "5F7C0A1B",
+        "vendor_code": None,
+        "expires_at": None,
+        "headers": '{"server":"AliyunOSS"}',
+        "flags": '["plain_http"]',
     }
     assert 20 <= file["elapsed_ms"] <= after - before
     assert before <= file["verified_at"] <= after
@@ -134,6 +141,8 @@ async def test_an_available_file_has_every_column_of_evidence(daemon: Daemon, or
         "http_status": 200,
         "reason": None,
         "remote_addr": "127.0.0.1",
+        "vendor_request_id": "5F7C0A1B",
+        "vendor_code": None,
     } | dict.fromkeys(_PHASES, 0)
     assert before <= attempt["started_at"] <= after
     assert attempt["tls_ms"] is None

@@ -248,14 +248,15 @@ BACKENDS: dict[str, type[Backend]] = {"sqlite": SqliteBackend, "kept": KeptBacke
 
 # What cases look at.
 EVIDENCE = (
-    "http_status, content_length, content_type, etag, last_modified, final_url, remote_addr, elapsed_ms, verified_at"
+    "http_status, content_length, content_type, etag, last_modified, final_url, remote_addr, elapsed_ms,"
+    " vendor_request_id, vendor_code, headers, flags, verified_at"
 )
 FILES = (
     "SELECT oss_object_name, target_url, host, reported_status, state, reason, attempts, next_attempt_at,"
     f" {EVIDENCE} FROM file ORDER BY oss_object_name"
 )
 # Of a file that has not been probed: all of the evidence but `verified_at`.
-NO_EVIDENCE = (None,) * 8
+NO_EVIDENCE = (None,) * 12
 
 
 async def states(backend: Backend) -> list[Row]:

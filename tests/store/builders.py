@@ -53,10 +53,10 @@ def rejection(**changes: Any) -> Rejection:
     return Rejection(**fields | changes)
 
 
-def finished(name: str = "key", *, url: str | None = None, host: str = HOST) -> NewFile:
+def finished(name: str = "key", *, url: str | None = None, host: str = HOST, expires_at: int | None = None) -> NewFile:
     """A file to be probed."""
     address = url or f"https://{host}/{name}"
-    return NewFile(name, address, host, ReportedStatus.FINISHED, FileState.PENDING, None)
+    return NewFile(name, address, host, ReportedStatus.FINISHED, FileState.PENDING, None, expires_at)
 
 
 def failed(name: str = "key", *, url: str | None = None) -> NewFile:
@@ -86,6 +86,8 @@ def request(**changes: Any) -> AttemptRow:
         "first_byte_ms": 4.5,
         "total_ms": 5.5,
         "remote_addr": "198.18.0.9",
+        "vendor_request_id": "5F7C0A1B2C3D4E5F60718293",
+        "vendor_code": None,
     }
     return AttemptRow(**fields | changes)
 
@@ -107,6 +109,10 @@ def found(file: DueFile, **changes: Any) -> FileResult:
         "elapsed_ms": 12.5,
         "verified_at": NOW + 20,
         "requests": (request(),),
+        "vendor_request_id": "5F7C0A1B2C3D4E5F60718293",
+        "vendor_code": "NoSuchKey",
+        "flags": '["octet_stream","plain_http"]',
+        "headers": '{"server":"AliyunOSS","date":"Fri, 27 Nov 2026 21:00:00 GMT"}',
     }
     return FileResult(file, **fields | changes)
 

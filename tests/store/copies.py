@@ -66,13 +66,14 @@ def fill(path: Path, files: int = 100) -> None:
             for n, state in enumerate(of_state):
                 file = batch * 2 + n * 3
                 connection.execute(
-                    f"INSERT INTO file VALUES ({','.join('?' * 19)})",
+                    f"INSERT INTO file VALUES ({','.join('?' * 24)})",
                     (
                         file, batch, f"{n} {chance.choice(TEXTS)}", chance.choice([None, f"https://h/{n}"]),
                         chance.choice(TEXTS), "FINISHED", state, chance.choice([None, "timeout"]), chance.randrange(9),
                         NOW if state == "pending" else None, chance.choice([None, 200]), chance.choice([None, 2**62]),
                         *(chance.choice([None, *TEXTS]) for _ in range(5)), chance.choice([None, *FLOATS]),
-                        chance.choice([None, NOW]),
+                        chance.choice([None, NOW]), *(chance.choice([None, *TEXTS]) for _ in range(2)),
+                        chance.choice([None, NOW]), *(chance.choice([None, *TEXTS]) for _ in range(2)),
                     ),
                 )  # fmt: skip
                 connection.execute(

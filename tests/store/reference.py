@@ -57,13 +57,15 @@ class File:
         o = self.outcome
         evidence = (
             (o.http_status, o.content_length, o.content_type, o.etag, o.last_modified, o.final_url, o.remote_addr,
-             o.elapsed_ms)
+             o.elapsed_ms, o.vendor_request_id, o.vendor_code, o.headers,
+             o.flags)
             if o is not None
-            else (None,) * 8
+            else (None,) * 12
         )  # fmt: skip
         return (
             batch_id, self.name, self.reported.target_url, self.reported.host, str(self.reported.reported_status),
             str(self.state), self.reason, self.attempts, self.next_attempt_at, *evidence, self.verified_at,
+            self.reported.expires_at,
         )  # fmt: skip
 
 
@@ -288,7 +290,8 @@ TABLES = {
     " available, unavailable, blocked, upload_failed FROM batch",
     "file": "SELECT batch.batch_id, oss_object_name, target_url, host, reported_status, state, reason, attempts,"
     " next_attempt_at, http_status, content_length, content_type, etag, last_modified, final_url, remote_addr,"
-    " elapsed_ms, verified_at FROM file JOIN batch ON batch.id = file.batch",
+    " elapsed_ms, vendor_request_id, vendor_code, headers, flags, verified_at, expires_at FROM file"
+    " JOIN batch ON batch.id = file.batch",
     "attempt": "SELECT batch.batch_id, oss_object_name, total_ms FROM attempt JOIN file ON file.id = attempt.file"
     " JOIN batch ON batch.id = file.batch",
     "inbox": "SELECT id, files FROM notification WHERE expanded_at IS NULL ORDER BY id",

@@ -189,9 +189,9 @@ async def test_a_file_whose_address_has_changed_starts_anew_with_no_evidence_lef
 async def test_a_waiting_file_whose_address_has_changed_is_due_at_once(store: Engine) -> None:
     await take_in(store, finished())
     await store.record([again(await claim_one(store), NOW + 3_600_000, attempts=5)], NOW)
-    await take_in(store, finished(url="https://files.example.com/other"), now=NOW + 1000)
+    await take_in(store, finished(url="https://files.example.com/other", expires_at=NOW + 9), now=NOW + 1000)
     file = await claim_one(store, now=NOW + 1000)
-    assert (file.target_url, file.attempts) == ("https://files.example.com/other", 0)
+    assert (file.target_url, file.attempts, file.expires_at) == ("https://files.example.com/other", 0, NOW + 9)
 
 
 async def test_a_file_whose_new_address_the_guard_refuses_is_blocked(store: Engine, backend: Backend) -> None:

@@ -82,11 +82,12 @@ BATCHES = (
 FILES = (
     "SELECT file.id, file.batch, batch.batch_id, batch.api_code, oss_object_name, target_url, host, reported_status,"
     " state, reason, attempts, next_attempt_at, http_status, content_length, content_type, etag, last_modified,"
-    " final_url, remote_addr, elapsed_ms, verified_at FROM file JOIN batch ON batch.id = file.batch"
+    " final_url, remote_addr, elapsed_ms, verified_at, vendor_request_id, vendor_code, expires_at, headers, flags"
+    " FROM file JOIN batch ON batch.id = file.batch"
 )
 ATTEMPTS = (
     "SELECT id, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms,"
-    " remote_addr FROM attempt"
+    " remote_addr, vendor_request_id, vendor_code FROM attempt"
 )
 REJECTIONS = "SELECT id, received_at, remote_addr, code, detail, request_id, length(body) FROM rejection"
 
@@ -95,15 +96,20 @@ def moment(ms: int) -> datetime:
     return EPOCH + timedelta(milliseconds=ms)
 
 
+def _read(name: str, value: Any) -> Any:
+    if value is None:
+        return [] if name == "flags" else None
+    return (
+        moment(value) if name.endswith("_at") else msgspec.json.decode(value) if name in ("headers", "flags") else value
+    )
+
+
 def items(kind: type[T], rows: Sequence[tuple[Any, ...]]) -> list[T]:
     """Rows of all columns of a type, with their times as times."""
     names: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
     return [
         msgspec.convert(
-            {
-                name: moment(value) if name.endswith("_at") and value is not None else value
-                for name, value in zip(names, row, strict=False)
-            },
+            {name: _read(name, value) for name, value in zip(names, row, strict=False)},
             kind,
         )
         for row in rows
@@ -420,7 +426,7 @@ async def test_one_file_has_the_requests_made_for_it_the_latest_last(much: Recor
 
 
 async def test_every_column_of_a_file_is_told(store: Engine, records: Records) -> None:
-    await take_in(store, finished("批次"), now=NOW)
+    await take_in(store, finished("批次", expires_at=NOW + 9), now=NOW)
     outcome = found(
         await claim_one(store), reason="http_302", content_length=2**53 + 1, etag='W/"é\\\u2028"',
         content_type="a/b;\x7f", final_url="https://cdn/ü?'\"", elapsed_ms=0.125, remote_addr="::1",
@@ -430,10 +436,12 @@ async def test_every_column_of_a_file_is_told(store: Engine, records: Records) -
     detail = await records.file(outcome.file.id)
     assert detail is not None
     for name in ("reason", "attempts", "http_status", "content_length", "content_type", "etag", "last_modified",
-                 "final_url", "remote_addr", "elapsed_ms"):  # fmt: skip
+                 "final_url", "remote_addr", "elapsed_ms", "vendor_request_id", "vendor_code"):  # fmt: skip
         assert getattr(detail, name) == getattr(outcome, name), name
     assert (detail.batch_id, detail.api_code, detail.oss_object_name) == ("batch", API_CODE, "批次")
-    assert (detail.verified_at, detail.next_attempt_at) == (moment(NOW + 77), None)
+    assert (detail.verified_at, detail.next_attempt_at, detail.expires_at) == (moment(NOW + 77), None, moment(NOW + 9))
+    assert detail.headers == {"server": "AliyunOSS", "date": "Fri, 27 Nov 2026 21:00:00 GMT"}
+    assert detail.flags == ["octet_stream", "plain_http"]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ PROMISED = {
     "notification": "id, batch_id, api_code, body, received_at, remote_addr, signature, expanded_at",
     "batch": "id, batch_id, api_code, first_received_at, last_received_at, deliveries, verdict, completed_at",
     "file": "id, batch, oss_object_name, target_url, host, reported_status, state, reason, attempts, next_attempt_at,"
-    " http_status, content_length, content_type, etag, last_modified, final_url, remote_addr, elapsed_ms, verified_at",
+    " http_status, content_length, content_type, etag, last_modified, final_url, remote_addr, elapsed_ms, verified_at,"
+    " vendor_request_id, vendor_code, expires_at, headers, flags",
     "attempt": "id, file, started_at, method, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms,"
-    " total_ms, remote_addr",
+    " total_ms, remote_addr, vendor_request_id, vendor_code",
     "rejection": "id, received_at, remote_addr, code, detail, body",
     "event": "id, key, type, batch, revision, occurred_at, payload",
     "forward": "id, event, endpoint, state, attempts, next_attempt_at, last_status, last_error, last_response,"
@@ -26,7 +27,7 @@ PROMISED = {
     "batch_summary": "batch_id, api_code, verdict, files, pending, available, unavailable, blocked, upload_failed,"
     " first_received_at, completed_at",
     "file_result": "batch_id, api_code, oss_object_name, target_url, state, reason, http_status, content_length,"
-    " content_type, attempts, verified_at",
+    " content_type, attempts, verified_at, vendor_request_id, vendor_code, expires_at",
 }
 # What the project adds of its own.
 ADDED = {
@@ -37,6 +38,10 @@ ADDED = {
     "attempt": "url",
     "rejection": "request_id",
 }
+
+
+VENDOR = ("5F7C0A1B2C3D4E5F60718293", "NoSuchKey")
+NONE = (None, None, None)
 
 
 def names(columns: str) -> list[str]:
@@ -58,7 +63,7 @@ async def test_a_table_or_view_has_the_columns_promised_and_those_known_to_be_ad
 
 
 async def test_the_views_show_what_is_known_of_batches_and_files(store: Engine, backend: Backend) -> None:
-    files = [finished("a"), finished("b"), finished("c"), blocked("d"), failed("e")]
+    files = [finished("a", expires_at=NOW + 5), finished("b"), finished("c"), blocked("d"), failed("e")]
     await take_in(store, *files, received_at=NOW, now=NOW + 1)
     first, second, _ = await claim(store, now=NOW + 1)
     await store.record([found(first, verified_at=NOW + 2), missing(second, verified_at=NOW + 3)], NOW + 4)
@@ -66,11 +71,33 @@ async def test_the_views_show_what_is_known_of_batches_and_files(store: Engine, 
         ("batch", API_CODE, "pending", 5, 1, 1, 1, 1, 1, "2025-10-09T08:53:20.123Z", None)
     ]
     shown = [
-        (f"https://{HOST}/a", "available", None, 200, 12_345, "image/jpeg", 1, "2025-10-09T08:53:20.125Z"),
-        (f"https://{HOST}/b", "unavailable", "http_410", 410, None, "image/jpeg", 1, "2025-10-09T08:53:20.126Z"),
-        (f"https://{HOST}/c", "pending", None, None, None, None, 0, None),
-        ("https://127.0.0.1/key", "blocked", "private_address", None, None, None, 0, "2025-10-09T08:53:20.124Z"),
-        (None, "upload_failed", None, None, None, None, 0, "2025-10-09T08:53:20.124Z"),
+        (
+            f"https://{HOST}/a",
+            "available",
+            None,
+            200,
+            12_345,
+            "image/jpeg",
+            1,
+            "2025-10-09T08:53:20.125Z",
+            *VENDOR,
+            "2025-10-09T08:53:20.128Z",
+        ),
+        (
+            f"https://{HOST}/b",
+            "unavailable",
+            "http_410",
+            410,
+            None,
+            "image/jpeg",
+            1,
+            "2025-10-09T08:53:20.126Z",
+            *VENDOR,
+            None,
+        ),
+        (f"https://{HOST}/c", "pending", None, None, None, None, 0, None, None, None, None),
+        ("https://127.0.0.1/key", "blocked", "private_address", None, None, None, 0, "2025-10-09T08:53:20.124Z", *NONE),
+        (None, "upload_failed", None, None, None, None, 0, "2025-10-09T08:53:20.124Z", *NONE),
     ]
     assert await backend.rows("SELECT * FROM file_result ORDER BY oss_object_name") == [
         ("batch", API_CODE, name, *row) for name, row in zip("abcde", shown, strict=True)

@@ -92,10 +92,12 @@ async def test_hosts_whose_files_have_settled_are_not_due_and_those_with_claimed
 
 
 async def test_a_claimed_file_says_what_its_prober_needs_to_know(store: Engine, backend: Backend) -> None:
-    await take_in(store, finished("a/b?c=\"d'é\\", host="h.example:8443"))
+    await take_in(store, finished("a/b?c=\"d'é\\", host="h.example:8443", expires_at=NOW + 9))
     ((id, batch),) = await backend.rows("SELECT id, batch FROM file")
     address = "https://h.example:8443/a/b?c=\"d'é\\"
-    assert await claim(store, "h.example:8443") == [DueFile(id, batch, "h.example:8443", address, 0)]
+    assert await claim(store, "h.example:8443") == [
+        DueFile(id, batch, "h.example:8443", address, 0, "a/b?c=\"d'é\\", NOW + 9)
+    ]
 
 
 async def test_only_what_is_due_is_claimed(store: Engine) -> None:
@@ -234,6 +236,10 @@ async def test_every_column_of_an_outcome_is_recorded(store: Engine, backend: Ba
         "remote_addr": "2001:db8::1",
         "elapsed_ms": 0.125,
         "verified_at": NOW + 77,
+        "vendor_request_id": "5F7C0A1B",
+        "vendor_code": "InvalidObjectState",
+        "headers": '{"server":"AliyunOSS"}',
+        "flags": '["signed"]',
     }
     await store.record([found(file, **values | {"state": FileState.UNAVAILABLE})], NOW + 99)
     assert await backend.rows(f"SELECT {', '.join(values)} FROM file") == [tuple(values.values())]
@@ -256,6 +262,8 @@ async def test_every_column_of_an_attempt_is_recorded(store: Engine, backend: Ba
         "first_byte_ms": 3.75,
         "total_ms": 4.0,
         "remote_addr": "192.0.2.1",
+        "vendor_request_id": "5F7C0A1B",
+        "vendor_code": "InvalidObjectState",
     }
     file = await claim_one(store)
     nothing = dict.fromkeys(values) | {"started_at": NOW, "method": "HEAD", "total_ms": 9.0}

@@ -215,7 +215,8 @@ def test_everything_in_a_database_of_the_first_version_is_there_after_the_upgrad
     with closing(connect(path)) as connection:
         assert contents(connection) == was
         assert all(was)
-        assert views(connection) == before
+        # Columns are added behind those that were there.
+        assert [row[: len(was)] for row, was in zip(views(connection), before, strict=True)] == before
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
         assert connection.execute("SELECT DISTINCT request_id FROM rejection").fetchall() == [(None,)]

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from notify_server.config import Config, HostSettings, load_config
+from notify_server.config import Config, HostSettings, UsableConfig, load_config
 from notify_server.config.forward import KINDS
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
@@ -25,7 +25,7 @@ def entries() -> Iterator[tuple[str, str, bool, str]]:
     """Section, key, whether it is commented out, and the line above."""
     section = ""
     for above, line in zip(["", *LINES], LINES, strict=False):
-        if header := re.fullmatch(r'(?:# )?(\[\[?[a-z]+\]?(?:\.hosts\."\*\.example\.com")?\])', line):
+        if header := re.fullmatch(r'(?:# )?(\[\[?[a-z]+\]?(?:\.hosts\."\*\.example\.com"|\.usable)?\])', line):
             section = header[1]
         elif entry := ENTRY.fullmatch(line):
             yield section, entry["key"], bool(entry["off"]), above
@@ -33,6 +33,9 @@ def entries() -> Iterator[tuple[str, str, bool, str]]:
 
 def sections() -> dict[str, type[BaseModel]]:
     return {f"[{name}]": type(section) for name, section in Config() if name != "forward"}
+
+
+TABLES: dict[str, type[BaseModel]] = {"[verify.usable]": UsableConfig}
 
 
 def test_the_example_loads_to_exactly_the_defaults() -> None:
@@ -44,11 +47,11 @@ def test_the_example_has_every_section_in_order() -> None:
     assert headers == list(sections())
 
 
-@pytest.mark.parametrize("section", sections())
+@pytest.mark.parametrize("section", [*sections(), *TABLES])
 def test_the_example_has_every_key_once(section: str) -> None:
     keys = [key for where, key, _, _ in entries() if where == section]
-    # Hosts have a table of their own.
-    assert sorted(keys) == sorted(set(sections()[section].model_fields) - {"hosts"})
+    # These have tables of their own.
+    assert sorted(keys) == sorted(set((sections() | TABLES)[section].model_fields) - {"hosts", "usable"})
 
 
 def test_the_example_of_a_host_has_every_key_of_a_host() -> None:
@@ -65,7 +68,7 @@ def test_the_example_has_an_endpoint_of_each_kind_with_every_key() -> None:
 def test_only_a_key_without_a_fixed_default_is_commented_out() -> None:
     for where, key, off, _ in entries():
         if where not in (HOST_TABLE, ENDPOINT_TABLE):
-            field = sections()[where].model_fields[key]
+            field = (sections() | TABLES)[where].model_fields[key]
             assert off == (type(None) in get_args(field.annotation) or key == "user_agent"), key
 
 

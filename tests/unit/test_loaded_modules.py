@@ -42,6 +42,7 @@ def test_a_prober_loads_nothing_of_the_daemons() -> None:
         "processes.prober",
         "processes.prober_headers",
         "processes.prober_protocol",
+        "processes.sniffing",
         "processes.frames",
         "processes.worker",
         "verify",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import unicodedata
 
 import pytest
@@ -9,7 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from notify_server.model import Reason
-from notify_server.processes.prober_headers import LOCATION_LIMIT, VALUE_LIMIT, Answer, read_headers, sanitise
+from notify_server.processes.prober_headers import (
+    FURTHER_LIMIT,
+    LOCATION_LIMIT,
+    VALUE_LIMIT,
+    Answer,
+    error_code,
+    has_xml,
+    read_headers,
+    sanitise,
+)
 from notify_server.verify.guard import Guard
 
 NOTHING = Answer(None, None, None, None, None, None)
@@ -74,7 +85,7 @@ def test_no_bytes_make_a_control_character_or_more_than_the_limit(value: bytes, 
 def test_the_fields_that_matter_are_kept_and_the_others_are_not() -> None:
     found = read_headers(
         lines(
-            b"Server: nginx",
+            b"X-Frame-Options: DENY",
             b"Content-Length: 1234",
             b"Content-Type: image/jpeg",
             b'ETag: "abc"',
@@ -260,3 +271,80 @@ def test_no_lines_make_reading_raise_or_return_what_is_not_safe(some: list[bytes
     assert found.content_length is None or 0 <= found.content_length < 10**18
     assert all(is_safe(text, VALUE_LIMIT) for text in found[1:5] if text is not None)
     assert found.location is None or is_safe(found.location, LOCATION_LIMIT)
+
+
+# -- what a storage vendor says ----------------------------------------------------------------------------------------
+
+ERROR = b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code><Message>gone</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-oss-request-id", "x-amz-request-id", "X-Cos-Request-Id", "x-tos-request-id", "x-obs-request-id", "X-Reqid"],
+)
+def test_the_vendors_request_id_is_kept(name: str) -> None:
+    answer = read_headers(lines(name.encode() + b": 5F7C0A1B\x00"))
+    assert (answer.vendor_request_id, answer.further) == (f"5F7C0A1B{MARK}", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (base64.b64encode(ERROR), "NoSuchKey"),
+        (base64.b64encode(b"<Error></Error>"), None),
+        (b"no base64!", None),
+        (b"", None),
+        (b"\xff", None),
+    ],
+)
+def test_the_code_of_an_oss_error_is_read_from_its_header(value: bytes, code: str | None) -> None:
+    assert read_headers(lines(b"x-oss-err: " + value, status=b"404 Not Found")).vendor_code == code
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (ERROR, "NoSuchKey"),
+        (b"<Code> InvalidObjectState\n</Code>", "InvalidObjectState"),
+        (b"<Code>a b</Code>", None),
+        (b"<Code>\x1b[31m</Code>", None),
+        (b"<Code>" + b"x" * 65 + b"</Code>", None),
+        (b"<html>404</html>", None),
+        (b"", None),
+    ],
+)
+def test_the_code_of_an_error_is_read_from_its_body(body: bytes, code: str | None) -> None:
+    assert error_code(body) == code
+
+
+def test_only_xml_is_taken_for_a_vendors_error() -> None:
+    assert has_xml(lines(b"content-TYPE: application/xml;charset=utf-8"))
+    assert has_xml(lines(b"Content-Type: text/XML"))
+    assert not has_xml(lines(b"Content-Type: text/html", b"X-Note: xml"))
+
+
+def test_further_fields_are_kept_by_name_and_no_other() -> None:
+    answer = read_headers(
+        lines(
+            b"Server: AliyunOSS",
+            b"Set-Cookie: secret",
+            b"x-oss-hash-crc64ecma: 1",
+            b"X-OSS-EC: 0003-00000503",
+            b"Content-Disposition: attachment; filename=\x1b",
+        )
+    )
+    assert answer.further == {
+        "server": "AliyunOSS",
+        "x-oss-hash-crc64ecma": "1",
+        "x-oss-ec": "0003-00000503",
+        "content-disposition": f"attachment; filename={MARK}",
+    }
+
+
+def test_further_fields_are_bounded_and_the_most_important_stay() -> None:
+    names = [b"via", b"x-cache", b"server", b"content-disposition", b"content-md5", b"x-oss-storage-class", b"x-oss-ec"]
+    answer = read_headers(lines(*(name + b": " + ("文" * 255).encode() for name in names)))
+    assert answer.further is not None
+    assert len(json.dumps(answer.further, ensure_ascii=False, separators=(",", ":")).encode()) <= FURTHER_LIMIT
+    assert {"x-oss-ec", "x-oss-storage-class"} <= answer.further.keys()
+    assert not {"via", "x-cache"} & answer.further.keys()

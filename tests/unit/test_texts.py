@@ -30,6 +30,7 @@ FAMILIES: dict[str, Sequence[str]] = {
     "nav": ["overview", "batches", "failures", "hosts", "rejections", "deliveries", "docs"],
     "recheck": ["title", "nothing", "done", "more"],
     "how": list(FileState),
+    "flag": ["type_differs", "attachment", "octet_stream", "plain_http", "signed", "deleted_on"],
     "empty": ["loopback", "plain_http"],
     "error": ["not_found", "not_found_detail", "unavailable", "unavailable_detail", "refused", "logged_in",
               "logged_in_detail"],
@@ -124,6 +125,14 @@ def test_every_reason_has_words_and_a_next_step(texts: Texts, part: str) -> None
     assert texts.reason("http_599", part) == texts("reason.http_5xx." + part)
     assert texts.reason("http_999", part) == texts("reason.http_other." + part)
     assert texts.reason(None, part, FileState.UPLOAD_FAILED) == texts("reason.upload_failed." + part)
+
+
+@pytest.mark.parametrize("texts", LANGUAGES.values(), ids=LANGUAGES)
+@pytest.mark.parametrize("part", ["why", "send"])
+def test_every_reason_says_why_it_happens_and_what_to_send_to_the_platform(texts: Texts, part: str) -> None:
+    families = {key.split(".")[1] for key in texts.by_key if key.startswith("reason.")}
+    assert all(texts.by_key[f"reason.{family}.{part}"] for family in families)
+    assert set(Reason) <= families
 
 
 def test_a_number_chooses_between_singular_and_plural() -> None:

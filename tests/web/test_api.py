@@ -308,10 +308,12 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
          "digits of a status, like http_404"),
         ("batches/1/files?reason=%EF%BC%91", "reason: １ is not a reason: there are timeout, dns_error, connect_error, "
          "tls_error, too_many_redirects, bad_redirect, protocol_error, private_address, port_not_allowed, "
-         "host_not_allowed, invalid_url, and http_404, http_500 and so on"),
+         "host_not_allowed, invalid_url, empty, not_media, archived, hotlink, expired, and http_404, http_500 and so "
+         "on"),
         ("export?reason=gone", "reason: gone is not a reason: there are timeout, dns_error, connect_error, "
          "tls_error, too_many_redirects, bad_redirect, protocol_error, private_address, port_not_allowed, "
-         "host_not_allowed, invalid_url, and http_404, http_500 and so on"),
+         "host_not_allowed, invalid_url, empty, not_media, archived, hotlink, expired, and http_404, http_500 and so "
+         "on"),
         ("search", "q: is needed"),
         ("series?step=hour", "step: must be one of minute, second"),
         ("export?batch=0", "batch: must be a whole number, 1 or more"),

@@ -39,7 +39,7 @@ LOOK_AGAIN_SECONDS = 3600.0
 
 FILE_COLUMNS = (
     "batch", "oss_object_name", "target_url", "host", "reported_status", "state", "reason", "next_attempt_at",
-    "verified_at",
+    "verified_at", "expires_at",
 )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> N
     added = [(merge.batch, file) for merge in merges for file in merge.settle(existing.get(merge.batch, ()))]
     if replaced := [each for merge in merges for each in merge.replaced]:
         rows = [(id, *columns(file, now)) for id, file in replaced]
-        await connection.execute(SQL["files_replace"], *arrays(rows, 8))
+        await connection.execute(SQL["files_replace"], *arrays(rows, 9))
         await connection.execute(SQL["leases_restart"], [id for merge in merges for id in merge.restarted])
     await _add_files(connection, added, now)
     await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 12))

@@ -16,10 +16,11 @@ RETURNING
 -- name: missing
 SELECT
     found.batch, found.oss_object_name, found.state, found.reason, found.http_status, found.attempts,
-    (SELECT started_at FROM attempt WHERE attempt.file = found.id ORDER BY id DESC LIMIT 1)
+    (SELECT started_at FROM attempt WHERE attempt.file = found.id ORDER BY id DESC LIMIT 1),
+    found.vendor_request_id
 FROM unnest($1::bigint[]) AS wanted (batch)
 CROSS JOIN LATERAL (
-    SELECT id, batch, oss_object_name, state, reason, http_status, attempts FROM file
+    SELECT id, batch, oss_object_name, state, reason, http_status, attempts, vendor_request_id FROM file
     WHERE file.batch = wanted.batch AND state <> 'available'
     ORDER BY oss_object_name
     LIMIT $2

@@ -113,11 +113,14 @@ FROM batch AS gated
 WHERE id = :id;
 
 -- name: missing
-SELECT json_agg(json_build_array(batch, oss_object_name, state, reason, http_status, attempts, last_attempt_at))
+SELECT json_agg(json_build_array(
+    batch, oss_object_name, state, reason, http_status, attempts, last_attempt_at, vendor_request_id
+))
 FROM (
     SELECT
         batch, oss_object_name, state, reason, http_status, attempts,
-        (SELECT started_at FROM attempt WHERE attempt.file = file.id ORDER BY id DESC LIMIT 1) AS last_attempt_at
+        (SELECT started_at FROM attempt WHERE attempt.file = file.id ORDER BY id DESC LIMIT 1) AS last_attempt_at,
+        vendor_request_id
     FROM file
     WHERE batch = :id AND state <> 'available'
     ORDER BY oss_object_name

@@ -208,6 +208,7 @@ SET target_url = fresh.target_url,
     reason = fresh.reason,
     next_attempt_at = fresh.next_attempt_at,
     verified_at = fresh.verified_at,
+    expires_at = fresh.expires_at,
     attempts = 0,
     http_status = NULL,
     content_length = NULL,
@@ -216,10 +217,14 @@ SET target_url = fresh.target_url,
     last_modified = NULL,
     final_url = NULL,
     remote_addr = NULL,
-    elapsed_ms = NULL
+    elapsed_ms = NULL,
+    vendor_request_id = NULL,
+    vendor_code = NULL,
+    headers = NULL,
+    flags = NULL
 FROM unnest(
-    $1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::bigint[]
-) AS fresh (id, target_url, host, reported_status, state, reason, next_attempt_at, verified_at)
+    $1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::bigint[], $9::bigint[]
+) AS fresh (id, target_url, host, reported_status, state, reason, next_attempt_at, verified_at, expires_at)
 WHERE file.id = fresh.id;
 
 -- What is in flight for these files speaks of what was before. The lease stays until that has ended.
@@ -252,7 +257,11 @@ SET state = 'pending',
     final_url = NULL,
     remote_addr = NULL,
     elapsed_ms = NULL,
-    verified_at = NULL
+    verified_at = NULL,
+    vendor_request_id = NULL,
+    vendor_code = NULL,
+    headers = NULL,
+    flags = NULL
 WHERE id = ANY($1::bigint[]);
 
 -- name: recheck_batches
@@ -334,7 +343,7 @@ due AS MATERIALIZED (
     FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[]) WITH ORDINALITY
         AS wanted (host, n, after_time, after_id, place)
     CROSS JOIN LATERAL (
-        SELECT id, batch, host, target_url, attempts, next_attempt_at
+        SELECT id, batch, host, target_url, attempts, oss_object_name, expires_at, next_attempt_at
         FROM file
         WHERE state = 'pending'
             AND file.host = wanted.host
@@ -359,7 +368,9 @@ claimed AS (
     WHERE lease.node = excluded.taken_from
     RETURNING file
 )
-SELECT me.alive, due.next_attempt_at, due.id, due.batch, due.host, due.target_url, due.attempts
+SELECT
+    me.alive, due.next_attempt_at, due.id, due.batch, due.host, due.target_url, due.attempts, due.oss_object_name,
+    due.expires_at
 FROM me
 LEFT JOIN (due JOIN claimed ON claimed.file = due.id) ON true
 ORDER BY due.place, due.next_attempt_at, due.id;
@@ -404,7 +415,7 @@ WITH trimmed AS (
         SELECT old.id
         FROM unnest($1::bigint[]) AS recorded (file)
         CROSS JOIN LATERAL (
-            SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC OFFSET $15
+            SELECT id FROM attempt WHERE attempt.file = recorded.file ORDER BY id DESC OFFSET $19
         ) AS old
     ))
 )
@@ -421,13 +432,18 @@ SET state = result.state,
     final_url = result.final_url,
     remote_addr = result.remote_addr,
     elapsed_ms = result.elapsed_ms,
-    verified_at = result.verified_at
+    verified_at = result.verified_at,
+    vendor_request_id = result.vendor_request_id,
+    vendor_code = result.vendor_code,
+    headers = result.headers,
+    flags = result.flags
 FROM unnest(
     $1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::text[],
-    $9::text[], $10::text[], $11::text[], $12::text[], $13::float8[], $14::bigint[]
+    $9::text[], $10::text[], $11::text[], $12::text[], $13::float8[], $14::bigint[], $15::text[], $16::text[],
+    $17::text[], $18::text[]
 ) AS result (
     id, state, reason, attempts, next_attempt_at, http_status, content_length, content_type, etag, last_modified,
-    final_url, remote_addr, elapsed_ms, verified_at
+    final_url, remote_addr, elapsed_ms, verified_at, vendor_request_id, vendor_code, headers, flags
 )
 WHERE file.id = result.id;
 

@@ -25,7 +25,9 @@ json_build_object(
     'target_url', target_url, 'host', host, 'reported_status', reported_status, 'state', state, 'reason', reason,
     'attempts', attempts, 'next_attempt_at', :iso(next_attempt_at), 'http_status', http_status,
     'content_length', content_length, 'content_type', content_type, 'etag', etag, 'last_modified', last_modified,
-    'final_url', final_url, 'remote_addr', remote_addr, 'elapsed_ms', elapsed_ms, 'verified_at', :iso(verified_at)
+    'final_url', final_url, 'remote_addr', remote_addr, 'elapsed_ms', elapsed_ms, 'verified_at', :iso(verified_at),
+    'vendor_request_id', vendor_request_id, 'vendor_code', vendor_code, 'expires_at', :iso(expires_at),
+    'headers', headers::json, 'flags', coalesce(flags, '[]')::json
 );
 
 -- name: rejection_item
@@ -114,7 +116,8 @@ SELECT json_agg(
     json_build_object(
         'id', id, 'started_at', :iso(started_at), 'method', method, 'url', url, 'http_status', http_status,
         'reason', reason, 'dns_ms', dns_ms, 'connect_ms', connect_ms, 'tls_ms', tls_ms,
-        'first_byte_ms', first_byte_ms, 'total_ms', total_ms, 'remote_addr', remote_addr
+        'first_byte_ms', first_byte_ms, 'total_ms', total_ms, 'remote_addr', remote_addr,
+        'vendor_request_id', vendor_request_id, 'vendor_code', vendor_code
     )
 )
 FROM (SELECT * FROM attempt WHERE file = :file ORDER BY id) AS made;

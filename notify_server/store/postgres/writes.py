@@ -20,7 +20,7 @@ SQL = load_queries("postgres")
 
 ATTEMPT_COLUMNS = (
     "file", "started_at", "method", "url", "http_status", "reason", "dns_ms", "connect_ms", "tls_ms", "first_byte_ms",
-    "total_ms", "remote_addr",
+    "total_ms", "remote_addr", "vendor_request_id", "vendor_code",
 )  # fmt: skip
 
 HEARTBEAT_LOCK_MS = 500
@@ -159,7 +159,7 @@ async def write_results(
         records=[
             (
                 r.file.id, a.started_at, a.method, a.url, a.http_status, a.reason, a.dns_ms, a.connect_ms, a.tls_ms,
-                a.first_byte_ms, a.total_ms, a.remote_addr,
+                a.first_byte_ms, a.total_ms, a.remote_addr, a.vendor_request_id, a.vendor_code,
             )
             for r in current
             for a in r.requests
@@ -170,10 +170,11 @@ async def write_results(
         (
             r.file.id, r.state, r.reason, r.attempts, r.next_attempt_at, r.http_status, r.content_length,
             r.content_type, r.etag, r.last_modified, r.final_url, r.remote_addr, r.elapsed_ms, r.verified_at,
+            r.vendor_request_id, r.vendor_code, r.headers, r.flags,
         )
         for r in current
     ]  # fmt: skip
-    await connection.execute(SQL["record_files"], *arrays(outcomes, 14), MAX_ATTEMPT_ROWS)
+    await connection.execute(SQL["record_files"], *arrays(outcomes, 18), MAX_ATTEMPT_ROWS)
     settled = settled_by_batch(current)
     await events.note_retrying(
         connection, {r.file.batch for r in current if r.state is FileState.PENDING and r.reason is not None}

@@ -70,7 +70,10 @@ class BatchDetail(BatchItem, frozen=True):
 
 
 class FileItem(Struct, frozen=True):
-    """A file: what the platform reported, and the check result."""
+    """A file: what the platform reported, and the check result. `vendor_request_id` and `vendor_code` are the storage
+    vendor's; a signed address ends at `expires_at`; `headers` are further header fields of the answer, `flags` what is
+    remarkable and no reason to fail.
+    """
 
     id: int
     batch: int
@@ -93,6 +96,11 @@ class FileItem(Struct, frozen=True):
     remote_addr: str | None
     elapsed_ms: float | None
     verified_at: datetime | None
+    vendor_request_id: str | None
+    vendor_code: str | None
+    expires_at: datetime | None
+    headers: dict[str, str] | None
+    flags: list[str]
 
 
 class AttemptItem(Struct, frozen=True):
@@ -110,6 +118,8 @@ class AttemptItem(Struct, frozen=True):
     first_byte_ms: float | None
     total_ms: float
     remote_addr: str | None
+    vendor_request_id: str | None
+    vendor_code: str | None
 
 
 class FileDetail(FileItem, frozen=True):

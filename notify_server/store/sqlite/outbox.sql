@@ -17,7 +17,8 @@ WHERE id IN (SELECT value FROM json_each(?));
 -- name: missing
 SELECT
     batch, oss_object_name, state, reason, http_status, attempts,
-    (SELECT started_at FROM attempt WHERE attempt.file = file.id ORDER BY id DESC LIMIT 1)
+    (SELECT started_at FROM attempt WHERE attempt.file = file.id ORDER BY id DESC LIMIT 1),
+    vendor_request_id
 FROM file
 WHERE batch = ? AND state <> 'available'
 ORDER BY oss_object_name

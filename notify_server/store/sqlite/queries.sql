@@ -104,7 +104,9 @@ FROM file
 WHERE batch = ? AND oss_object_name IN (SELECT value FROM json_each(?));
 
 -- name: files_insert
-INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at)
+INSERT INTO file (
+    batch, oss_object_name, target_url, host, reported_status, state, reason, next_attempt_at, verified_at, expires_at
+)
 SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 
 -- name: file_replace
@@ -116,6 +118,7 @@ SET target_url = ?,
     reason = ?,
     next_attempt_at = ?,
     verified_at = ?,
+    expires_at = ?,
     attempts = 0,
     http_status = NULL,
     content_length = NULL,
@@ -124,7 +127,11 @@ SET target_url = ?,
     last_modified = NULL,
     final_url = NULL,
     remote_addr = NULL,
-    elapsed_ms = NULL
+    elapsed_ms = NULL,
+    vendor_request_id = NULL,
+    vendor_code = NULL,
+    headers = NULL,
+    flags = NULL
 WHERE id = ?;
 
 -- name: recheck_find
@@ -146,7 +153,11 @@ SET state = 'pending',
     final_url = NULL,
     remote_addr = NULL,
     elapsed_ms = NULL,
-    verified_at = NULL
+    verified_at = NULL,
+    vendor_request_id = NULL,
+    vendor_code = NULL,
+    headers = NULL,
+    flags = NULL
 WHERE id IN (SELECT value FROM json_each(?));
 
 -- name: recheck_batches
@@ -208,10 +219,10 @@ WHERE endpoint IN (SELECT name FROM endpoint) AND state = 'pending' AND next_att
 -- name: claim
 -- Those that are due at the same time as :id come first, for themselves: comparing both columns at once, SQLite would
 -- walk over all of them again.
-SELECT json_group_array(json_array(id, batch, target_url, attempts, next_attempt_at))
+SELECT json_group_array(json_array(id, batch, target_url, attempts, oss_object_name, expires_at, next_attempt_at))
 FROM (
     SELECT * FROM (
-        SELECT id, batch, target_url, attempts, next_attempt_at
+        SELECT id, batch, target_url, attempts, oss_object_name, expires_at, next_attempt_at
         FROM file
         WHERE state = 'pending' AND host = :host AND next_attempt_at = :due AND id > :id
         ORDER BY id
@@ -219,7 +230,7 @@ FROM (
     )
     UNION ALL
     SELECT * FROM (
-        SELECT id, batch, target_url, attempts, next_attempt_at
+        SELECT id, batch, target_url, attempts, oss_object_name, expires_at, next_attempt_at
         FROM file
         WHERE state = 'pending' AND host = :host AND next_attempt_at > :due AND next_attempt_at <= :now
         ORDER BY next_attempt_at
@@ -231,7 +242,7 @@ FROM (
 -- name: record_files
 WITH result (
     id, state, reason, attempts, next_attempt_at, http_status, content_length, content_type, etag, last_modified,
-    final_url, remote_addr, elapsed_ms, verified_at
+    final_url, remote_addr, elapsed_ms, verified_at, vendor_request_id, vendor_code, headers, flags
 ) AS (VALUES :rows)
 UPDATE file
 SET state = result.state,
@@ -246,13 +257,18 @@ SET state = result.state,
     final_url = result.final_url,
     remote_addr = result.remote_addr,
     elapsed_ms = result.elapsed_ms,
-    verified_at = result.verified_at
+    verified_at = result.verified_at,
+    vendor_request_id = result.vendor_request_id,
+    vendor_code = result.vendor_code,
+    headers = result.headers,
+    flags = result.flags
 FROM result
 WHERE file.id = result.id;
 
 -- name: record_attempts
 INSERT INTO attempt (
-    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr
+    file, started_at, method, url, http_status, reason, dns_ms, connect_ms, tls_ms, first_byte_ms, total_ms, remote_addr,
+    vendor_request_id, vendor_code
 )
 SELECT * FROM (VALUES :rows) WHERE column1 IS NOT NULL;
 

@@ -34,7 +34,7 @@ CALLER_BYTES = 32 * 1024
 
 SQL = load_queries("sqlite")
 
-_decode_due = msgspec.json.Decoder(list[tuple[int, int, str, int, int]]).decode
+_decode_due = msgspec.json.Decoder(list[tuple[int, int, str, int, str, int | None, int]]).decode
 _decode_hosts = msgspec.json.Decoder(list[HostDue]).decode
 
 
@@ -260,4 +260,7 @@ def _read_due(connection: sqlite3.Connection, now: int, host: str, after: Positi
     due, id = after
     parameters = {"host": host, "due": due, "id": id, "now": now, "most": most}
     (answer,) = connection.execute(SQL["claim"], parameters).fetchone()
-    return [(at, DueFile(id, batch, host, url, attempts)) for id, batch, url, attempts, at in _decode_due(answer)]
+    return [
+        (at, DueFile(id, batch, host, url, attempts, name, expires_at))
+        for id, batch, url, attempts, name, expires_at, at in _decode_due(answer)
+    ]

@@ -198,6 +198,7 @@ def write_results(
                 (
                     r.file.id, r.state, r.reason, r.attempts, r.next_attempt_at, r.http_status, r.content_length,
                     r.content_type, r.etag, r.last_modified, r.final_url, r.remote_addr, r.elapsed_ms, r.verified_at,
+                    r.vendor_request_id, r.vendor_code, r.headers, r.flags,
                 )
                 for r in chunk
             ],
@@ -205,7 +206,7 @@ def write_results(
     attempts = [
         (
             r.file.id, a.started_at, a.method, a.url, a.http_status, a.reason, a.dns_ms, a.connect_ms, a.tls_ms,
-            a.first_byte_ms, a.total_ms, a.remote_addr,
+            a.first_byte_ms, a.total_ms, a.remote_addr, a.vendor_request_id, a.vendor_code,
         )
         for r in results
         for a in r.requests

@@ -16,12 +16,14 @@ from notify_server.callbacks.refused_body import readable
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import CircuitState, FileState, Verdict
 from notify_server.store.outbox import DeliveryState
-from notify_server.store.reading.types import FailureGroup, FileDetail, FileItem, Found, Totals
+from notify_server.store.reading.types import BatchItem, FailureGroup, FileDetail, FileItem, Found, Totals
 from notify_server.web.api.endpoints import NO_SUCH_ID
 from notify_server.web.api.handlers import MAX_GROUPS
 from notify_server.web.api.types import BatchFileQuery, BatchQuery, FileQuery, PageQuery, SearchQuery, Status
 from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.dashboard.forms import BatchesPage, BatchPage, FilesPage, moment, page_query, row_id
+from notify_server.web.dashboard.report import text_for_platform
+from notify_server.web.language import texts_for
 from notify_server.web.rendering import is_link
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ MAX_ATTENTION = 5
 CALM_SECONDS = 60.0
 MAX_HOSTS_SHOWN = 200
 MAX_PICTURES = 60
+# Files in the text for the platform.
+MAX_REPORTED = 20
 # Causes that a batch at risk is explained with.
 MAX_CAUSES = 4
 # Refresh interval of pages that show something unsettled.
@@ -106,6 +110,7 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         state = None if asked.state == "all" else FileState(asked.state)
     query = BatchFileQuery(state=state, cursor=asked.cursor, limit=MAX_PICTURES if pictures else 50)
     files = existing(await dashboard.api.batch_files(id, query))
+    reported = await _reported(dashboard, request, batch)
     gate, sent = await dashboard.api.forward.of_batch(id)
     waiting = any(each.state is DeliveryState.PENDING for each in sent)
     return dashboard.render(
@@ -118,6 +123,7 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         pictures=pictures,
         files=files,
         shown=[file for file in files.items if _is_picture(file)] if pictures else files.items,
+        report=reported,
         askable=batch.pending + batch.unavailable + batch.blocked,
         gate=gate,
         causes=Counter((each.reason, each.state) for each in gate.missing if each.reason).most_common(MAX_CAUSES)
@@ -149,6 +155,9 @@ async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
         file=file,
         key=decode_object_key(file.oss_object_name),
         curl=_curl(file),
+        report=text_for_platform(texts_for(request), [file])
+        if file.state in (FileState.UNAVAILABLE, FileState.UPLOAD_FAILED)
+        else None,
         slowest=max((attempt.total_ms for attempt in file.requests), default=0.0),
         due=file.next_attempt_at is not None and file.next_attempt_at.timestamp() * 1000 <= dashboard.now(),
         rechecking=rechecking,
@@ -243,6 +252,16 @@ def _key_in(address: str) -> str:
         return URL(address).path.lstrip("/").partition("!")[0]
     except ValueError:
         return ""
+
+
+async def _reported(dashboard: Dashboard, request: web.Request, batch: BatchItem) -> str | None:
+    """Return the text for the platform about the first missing files, None while there is nothing to report."""
+    missing = [state for state in (FileState.UNAVAILABLE, FileState.UPLOAD_FAILED) if getattr(batch, state)]
+    if not missing:
+        return None
+    query = BatchFileQuery(state=missing[0], limit=MAX_REPORTED)
+    files = existing(await dashboard.api.batch_files(batch.id, query))
+    return text_for_platform(texts_for(request), files.items, batch.first_received_at) if files.items else None
 
 
 def _is_empty(totals: Totals) -> bool:

@@ -1,0 +1,185 @@
+"""Decides from an answer whether the file can be used, beyond that it is there. Pure.
+
+A rule speaks only where the object's key, or `[verify.usable] expect`, says that the file is a picture or a video, and
+the server contradicts it; `archived` and `hotlink` are the storage vendor's own words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from notify_server.config import UsableConfig
+from notify_server.contract.expiry import is_signed
+from notify_server.contract.object_key import decode_object_key
+from notify_server.model import Evidence, Reason
+
+# Vendors' defaults for objects that were stored without a type.
+OCTET_STREAM = frozenset({"application/octet-stream", "binary/octet-stream"})
+# Smaller than this, an object is likelier a message than a picture.
+DOUBTFUL_BYTES = 1024
+# x-oss-ec: the Referer is empty, on the blacklist, or not on the whitelist.
+HOTLINK = frozenset({"0003-00000501", "0003-00000502", "0003-00000503"})
+ARCHIVED_CODE = "InvalidObjectState"
+
+# Objects of these classes cannot be read before they are restored.
+_COLD = frozenset({"coldarchive", "deepcoldarchive", "glacier", "deep_archive"})
+# An object of this class can be read where its bucket has real-time access.
+_ARCHIVE = "archive"
+_KINDS = {"IMAGE": ("image/*",), "VIDEO": ("video/*",)}
+# The place of the kind in a key, `APPID/KIND/HASH/NAME`.
+_KIND_STARTS = 17
+_MARKUP = re.compile(r"text/.*|application/(?:json|xml|xhtml\+xml|.*\+json)")
+_EXPIRY_DATE = re.compile(r'expiry-date="([^"]{1,64})"').search
+
+
+class Problem(NamedTuple):
+    """A contradiction. `final` ends the schedule; `undecided` leaves it to a GET."""
+
+    reason: Reason
+    final: bool = False
+    undecided: bool = False
+
+
+def media_types(key: str, rules: UsableConfig) -> Sequence[str]:
+    """Return patterns of the media types that the file should have; none for a key that says nothing."""
+    if rules.expect:
+        return rules.expect
+    decoded = decode_object_key(key) if key[16:17] == "/" else None
+    return () if decoded is None else _KINDS.get(decoded.file_type, ())
+
+
+def problem(key: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str) -> Problem | None:
+    """Return the first contradiction that is to fail the file."""
+    if accepted and _is_plain(key, evidence, rules):
+        return None
+    for found in _problems(key, evidence, rules, accepted=accepted, method=method):
+        if rules.action(found.reason) == "fail":
+            return found
+    return None
+
+
+def wants_look(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
+    """Return True if the first bytes of the object are to decide, because the headers of an accepted answer do not."""
+    if rules.sniff == "off" or rules.not_media == "off" or evidence.sniffed is not None:
+        return False
+    type, length = _type(evidence), evidence.content_length
+    doubtful = not type or type in OCTET_STREAM or (length is not None and 0 < length < DOUBTFUL_BYTES)
+    return (doubtful or rules.sniff == "all") and bool(media_types(key, rules))
+
+
+def flags(
+    key: str, url: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str
+) -> tuple[str, ...]:
+    """Return what is remarkable and no reason to fail, in a fixed order."""
+    found = (
+        [
+            problem.reason.value
+            for problem in _problems(key, evidence, rules, accepted=accepted, method=method)
+            if rules.action(problem.reason) == "flag"
+        ]
+        if not (accepted and _is_plain(key, evidence, rules))
+        else []
+    )
+    if accepted:
+        found += _remarks(key, evidence, rules)
+    if (day := deleted_on(evidence)) is not None:
+        found.append(f"deleted_on:{day}")
+    if url.startswith("http:"):
+        found.append("plain_http")
+    if is_signed(url):
+        found.append("signed")
+    return tuple(found)
+
+
+def deleted_on(evidence: Evidence) -> str | None:
+    """Return the day (UTC, YYYY-MM-DD) on which a lifecycle rule deletes the object, as OSS and S3 announce it."""
+    headers = evidence.headers or {}
+    announced = headers.get("x-oss-expiration") or headers.get("x-amz-expiration")
+    if not announced or (match := _EXPIRY_DATE(announced)) is None:
+        return None
+    try:
+        return parsedate_to_datetime(match[1]).astimezone(UTC).date().isoformat()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _is_plain(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
+    """Return True for the usual good answer, at the least cost."""
+    type, headers = evidence.content_type, evidence.headers
+    return (
+        not rules.expect
+        and type is not None
+        and type[:6].lower() == f"{key[_KIND_STARTS : _KIND_STARTS + 5].lower()}/"
+        and evidence.content_length is not None
+        and evidence.content_length >= DOUBTFUL_BYTES
+        and evidence.sniffed is None
+        and (headers is None or ("x-oss-storage-class" not in headers and "x-amz-storage-class" not in headers))
+    )
+
+
+def _problems(key: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str) -> Iterator[Problem]:
+    headers = evidence.headers or {}
+    if not accepted:
+        if evidence.status == 403 and headers.get("x-oss-ec") in HOTLINK:
+            yield Problem(Reason.HOTLINK, final=True)
+        elif evidence.status == 403 and evidence.vendor_code == ARCHIVED_CODE:
+            yield Problem(Reason.ARCHIVED, final=_restore(headers) != "true")
+        return
+    if media := media_types(key, rules):
+        type = _type(evidence)
+        if evidence.content_length == 0:
+            yield Problem(Reason.EMPTY)
+        elif any(_is_markup(each) and not _matches(each, media) for each in (type, _sniffed(evidence))):
+            yield Problem(Reason.NOT_MEDIA)
+    if method != "HEAD":
+        return  # It has been read.
+    storage = (headers.get("x-oss-storage-class") or headers.get("x-amz-storage-class") or "").lower()
+    restore = _restore(headers)
+    if storage in _COLD and restore != "false":
+        yield Problem(Reason.ARCHIVED, final=restore is None)
+    elif storage == _ARCHIVE and restore != "false":
+        yield Problem(Reason.ARCHIVED, undecided=restore is None)
+
+
+def _remarks(key: str, evidence: Evidence, rules: UsableConfig) -> list[str]:
+    type, found = _type(evidence), []
+    if type in OCTET_STREAM:
+        found.append("octet_stream")
+        type = ""
+    if (type and type[:6] != f"{key[_KIND_STARTS : _KIND_STARTS + 5].lower()}/") or evidence.sniffed or rules.expect:
+        media = media_types(key, rules)
+        if media and any(
+            each and not _is_markup(each) and not _matches(each, media) for each in (type, _sniffed(evidence))
+        ):
+            found.append("type_differs")
+    if (evidence.headers or {}).get("content-disposition", "")[:10].lower() == "attachment":
+        found.append("attachment")
+    return found
+
+
+def _restore(headers: dict[str, str]) -> str | None:
+    """Return "true" while a restore is under way, "false" when one has finished, None without one."""
+    restore = headers.get("x-oss-restore") or headers.get("x-amz-restore") or ""
+    return next((value for value in ("true", "false") if f'ongoing-request="{value}"' in restore), None)
+
+
+def _type(evidence: Evidence) -> str:
+    return (evidence.content_type or "").partition(";")[0].strip().lower()
+
+
+def _sniffed(evidence: Evidence) -> str | None:
+    """Return what the first bytes show, unless they are of a compressed body."""
+    return None if "content-encoding" in (evidence.headers or {}) else evidence.sniffed
+
+
+def _is_markup(type: str | None) -> bool:
+    return bool(type) and _MARKUP.fullmatch(type or "") is not None
+
+
+def _matches(type: str | None, patterns: Sequence[str]) -> bool:
+    return type is not None and any(fnmatchcase(type, pattern) for pattern in patterns)
