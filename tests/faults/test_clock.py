@@ -18,7 +18,7 @@ from aiohttp import web
 from notify_server.app import make_app
 from notify_server.clock import unix_ms
 from notify_server.config import load_config
-from tests.support.daemon import to_toml
+from tests.support.daemon import Daemon, to_toml
 from tests.support.notification import batch_body
 from tests.support.origin import Answer, Origin
 
@@ -135,3 +135,20 @@ async def test_a_batch_across_a_step_is_completed_after_it_was_received(tmp_path
         async with asyncio.timeout(10):
             while not complete():
                 await asyncio.sleep(0.01)
+
+
+async def test_retry_that_a_wrong_clock_put_off_for_400_days_is_made_after_the_next_start(tmp_path: Path) -> None:
+    """Row 132."""
+    async with Origin() as origin, Daemon(tmp_path, {"verify": {"retry_schedule": ["30m"]}}) as daemon:
+        origin.on("/late", Answer(404, close=True))
+        await daemon.deliver("late", [origin.url("/late")])
+        await daemon.eventually("SELECT count(*) = 1 FROM file WHERE attempts = 1")
+        assert await daemon.terminate() == 0
+        # As a clock that was 400 days ahead had written it.
+        with contextlib.closing(sqlite3.connect(daemon.database)) as connection:
+            connection.execute("UPDATE file SET next_attempt_at = next_attempt_at + ?", (400 * 86_400_000,))
+            connection.commit()
+        origin.on("/late", Answer(200))
+        await daemon.start()
+        await daemon.line("files waited for longer than the schedule says, they are due now", files=1)
+        assert (await daemon.verdict("late"))["verdict"] == "complete"
