@@ -192,7 +192,10 @@ async def kills(setting: Setting) -> list[Figure]:
             figures = judge(f"{rounds} kills", platform, receiver, unrecorded)
     proof = ("kills with events waiting", "kills with deliveries not recorded")
     seen = ", ".join(f"{hits[name]} {name}" for name in proof)
-    return [*figures, Figure("kills that hit the outbox", "some each", seen, all(hits[name] for name in proof), hits)]
+    return [
+        *figures,
+        Figure("kills that hit the outbox", "some each", seen, all(hits[name] for name in proof), dict(hits)),
+    ]
 
 
 def _waiting(daemon: Daemon) -> Sequence[Any]:
