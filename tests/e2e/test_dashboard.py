@@ -21,7 +21,7 @@ from yarl import URL
 from notify_server.web.admin import COOKIE
 from tests.support.browser import DESKTOP, PHONE, Watched, chromium, context, watched
 from tests.support.daemon import Daemon
-from tests.support.notification import batch_body, failed, finished
+from tests.support.notification import API_CODE, batch_body, failed, finished
 from tests.support.origin import Answer, Hit, Origin
 from tests.support.waiting import Bell
 
@@ -116,6 +116,17 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         origin.on("/evil", Answer(200, evil))
         origin.on("/away", Answer(302, {"Location": LINK}, close=True))
         origin.on("/hop", Answer(302, {"Location": f"/x?{IMAGE}"}, close=True))
+        submissions: list[dict[str, Any]] = [
+            {"reference": HOSTILE, "api_code": API_CODE, "batch_id": "broken", "files": 9},
+            {"reference": SCRIPT, "api_code": API_CODE, "batch_id": IMAGE[:80], "notify_within": "1ms"},
+            {"reference": "order 1", "api_code": API_CODE, "files": 4},
+        ]
+        for submission in submissions:
+            async with aiohttp.ClientSession() as session:
+                path = f"{daemon.callback.removesuffix('/notify')}/api/v1/expectations"
+                bearer = {"Authorization": f"Bearer {TOKEN}"}
+                async with session.post(path, json=submission, headers=bearer) as registered:
+                    assert registered.status == 201, await registered.text()
         await daemon.settle("whole", [finished(origin.url(f"/p{n}.png"), f"{KEY[:-1]}{n}") for n in range(4)])
         blocked = finished("http://10.1.2.3/x", "blocked")
         await daemon.settle("broken", [origin.url("/gone"), origin.url("/a"), blocked, failed("failed")])
@@ -164,6 +175,9 @@ def all_pages(site: Site) -> list[str]:
         "/ui/files?state=pending",
         "/ui/failures",
         "/ui/hosts",
+        "/ui/expected",
+        "/ui/expected?state=late",
+        "/ui/expected?reference=nothing",
         "/ui/rejections",
         "/ui/rejections/1",
         "/ui/search?q=%3Cscript%3Epwned()%3C/script%3E%22%3E%3Cimg%20src=x",

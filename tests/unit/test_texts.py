@@ -11,6 +11,7 @@ import pytest
 
 from notify_server.config.forward import BOTS
 from notify_server.events.payload import EventType
+from notify_server.expect.expectation import ExpectationState, MatchedBy
 from notify_server.model import CircuitState, FileState, Reason, Verdict
 from notify_server.store.outbox import DeliveryState
 from notify_server.web import rendering
@@ -27,7 +28,7 @@ FAMILIES: dict[str, Sequence[str]] = {
     "verdict": list(Verdict),
     "circuit": list(CircuitState),
     "docs_of": [endpoint.id for endpoint in ENDPOINTS],
-    "nav": ["overview", "batches", "failures", "hosts", "rejections", "deliveries", "docs"],
+    "nav": ["overview", "batches", "expected", "failures", "hosts", "rejections", "deliveries", "docs"],
     "recheck": ["title", "nothing", "done", "more"],
     "how": list(FileState),
     "flag": ["type_differs", "attachment", "octet_stream", "plain_http", "signed", "deleted_on"],
@@ -42,6 +43,9 @@ FAMILIES: dict[str, Sequence[str]] = {
     "deliveries": ["stop", "start", "replayed"],
     "delivery_state": list(DeliveryState),
     "delivery_means": list(DeliveryState),
+    "expected_state": list(ExpectationState),
+    "expected_means": list(ExpectationState),
+    "expected_by": list(MatchedBy),
     "endpoint_state": ["ok", "failing", "stopped"],
     "endpoint_kind": ["url", *BOTS, "command"],
     "event": [kind.replace(".", "_") for kind in EventType],

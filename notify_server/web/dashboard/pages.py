@@ -112,6 +112,7 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
     files = existing(await dashboard.api.batch_files(id, query))
     reported = await _reported(dashboard, request, batch)
     gate, sent = await dashboard.api.forward.of_batch(id)
+    submissions = await dashboard.api.submissions.of_batch(id)
     waiting = any(each.state is DeliveryState.PENDING for each in sent)
     return dashboard.render(
         request,
@@ -129,6 +130,7 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         causes=Counter((each.reason, each.state) for each in gate.missing if each.reason).most_common(MAX_CAUSES)
         if gate is not None and gate.provisional
         else [],
+        submissions=submissions,
         sent=sent,
         latest={each.endpoint: each for each in sent},
         now=datetime.fromtimestamp(dashboard.now() / 1000, UTC),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from notify_server.web.dashboard import actions, deliveries, pages
+from notify_server.web.dashboard import actions, deliveries, expected, pages
 from notify_server.web.dashboard.dashboard import View
 
 _ENDPOINT = "/ui/deliveries/{name:[A-Za-z0-9_-]{1,64}}"
@@ -15,6 +15,7 @@ VIEWS = (
     View("GET", "/ui/files/{id:[0-9]{1,18}}", pages.file),
     View("GET", "/ui/failures", pages.failures),
     View("GET", "/ui/hosts", pages.hosts),
+    View("GET", "/ui/expected", expected.expected),
     View("GET", "/ui/rejections", pages.rejections),
     View("GET", "/ui/rejections/{id:[0-9]{1,18}}", pages.rejection),
     View("GET", "/ui/search", pages.search),
