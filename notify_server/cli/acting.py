@@ -78,9 +78,9 @@ async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, y
         if counted is None:
             raise SourceError("there is no such file or batch")
         if wanted.dry_run or not counted.files:
-            print_json(counted) if as_json else print(f"{counted.files:,} files would be asked for anew")
+            print_json(counted) if as_json else print(f"{counted.files:,} files would be checked again")
             return 0
-        if not await confirm(f"Ask for {counted.files:,} files anew?", yes=yes):
+        if not await confirm(f"Check {counted.files:,} files again?", yes=yes):
             return EXIT_FAILED
         files = 0
         while True:
@@ -92,7 +92,7 @@ async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, y
             print_json({"files": files})
         else:
             later = "" if source.served else ", as soon as a daemon runs"
-            print(f"{files:,} files are asked for anew{later}")
+            print(f"{files:,} files are queued to be checked again{later}")
     return 0
 
 
@@ -133,7 +133,7 @@ async def prune(
             ("batches completed", wanted.completed_before), ("rejections received", wanted.rejections_before)
         )
         if before is not None
-    ] or ["what the daemon's [retention] says"]  # fmt: skip
+    ] or ["everything older than the daemon's [retention]"]  # fmt: skip
     if not await confirm(f"Delete {' and '.join(what)}?", yes=yes):
         return EXIT_FAILED
     rows = 0

@@ -101,7 +101,7 @@ def write_new(path: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        print(f"notify_server: {path}: is there already, and is left as it is: name another", file=sys.stderr)
+        print(f"notify_server: {path}: exists already and is left unchanged: name another", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
     except OSError as error:
         print(f"notify_server: {path}: cannot be written ({error.strerror})", file=sys.stderr)

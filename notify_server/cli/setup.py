@@ -1,4 +1,4 @@
-"""`notify-server init`: asks what a new installation needs, tests each answer, and writes config.toml."""
+"""`notify-server init`: asks for the settings of a new installation, tests each answer, and writes config.toml."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Fill = Callable[[Tables, str], Tables]
 def run(path: Path) -> None:
     """Ask six questions and write `path`, which must not exist. Exits 1 when it cannot be written."""
     if path.exists():
-        print(f"notify_server: {path}: is there already, and is left as it is: name another", file=sys.stderr)
+        print(f"notify_server: {path}: exists already and is left unchanged: name another", file=sys.stderr)
         raise SystemExit(EXIT_FAILED)
     print(f"Six questions, then {path} is written. Enter takes what is in brackets.\n")
     tables: Tables = {}

@@ -62,7 +62,7 @@ class Circuit:
         self._trial = False
 
     def failed(self, now: int) -> None:
-        """Note a failure. While the circuit is open only the trial's lengthens the rest: others were under way before
+        """Note a failure. While the circuit is open only the trial's lengthens the rest: others were in flight before
         it opened.
         """
         self.failures += 1

@@ -36,7 +36,7 @@ def _missing_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
     lines = []
     for file in data["missing"][:MAX_FILES]:
         what = file["reason_text"][language]
-        # The code or status stands as it is, for whoever searches for it.
+        # The code or status itself stays, so that it can be searched for.
         reason = text(language, "line.code", what=what, code=file["reason"]) if file["reason"] else what
         name = _plain(file["source_path"] or file["oss_object_name"].rpartition("/")[2])
         lines.append("- " + text(language, "line.missing", name=name, reason=reason))

@@ -1,4 +1,4 @@
-"""Wakes those who wait for events: long polls and whoever waits for a verdict."""
+"""Wakes callers that wait for events or for a verdict (long polls)."""
 
 from __future__ import annotations
 

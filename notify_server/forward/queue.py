@@ -1,4 +1,4 @@
-"""The queue of one endpoint: claims what is due, sends at most CONCURRENCY at a time, records the outcomes."""
+"""The queue of one endpoint: claims due deliveries, sends at most CONCURRENCY at a time, records the outcomes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def to_result(delivery: Outgoing, attempt: Attempt, started_at: int, now: int, c
 
 
 class EndpointQueue:
-    """Runs from `run` until that is cancelled; then `stop` waits for what is under way."""
+    """Runs from `run` until that is cancelled; then `stop` waits for requests in progress."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class EndpointQueue:
         self._chance = chance
         self._listener = listener
         self._queue: deque[Outgoing] = deque()
-        # Claimed and not yet recorded: ids, and batches, of which one at most may be under way.
+        # Claimed and not yet recorded: ids, and batches, each of which may have one at most.
         self._held: set[int] = set()
         self._batches: set[int] = set()
         self._sending: set[asyncio.Task[None]] = set()
@@ -105,11 +105,11 @@ class EndpointQueue:
 
     @property
     def in_flight(self) -> int:
-        """The number of requests under way."""
+        """The number of requests in progress."""
         return len(self._sending)
 
     async def run(self) -> None:
-        """Send what becomes due, until cancelled."""
+        """Send deliveries as they become due, until cancelled."""
         while True:
             self._news.clear()
             try:
@@ -136,7 +136,7 @@ class EndpointQueue:
         if state is CircuitState.CLOSED:
             room = CONCURRENCY + AHEAD - len(self._queue) - len(self._sending)
         else:
-            # What was claimed ahead is free for whoever reaches the endpoint.
+            # Deliveries claimed ahead are released for any node that reaches the endpoint.
             self._give_back()
             room = self.circuit.slots(now, 1) if not self._sending else 0
         if room <= 0:
@@ -144,7 +144,7 @@ class EndpointQueue:
         claimed = await self._outbox.claim_deliveries([(self.name, room)], now)
         self._next_at = claimed.next_at.get(self.name)
         for delivery in claimed.deliveries:
-            # A store that was restarted does not know what is under way here.
+            # A restarted store does not know which deliveries are in progress here.
             if delivery.id in self._held or delivery.batch in self._batches:
                 self._outbox.release_deliveries([delivery.id])
                 continue
@@ -200,7 +200,7 @@ class EndpointQueue:
             self._drop(self._queue.popleft())
 
     async def stop(self, seconds: float) -> None:
-        """Give back what has not started, and wait so long for what has; what is cut off is sent again later."""
+        """Release deliveries that have not started, and wait this long for the others; those cut off are sent again."""
         self._give_back()
         if self._sending:
             _, late = await asyncio.wait(self._sending, timeout=seconds)

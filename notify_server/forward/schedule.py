@@ -12,7 +12,7 @@ MAX_RETRY_AFTER_MS = 86_400_000
 
 
 class Outcome(NamedTuple):
-    """What follows from an attempt: the delivery's state (a value of DeliveryState), when to try again (Unix ms) while
+    """The decision after an attempt: the delivery's state (a value of DeliveryState), when to try again (Unix ms) while
     it is pending, and whether the endpoint is to be stopped until a person starts it.
     """
 
@@ -33,7 +33,7 @@ def after_attempt(
 ) -> Outcome:
     """Decide what follows attempt number `attempts` (from 1). `chance` in [0, 1) spreads the wait by ± JITTER.
 
-    Retry-After counts on 429 and 503 alone, when it asks for more than the schedule does, up to a day. 410 stops the
+    Retry-After counts on 429 and 503 alone, if it is longer than the scheduled wait, up to a day. 410 stops the
     endpoint; the delivery stays pending for the day on which it is started again.
     """
     if delivered:

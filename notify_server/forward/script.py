@@ -74,7 +74,7 @@ def _input(body: bytes) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _output() -> Iterator[tuple[bytearray, int]]:
-    """The beginning of what is written to a pipe, and the pipe's end to write to; the rest is read and dropped."""
+    """Collects the beginning of the data written to a pipe, and owns its write end; the rest is read and dropped."""
     kept = bytearray()
     source, sink = os.pipe()
     os.set_blocking(source, False)

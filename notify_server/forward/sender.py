@@ -63,7 +63,7 @@ class Sender:
         self._different: set[str] = set()
 
     async def start(self) -> None:
-        """Subscribe the endpoints, and send what is due from now on."""
+        """Subscribe the endpoints, and send due deliveries from now on."""
         await self._outbox.subscribe(
             [subscription_of(endpoint) for endpoint in self.endpoints.values()], self._public_url, self._now()
         )
@@ -122,7 +122,7 @@ class Sender:
         return self._queues.get(name)
 
     async def test(self, name: str) -> Attempt | None:
-        """Send test.ping and return what came of it; None when there was no attempt in time. The endpoint must be
+        """Send test.ping and return the attempt; None when there was none in time. The endpoint must be
         configured and started.
         """
         endpoint, queue = self.endpoints[name], self._queues[name]
@@ -174,7 +174,7 @@ class Sender:
         self.wake()
 
     async def stop(self, seconds: float) -> None:
-        """Stop: what is under way may take so long; what is cut off is sent again after the next start."""
+        """Stop within this time; interrupted deliveries are sent again after the next start."""
         if not self._tasks:
             return
         recorder, *loops = self._tasks

@@ -128,7 +128,7 @@ def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping
     if row.state is not EXPECTED[file.kind]:
         return row.reason or "no reason given"
     if file.kind is Kind.FAILED:
-        return f"reported FAILED, yet asked for {requests[file.key]} times" if requests.get(file.key) else None
+        return f"reported FAILED, yet requested {requests[file.key]} times" if requests.get(file.key) else None
     if row.target_url != objects + file.key:
         return f"target_url {row.target_url}"
     if file.kind is Kind.MISSING:
@@ -140,13 +140,13 @@ def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping
     ):
         if found != planted:
             return f"{column} {found}, planted {planted}"
-    return None if requests.get(file.key) else "never asked for"
+    return None if requests.get(file.key) else "never requested"
 
 
 def _batch_fault(batch: PlantedBatch, row: BatchRow, states: Mapping[str, int]) -> tuple[str, str, str] | None:
     """Return (expected, found, fault) of a batch's row, None when it is correct."""
     if row.files != len(batch.files):
-        return f"{len(batch.files)} files", f"{row.files} files", "not what was planted"
+        return f"{len(batch.files)} files", f"{row.files} files", "not as planted"
     expected = Verdict.COMPLETE if batch.count(FileState.AVAILABLE) == len(batch.files) else Verdict.INCOMPLETE
     if row.verdict is not expected:
         return expected, row.verdict, f"{row.pending} files pending" if row.pending else "wrong verdict"

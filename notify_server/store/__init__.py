@@ -1,1 +1,1 @@
-"""The record: an inbox of what was accepted, and what is known of every batch and file."""
+"""The record: the inbox of accepted notifications, and the state of every batch and file."""

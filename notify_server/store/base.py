@@ -102,7 +102,7 @@ class FileQueue(Protocol):
         """Return hosts with pending files, ordered by name, from behind `after`. Costs one index seek per host."""
 
     async def claim(self, wanted: Sequence[tuple[str, int]], now: int) -> list[DueFile]:
-        """Claim up to n due files of each (host, n), the longest due first. Nobody else gets them before they are
+        """Claim up to n due files of each (host, n), the longest due first. They are reserved until they are
         recorded or released. A crash releases every claim.
         """
 
@@ -200,7 +200,7 @@ class Inbox(Protocol):
 
         New files are added. A file whose address has changed, or that was FAILED and is FINISHED now, is reset.
         FINISHED outweighs FAILED in whichever order they come, since deliveries may be repeated in any order and a
-        probe decides. Anything else leaves the file as it is. Repeating an expansion changes nothing, so an item that
+        probe decides. Anything else leaves the file unchanged. Repeating an expansion changes nothing, so an item that
         was cut off half-way is expanded from its beginning again. A delivery is counted, and its item leaves the inbox,
         with its last expansion; a batch has no verdict before that.
         """

@@ -38,7 +38,7 @@ def csv_header() -> bytes:
 
 
 def csv_lines(files: Iterable[FileItem]) -> bytes:
-    """Return a line for each file (RFC 4180). An apostrophe precedes what a spreadsheet would take for a formula."""
+    """Return a line for each file (RFC 4180). An apostrophe precedes texts that look like formulas."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([safe_cell(getattr(file, column)) for column in COLUMNS] for file in files)

@@ -1,4 +1,4 @@
-"""Decides what a delivery changes in its batch, apart from any engine."""
+"""Decides the changes that a delivery makes to its batch, independent of the engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Merge:
         self.delta: Counter[FileState] = Counter()
         self.replaced: list[tuple[int, NewFile]] = []
         self.restarted: list[int] = []
-        # Of a key listed twice the later entry counts, as if it had been delivered later.
+        # The later entry of a key counts, as if it had been delivered later.
         self.files: dict[str, NewFile] = {}
         for file in expansion.files:
             listed = self.files.get(file.oss_object_name)
@@ -125,7 +125,7 @@ def columns(file: NewFile, now: int) -> tuple[object, ...]:
 
 
 def distinct_batches(expansions: Sequence[Expansion], most: int = sys.maxsize) -> Iterator[list[Expansion]]:
-    """Split the expansions, in order, wherever a batch comes again: each merges with what the last one has written."""
+    """Split the expansions, in order, wherever a batch repeats: each merges with the result of the last one."""
     part: dict[tuple[str, str], Expansion] = {}
     for expansion in expansions:
         key = (expansion.batch_id, expansion.api_code)

@@ -26,12 +26,12 @@ class Change(msgspec.Struct, frozen=True):
 def after_results(
     before: EndpointState, results: Sequence[DeliveryResult], pending: Callable[[], int], now: int
 ) -> Change:
-    """Return what the results, in their order, make of the endpoint. `pending` counts its deliveries."""
+    """Return the endpoint's state after the results, in their order. `pending` counts its deliveries."""
     state = before
     notices: list[Notice] = []
     events: list[NewEvent] = []
 
-    def tell(kind: EventType, what: str, result: DeliveryResult) -> None:
+    def report(kind: EventType, what: str, result: DeliveryResult) -> None:
         stopped = what == "stopped"
         data = EndpointData(state.name, state.failures, result.status, result.error, pending(), stopped)
         events.append(NewEvent(plain_event(kind, data, now), not_to=state.name))
@@ -44,14 +44,14 @@ def after_results(
             recovered = state.failures >= FAILING_AFTER
             state = msgspec.structs.replace(state, failures=0, first_failed_at=None, last_success_at=now)
             if recovered:
-                tell(EventType.ENDPOINT_RECOVERED, "recovered", result)
+                report(EventType.ENDPOINT_RECOVERED, "recovered", result)
             continue
         since = now if state.first_failed_at is None else state.first_failed_at
         state = msgspec.structs.replace(state, failures=state.failures + 1, first_failed_at=since)
         if state.stopped_at is None and (result.stop or now - since >= STOP_AFTER_MS):
             reason = result.error or "only failures for five days"
             state = msgspec.structs.replace(state, stopped_at=now, stopped_reason=reason)
-            tell(EventType.ENDPOINT_FAILING, "stopped", result)
+            report(EventType.ENDPOINT_FAILING, "stopped", result)
         elif state.failures == FAILING_AFTER:
-            tell(EventType.ENDPOINT_FAILING, "failing", result)
+            report(EventType.ENDPOINT_FAILING, "failing", result)
     return Change(state, notices, events)

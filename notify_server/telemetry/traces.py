@@ -1,4 +1,4 @@
-"""Starts tracing where the environment asks for it. OpenTelemetry is loaded only then."""
+"""Starts tracing if the environment asks for it. OpenTelemetry is loaded only then."""
 
 from __future__ import annotations
 

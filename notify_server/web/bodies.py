@@ -61,6 +61,6 @@ async def send(request: web.Request, response: web.StreamResponse, data: bytes) 
 
 
 def abort(request: web.Request) -> None:
-    """Break the connection, so that the client does not take what it has for the whole answer."""
+    """Break the connection, so that the client does not take a part for the whole answer."""
     if request.transport is not None:
         request.transport.abort()

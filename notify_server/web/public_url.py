@@ -17,7 +17,7 @@ _PATH = re.compile(r'((?:href|action|src|hx-get|hx-post)=")(?=/(?!/))')
 
 
 class PublicUrl:
-    """`[server] public_url` if it is set, otherwise what the request and a trusted proxy's headers tell.
+    """`[server] public_url` if it is set, otherwise as in the request and a trusted proxy's headers.
 
     The proxy strips the prefix from the paths that it forwards.
     """

@@ -1,4 +1,4 @@
-"""Turns the OpenAPI document into what the reference page shows."""
+"""Prepares the OpenAPI document for the reference page."""
 
 from __future__ import annotations
 

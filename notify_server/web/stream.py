@@ -77,7 +77,7 @@ class Stream:
         return self._closed or len(self._listeners) >= MAX_LISTENERS
 
     def publish(self, event: str, data: object, id: int | None = None) -> None:
-        """Send an event; `data` becomes JSON. With an id, a listener that comes back gets what it has missed."""
+        """Send an event; `data` becomes JSON. With an id, a returning listener gets the events that it has missed."""
         if not self._listeners:
             return
         message = Message(id, _encode(event, data, id))

@@ -142,7 +142,7 @@ async def test_the_example_is_written_once_for_its_owner_only(tmp_path: Path) ->
     written.write_text("# mine\n")
     end = await config(tmp_path, "init")
     assert (end.code, end.stdout) == (1, "")
-    assert end.stderr == "notify_server: config.toml: is there already, and is left as it is: name another\n"
+    assert end.stderr == "notify_server: config.toml: exists already and is left unchanged: name another\n"
     assert written.read_text() == "# mine\n"
 
 

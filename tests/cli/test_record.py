@@ -192,7 +192,7 @@ async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tm
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
-        assert (dry.code, dry.stdout) == (0, "2 files would be asked for anew\n")
+        assert (dry.code, dry.stdout) == (0, "2 files would be checked again\n")
         assert f"acting through the daemon at {daemon.callback.removesuffix('/notify')}" in dry.stderr
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--reason", "http_410", "--yes", "--json")
@@ -201,7 +201,7 @@ async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tm
         assert daemon.files("bad")["gone"]["state"] == "available"
         (id,) = (row["id"] for name, row in daemon.files("bad").items() if name == "gone")
         end = await command(daemon, "recheck", "--file", str(id), "-y")
-        assert (end.code, end.stdout) == (0, "1 files are asked for anew\n")
+        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
         await daemon.verdict("bad", number=3)
 
 
@@ -213,7 +213,7 @@ async def test_what_is_asked_for_anew_on_the_file_is_asked_for_when_a_daemon_run
         assert await daemon.terminate() == 0
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
-        assert (end.code, end.stdout) == (0, "1 files are asked for anew, as soon as a daemon runs\n")
+        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again, as soon as a daemon runs\n")
         assert end.stderr.splitlines() == [
             f"reading {daemon.database}, no daemon has it open",
             "acting through this command, on the file itself",
@@ -267,7 +267,7 @@ async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tm
             run_command("status", "--json", cwd=tmp_path, environ=wrong),
             run_command("batches", "--url", daemon.callback.removesuffix("/notify"), cwd=tmp_path / ".."),
         )
-        assert right.stdout == "2 files would be asked for anew\n"
+        assert right.stdout == "2 files would be checked again\n"
         assert (refused.code, refused.stdout) == (1, "")
         assert "this is not the admin_token: set NOTIFY_SERVER__AUTH__ADMIN_TOKEN to the server's" in refused.stderr
         # The file can be read all the same.
@@ -289,7 +289,7 @@ async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tm
         assert status.code == 0 and "the activity of the daemon is unknown" in status.stdout
         assert refused.code == 1
         assert "[server] port is 0: name the address from the daemon's log with --url" in refused.stderr
-        assert (named.code, named.stdout) == (0, "2 files are asked for anew\n")
+        assert (named.code, named.stdout) == (0, "2 files are queued to be checked again\n")
 
 
 async def test_the_daemon_s_own_certificate_is_trusted_and_no_other(tmp_path: Path, origin: Origin) -> None:
@@ -447,7 +447,7 @@ async def test_the_status_goes_on_until_it_is_stopped_and_leaves_the_terminal_as
 async def test_an_action_is_asked_about_first(tmp_path: Path, origin: Origin) -> None:
     async def asked(daemon: Daemon, typed: bytes | None) -> int:
         async with Terminal("recheck", "--batch", "bad", cwd=daemon.folder) as terminal:
-            await terminal.shows(b"Ask for 1 files anew? [y/N] ")
+            await terminal.shows(b"Check 1 files again? [y/N] ")
             if typed is None:
                 terminal.process.send_signal(signal.SIGINT)
             else:

@@ -116,7 +116,7 @@ async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once
         await fill(daemon, origin, url)
         before = await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node")
         dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
-        assert (dry.code, dry.stdout) == (0, "2 files would be asked for anew\n")
+        assert (dry.code, dry.stdout) == (0, "2 files would be checked again\n")
         assert dry.stderr.splitlines()[-1] == "acting through this command, on the database itself"
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--reason", "http_410", "--yes", "--json")
@@ -124,7 +124,7 @@ async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once
         assert (await daemon.verdict("bad", number=2))["available"] == 2
         ((id,),) = await fetch(url, "SELECT id FROM file WHERE oss_object_name = 'gone' AND state = 'available'")
         end = await command(daemon, "recheck", "--file", str(id), "-y")
-        assert (end.code, end.stdout) == (0, "1 files are asked for anew\n")
+        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
         await daemon.verdict("bad", number=3)
         # Whoever did it was no node: nobody's share of the work was less for it.
         assert before == (await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node"))
@@ -140,7 +140,7 @@ async def test_what_is_in_flight_when_it_is_asked_for_anew_is_not_taken_for_the_
         await daemon.deliver("slow", [origin.url("/slow")])
         await origin.reached(1, "/slow")
         end = await command(daemon, "recheck", "--batch", "slow", "-y")
-        assert (end.code, end.stdout) == (0, "1 files are asked for anew\n")
+        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
         gate.set()
         assert (await daemon.verdict("slow"))["verdict"] == "complete"
         assert origin.count["/slow"] == 2
@@ -188,7 +188,7 @@ async def test_without_a_server_it_is_asked_for_as_soon_as_one_runs(tmp_path: Pa
         assert await daemon.terminate() == 0
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
-        assert (end.code, end.stdout) == (0, "1 files are asked for anew, as soon as a daemon runs\n")
+        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again, as soon as a daemon runs\n")
         await daemon.start()
         assert (await daemon.verdict("bad"))["available"] == 2
         rows = await fetch(url, "SELECT count(*) FROM batch WHERE completed_at IS NOT NULL")

@@ -185,7 +185,7 @@ async def test_a_new_database_locked_by_another_program_is_refused(impatient: No
     path.parent.mkdir()
     async with child(HOLD_LOCK, path) as holder:
         await holder.says("locked")
-        line = "is locked by another program: close what has it open for writing, and start again"
+        line = "is locked by another program: close the program that has it open for writing, and start again"
         assert await refusal(path) == line
         await holder.finish("free")
     async with opened(path) as store:

@@ -588,7 +588,7 @@ def test_a_file_that_was_never_planted_is_reported_with_its_batch(played: Played
                   "VALUES (1, 'stray', '', 'FAILED', 'upload_failed')")  # fmt: skip
     played.change("UPDATE batch SET files = files + 1, upload_failed = upload_failed + 1 WHERE id = 1")
     assert played.compare().differences == [
-        Difference(first.batch_id, "batch", "10 files", "11 files", "not what was planted")
+        Difference(first.batch_id, "batch", "10 files", "11 files", "not as planted")
     ]  # fmt: skip
 
 
@@ -623,13 +623,13 @@ def test_a_file_reported_failed_must_not_have_been_asked_for(played: Played) -> 
     file = of_kind(Kind.FAILED)
     played.requests[file.key] = 2
     assert [difference.reason for difference in played.compare().differences] == [
-        "reported FAILED, yet asked for 2 times"
+        "reported FAILED, yet requested 2 times"
     ]
 
 
 def test_a_file_said_to_be_available_must_have_been_asked_for(played: Played) -> None:
     del played.requests[of_kind(Kind.PRESENT).key]
-    assert [difference.reason for difference in played.compare().differences] == ["never asked for"]
+    assert [difference.reason for difference in played.compare().differences] == ["never requested"]
 
 
 def test_missing_files_may_still_be_retried(played: Played) -> None:

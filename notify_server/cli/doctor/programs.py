@@ -41,7 +41,7 @@ def check_libcurl() -> Iterator[Finding]:
     except ImportError as error:
         yield problem(
             "libcurl",
-            f"cannot be loaded ({error}): no file can be asked for",
+            f"cannot be loaded ({error}): no file can be checked",
             "pip install --force-reinstall pycurl",
         )
         return
@@ -49,9 +49,9 @@ def check_libcurl() -> Iterator[Finding]:
     version, features, tls, ares = info[1], info[4], info[5], info[9]
     asynchronous = f"c-ares {ares}" if ares else "threaded"
     resolver = asynchronous if features & pycurl.VERSION_ASYNCHDNS else "blocking"
-    mend = "pip install --force-reinstall pycurl, which brings a libcurl of its own"
+    mend = "pip install --force-reinstall pycurl, whose wheel contains libcurl"
     if not features & pycurl.VERSION_SSL:
-        yield problem("libcurl", f"libcurl {version} has no TLS: no https address can be asked for", mend)
+        yield problem("libcurl", f"libcurl {version} has no TLS: no https address can be checked", mend)
     if not features & pycurl.VERSION_IPV6:
         yield warning("libcurl", f"libcurl {version} has no IPv6", mend)
     if resolver == "blocking":

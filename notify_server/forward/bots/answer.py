@@ -1,4 +1,4 @@
-"""What the robots have in common: a message, and how an answer is judged. All three answer HTTP 200 to refusals."""
+"""The robots' common parts: a message, and the judgement of an answer. All three answer HTTP 200 to refusals."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ class Digest:
 
     @property
     def checksum(self) -> str:
-        """32 hexadecimal digits."""
+        """The sum as 32 hexadecimal digits."""
         return f"{self._sum % 2**128:032x}"
 
 
@@ -212,14 +212,14 @@ class Checked(msgspec.Struct, frozen=True):
 
     @property
     def same(self) -> bool:
-        """Whether the copy holds what it should."""
+        """Return whether the copy is identical."""
         return (self.rows, self.checksum) == (self.copy_rows, self.copy_checksum)
 
 
 async def copy(
     source: Side, target: Side, *, restart: bool = False, progress: Progress = lambda *_: None
 ) -> list[Checked]:
-    """Copy what is not there yet, and verify all of it. Unless every table is the same the copy stays unfinished.
+    """Copy the missing rows, and verify all of them. Unless every table is identical the copy stays unfinished.
 
     With `restart` an unfinished copy is emptied first. Raises StoreRefusedError when `target` has rows and is no
     unfinished copy of `source`, StoreUnavailableError when one of them cannot be used any longer; what has been copied
@@ -249,7 +249,7 @@ async def _copy(source: Side, target: Side, table: str, columns: Sequence[str], 
     total, done, last = await source.count(table), await target.count(table), await target.last(table)
     progress("copy", table, done, total)
     if key_of(table) != "id":
-        # What is replaced in a text changes its place in the order: these few go over together.
+        # Replacing characters of a key changes the order: these few rows are copied together.
         if last is None:
             async with target.transaction():
                 async for rows in source.chunks(table, columns, FIRST[key_of(table)]):
@@ -275,7 +275,7 @@ async def _check(source: Side, target: Side, table: str, columns: Sequence[str],
                 target.fit(columns, rows, replaced)
             digest.add(rows)
             progress("verify", table, here.rows + there.rows, total)
-            # Whoever stops it is heard between two chunks, also where nothing has to be waited for.
+            # A yield between two chunks, so that a stop takes effect even when nothing has to be waited for.
             await asyncio.sleep(0)
     progress("verify", table, total, total)
     return Checked(table, here.rows, here.checksum, there.rows, there.checksum, dict(replaced))

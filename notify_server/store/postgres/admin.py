@@ -1,7 +1,7 @@
-"""The record on PostgreSQL for a command beside the servers that share it.
+"""The record on PostgreSQL for a command that runs beside the servers that share it.
 
-It takes no callbacks, expands nothing and asks for no file, so it is no node: none has a smaller share because of it,
-and the right to expand stays where it is. What it changes it tells them, as nodes tell each other.
+It takes no callbacks, expands nothing and checks no files, so it is not a node: no node's share shrinks because of it,
+and the right to expand stays in place. It notifies the nodes of its changes as they notify each other.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ SQL = load_queries("postgres")
 
 
 class PostgresAdmin:
-    """`base.Editable` on one connection. Open it with `open`; close it when done. `servers` are the names of those that
-    were alive when it was opened."""
+    """Implements `base.Editable` on one connection. Open it with `open`; close it when done. `servers` are the names of
+    those that were alive when it was opened.
+    """
 
     def __init__(self, url: str) -> None:
         self._place = without_secrets(url)
@@ -42,7 +43,7 @@ class PostgresAdmin:
 
     @classmethod
     async def open(cls, url: str) -> Self:
-        """Changes nothing. Raises StoreRefusedError unless there is a whole record of this version."""
+        """Open the record; change nothing. Raises StoreRefusedError unless there is a whole record of this version."""
         return await refuse_on_error(url, cls._opened(url))
 
     @classmethod
@@ -89,12 +90,12 @@ class PostgresAdmin:
         )
 
     async def _change(self, job: Callable[[Connection], Awaitable[T]], channel: str | None = None) -> T:
-        async def told(connection: Connection) -> T:
+        async def and_notify(connection: Connection) -> T:
             done = await job(connection)
             if channel is not None:
-                # It is heard when the transaction commits.
+                # The notification is delivered when the transaction commits.
                 await connection.execute(f"NOTIFY {channel}")
             return done
 
         async with self._session.use() as connection:
-            return await transact(connection, told)
+            return await transact(connection, and_notify)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-# Corrections that may be skipped in a row because this node was changing the backlog meanwhile.
+# The number of corrections that may be skipped in a row while this node changes the backlog.
 MAX_SKIPPED_CORRECTIONS = 30
 # At most this share of the time is spent on counting: its cost grows with the backlog.
 COUNTING_SHARE = 0.02
@@ -38,7 +38,7 @@ class Backlog:
             self._in_flight -= 1
 
     async def correct(self, count: Callable[[], Awaitable[int]]) -> None:
-        """Set `files` to what `count` finds, unless that was done a moment ago, or this node was changing it."""
+        """Set `files` to the result of `count`, unless that was done a moment ago, or this node was changing it."""
         if (began := self._clock()) < self._correct_at:
             return
         begun, before, quiet = self._begun, self.files, not self._in_flight
@@ -50,6 +50,6 @@ class Backlog:
         elif self._skipped < MAX_SKIPPED_CORRECTIONS:
             self._skipped += 1
         else:
-            # Exact to within what was in flight.
+            # Exact to within the changes in flight.
             self.files = counted + self.files - before
             self._skipped = 0

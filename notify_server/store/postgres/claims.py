@@ -64,9 +64,9 @@ class Claims:
         self._lock = asyncio.Lock()
         self._positions = Positions()
         self._held: dict[int, DueFile] = {}
-        # Deleted in the database by the next claim, or by the next call of `return_released`.
+        # Deleted from the database by the next claim, or by the next call of `return_released`.
         self._released: set[int] = set()
-        # True while the database may have claims for this node that it does not know of: an answer was lost.
+        # True while the database may have claims of this node that the node does not know: an answer was lost.
         self._uncertain = False
 
     async def close(self) -> None:
@@ -115,7 +115,7 @@ class Claims:
         self._released |= released
 
     async def return_released(self) -> None:
-        """Give back in the database what was released, though nothing is claimed."""
+        """Delete released claims from the database even if no claim follows."""
         if self._released or self._uncertain:
             async with self._lock, self._session.use() as connection:
                 await self._give_back(connection)

@@ -1,4 +1,4 @@
-"""Expansion on PostgreSQL: by one node at a time, the one that holds the lock, on the connection that holds it."""
+"""Expands on PostgreSQL: one node at a time, the holder of the lock, on the connection that holds it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from notify_server.store.sql import load_queries
 
 SQL = load_queries("postgres")
 
-# How long a delivery may be under way that has its id; how often the place is noted that expansion has come to; and how
-# often it begins from the first delivery again.
+# How long a delivery with an id may be uncommitted; how often the position of the expansion is noted; and how often it
+# starts from the first delivery again.
 UNSEEN_SECONDS = 60.0
 MARK_SECONDS = 1.0
 LOOK_AGAIN_SECONDS = 3600.0
@@ -44,8 +44,9 @@ FILE_COLUMNS = (
 
 
 class ExpansionLock:
-    """The right to expand. It goes with its connection: when that is lost, nothing can be committed by it any more. The
-    server ends the connection when nothing has come over it for `lease` seconds: a node that is stopped keeps it open.
+    """The right to expand. It is bound to its connection: once that is lost, it can commit nothing.
+
+    The server ends the connection after `lease` seconds of silence: a stopped node would keep it open.
     """
 
     def __init__(self, url: str, place: str, lease: float) -> None:
@@ -58,7 +59,7 @@ class ExpansionLock:
         return self._taken and self._session.connected
 
     async def take(self) -> bool:
-        """Take it if nobody else has it; whether it is held now."""
+        """Take the lock if it is free; return whether it is held now."""
         if not self.held:
             self._taken = False
             async with self._session.use() as connection:
@@ -71,17 +72,17 @@ class ExpansionLock:
         return self.held
 
     def _begin(self) -> None:
-        # Below `first` nothing waits, and nothing comes any more; `marks` are what it will be, and when.
+        # Below `first` nothing waits, and nothing will; `marks` are its later values, with their times.
         self.first = 0
         self._began = time.monotonic()
         self._last = 0
         self._marks: deque[tuple[float, int]] = deque()
 
     def saw(self, ids: Sequence[int]) -> None:
-        """These wait, the first of all that do among them, or nothing does.
+        """Note the waiting deliveries that were read, the first of all among them, or that there are none.
 
-        Ids are given in their order but may be seen out of it, by as long as a transaction takes. And whatever a server
-        did that stood still, all is looked at again now and then.
+        Ids are given in order but may become visible out of order, by as long as a transaction takes. In case a server
+        was stopped for longer, all are read again now and then.
         """
         now = time.monotonic()
         if now > self._began + LOOK_AGAIN_SECONDS:
@@ -93,13 +94,13 @@ class ExpansionLock:
             self.first = self._marks.popleft()[1]
 
     def use(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
-        """The connection. Raises StoreUnavailableError unless the right is held."""
+        """Lend the connection. Raises StoreUnavailableError unless the right is held."""
         if not self.held:
             raise StoreUnavailableError("another node expands the inbox")
         return self._session.use(reconnect=False)
 
     async def give_up(self) -> None:
-        """Leave it to others."""
+        """Leave the right to others."""
         try:
             if self.held:
                 async with self.use() as connection:
@@ -108,14 +109,14 @@ class ExpansionLock:
             self._taken = False
 
     async def close(self) -> None:
-        # Closing a connection does not wait until the server has noticed.
+        # Closing a connection does not wait until the server has noticed it.
         with suppress(StoreUnavailableError):
             await self.give_up()
         await self._session.close()
 
 
 class Expanded(NamedTuple):
-    """What an expansion has changed: the pending files it made, the files of the items it took out of the inbox."""
+    """The changes of an expansion: the pending files it made, and the files of the items that left the inbox."""
 
     pending: int
     taken: int
@@ -125,7 +126,7 @@ class Expanded(NamedTuple):
 async def write_expansions(
     connection: Connection, events: Events, expansions: Sequence[Expansion], now: int
 ) -> Expanded:
-    """Merge what has not been expanded to its end before, whatever the caller remembers. Runs in a transaction."""
+    """Merge what is not fully expanded yet, whatever the caller remembers. Runs in a transaction."""
     await lock_matching(connection, shared=True)
     done = {expansion.item.id: expansion.item.files for expansion in expansions if expansion.last}
     left = {id for (id,) in await connection.fetch(SQL["inbox_done"], list(done), now)}
@@ -133,12 +134,12 @@ async def write_expansions(
     if beginnings := {expansion.item.id for expansion in expansions} - done.keys():
         still |= {id for (id,) in await connection.fetch(SQL["inbox_still"], list(beginnings))}
     expansions = [expansion for expansion in expansions if expansion.item.id in still]
-    # All of them now, in the order of their ids: whoever changes files of a batch holds it.
+    # All of them now, in the order of their ids: changing files of a batch requires its lock.
     names = list({(expansion.batch_id, expansion.api_code): None for expansion in expansions})
     rows = await connection.fetch(SQL["batches_named"], *arrays(names, 2))
     batches = {(batch_id, api_code): id for id, batch_id, api_code, _ in rows}
     probed_again = {id: at for id, *_, at in rows}
-    # Most of the others wait for their files.
+    # Most other batches wait for their files.
     to_judge = list(batches.values())
     pending = 0
     for part in distinct_batches(expansions):
@@ -177,7 +178,7 @@ async def _add(connection: Connection, merges: Sequence[Merge], batches: dict[tu
 
 
 async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> None:
-    """Merge expansions of different batches that are there."""
+    """Merge expansions of different batches that exist."""
     if not merges:
         return
     existing: dict[int, list[Known]] = {}
@@ -206,7 +207,7 @@ async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]
 async def write_verdicts(
     connection: Connection, events: Events, batches: Collection[int], now: int
 ) -> list[BatchVerdict]:
-    """The verdicts that are due to these batches now. Of several nodes exactly one gets each."""
+    """Return the verdicts that are due to these batches now. Of several nodes exactly one gets each."""
     return await write_settled(connection, events, [(batch, 0, 0, 0) for batch in batches], now)
 
 

@@ -1,4 +1,4 @@
-"""The inbox of the node that expands: when to look into it, and which deliveries wait."""
+"""The inbox of the node that expands: when to read it, and which deliveries wait."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""This daemon as one of several on a database: its name there, its lease, and what the nodes call to each other.
+"""Registers this daemon as one of several on a database: its name, its lease, and notifications between nodes.
 
-A node is alive as long as it renews its one row. One that could not in time has lost every claim: it forgets them and
-registers anew under another id, and what it still records of before changes nothing.
+A node is alive as long as it renews its row. One that did not in time has lost every claim: it forgets them and
+registers again under another id, and late results under the old id change nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from notify_server.supervise import start_task
 
 log = structlog.get_logger("notify_server.store")
 
-# At most one call in each channel for so long.
+# At most one notification in each channel in this time.
 NOTIFY_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 INBOX = "notify_server_inbox"
@@ -78,7 +78,7 @@ class Node:
         if PROBES in roles:
             self._handlers[WORK] = on_work
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        # Nothing that goes over it has to outlive a crash.
+        # Nothing sent on it has to survive a crash.
         self._session = Session(url, place, CLAIMING, self._listen)
         self._pid = 0
         self._id: int | None = None
@@ -90,17 +90,17 @@ class Node:
 
     @property
     def id(self) -> int:
-        """Under which files are claimed now. Raises StoreUnavailableError while there is none."""
+        """The id under which files are claimed now. Raises StoreUnavailableError while there is none."""
         if self._id is None:
             raise StoreUnavailableError(f"{self._place}: this node has lost its lease and is not registered yet")
         return self._id
 
     def is_now(self, id: int) -> bool:
-        """Whether this node still has that id."""
+        """Return whether this node still has that id."""
         return self._id == id
 
     async def open(self) -> None:
-        """Register. What goes wrong is raised as it is."""
+        """Register. Errors are not translated."""
         await self._session.open()
         await self._beat()
         self._tasks = [
@@ -109,7 +109,7 @@ class Node:
         ]
 
     async def close(self) -> None:
-        """Leave: what is claimed is anybody's."""
+        """Leave, and free all claims."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -122,11 +122,11 @@ class Node:
         await self._session.close()
 
     def check(self) -> None:
-        """Find out soon whether this node is still alive."""
+        """Check soon whether this node is still alive."""
         self._hurry.set()
 
     def call(self, channel: str) -> None:
-        """Tell the other nodes, soon."""
+        """Notify the other nodes soon."""
         self._to_call.add(channel)
         self._calls.set()
 
@@ -169,7 +169,7 @@ class Node:
         self._on_lost()
 
     async def _listen(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        # Not get_server_pid: a connection pooler makes that up.
+        # Not get_server_pid: a connection pooler invents that.
         self._pid = await connection.fetchval("SELECT pg_backend_pid()")
         for channel in self._handlers:
             await connection.add_listener(channel, self._hear)
@@ -184,7 +184,7 @@ class Node:
             await self._calls.wait()
             self._calls.clear()
             channels, self._to_call = self._to_call, set()
-            # Looking each second stays the truth: a call that is lost costs others a second.
+            # Polling each second remains: a lost notification costs others a second.
             with suppress(StoreUnavailableError):
                 async with self._session.use(reconnect=False) as connection:
                     for channel in channels:

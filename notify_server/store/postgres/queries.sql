@@ -9,7 +9,7 @@ INSERT INTO node (id, name, alive_until, roles)
 VALUES (nextval('node_id'), $1, clock_timestamp() + $2::float8 * interval '1 second', $3)
 RETURNING id;
 
--- A node that is dead never comes to life again: it registers anew, as another.
+-- A dead node never revives: it registers again, under another id.
 -- name: node_renew
 UPDATE node SET alive_until = clock_timestamp() + $2::float8 * interval '1 second'
 WHERE id = $1 AND alive_until > clock_timestamp()
@@ -21,7 +21,7 @@ DELETE FROM node WHERE id = $1;
 -- name: nodes_alive
 SELECT id, roles FROM node WHERE alive_until > clock_timestamp() ORDER BY id;
 
--- How they are called, and for how many seconds more they count.
+-- Their names, and the seconds until their leases end.
 -- name: nodes_named
 SELECT name, ceil(extract(epoch FROM alive_until - clock_timestamp()))::int
 FROM node
@@ -31,7 +31,7 @@ ORDER BY id;
 -- name: leases_leave
 DELETE FROM lease WHERE node = $1;
 
--- Told by the node too: a lease that has changed hands meanwhile must not go.
+-- The node is a condition too: a lease that has changed hands meanwhile must stay.
 -- name: leases_sweep
 DELETE FROM lease
 USING (
@@ -43,7 +43,7 @@ WHERE lease.file = dead.file AND lease.node = dead.node;
 -- name: nodes_sweep
 DELETE FROM node WHERE alive_until < clock_timestamp() - interval '1 hour';
 
--- What is accepted and refused
+-- Acceptance and refusal
 
 -- name: accept
 INSERT INTO notification (batch_id, api_code, received_at, remote_addr, signature, request_id, files, traceparent, body)
@@ -88,7 +88,7 @@ FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::t
     AS refused (received_at, remote_addr, code, detail, body, request_id, place)
 ORDER BY place;
 
--- A walk over what is kept, which is bounded; the length of a body is known without reading it.
+-- A walk over the kept rejections, which are bounded; reading the length of a body does not read the body.
 -- name: rejections_bound
 DELETE FROM rejection
 WHERE id <= (
@@ -103,7 +103,7 @@ WHERE id <= (
 
 -- The inbox
 
--- From an id on: what has been expanded stays in the index until the table is vacuumed, and would be walked over.
+-- From an id on: expanded rows stay in the index until the table is vacuumed, and would be walked over.
 -- name: inbox
 SELECT id, body, received_at, remote_addr, request_id, files, traceparent
 FROM notification
@@ -130,7 +130,7 @@ FOR NO KEY UPDATE OF batch;
 -- name: batch_not_expanding
 UPDATE batch SET expanding = NULL WHERE id = $1;
 
--- Only one node expands, so nobody else adds a batch.
+-- Only one node expands, so no other adds a batch.
 -- name: batches_insert
 INSERT INTO batch (
     batch_id, api_code, first_received_at, last_received_at, deliveries, files, pending, available, unavailable,
@@ -150,7 +150,7 @@ FROM unnest(
 ORDER BY place
 RETURNING id, batch_id, api_code;
 
--- A look at each, and not a join, which for many might come to walk over all batches in their order.
+-- A look-up of each instead of a join, which for many might walk over all batches in their order.
 -- name: batches_named
 SELECT id, batch_id, api_code, probed_again_at FROM batch
 WHERE id = ANY(ARRAY(
@@ -163,7 +163,7 @@ FOR NO KEY UPDATE;
 -- name: batches_lock
 SELECT id FROM batch WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
 
--- A batch that had its verdict has none again while its files have changed.
+-- A batch loses its verdict while its files have changed.
 -- name: batches_expanded
 UPDATE batch
 SET files = files + merged.pending + merged.available + merged.unavailable + merged.blocked + merged.upload_failed,
@@ -189,7 +189,7 @@ FROM unnest(
 )
 WHERE batch.id = merged.id;
 
--- A look at each, for the same reason.
+-- A look-up of each, for the same reason.
 -- name: files_existing
 SELECT batch, id, oss_object_name, target_url, reported_status, state FROM file
 WHERE id = ANY(ARRAY(
@@ -227,7 +227,7 @@ FROM unnest(
 ) AS fresh (id, target_url, host, reported_status, state, reason, next_attempt_at, verified_at, expires_at)
 WHERE file.id = fresh.id;
 
--- What is in flight for these files speaks of what was before. The lease stays until that has ended.
+-- Results in flight for these files are out of date. The lease stays until they have ended.
 -- name: leases_restart
 UPDATE lease SET restarted = true WHERE file = ANY($1::bigint[]);
 
@@ -275,10 +275,10 @@ SET pending = batch.pending + moved.available + moved.unavailable + moved.blocke
 FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[]) AS moved (id, available, unavailable, blocked)
 WHERE batch.id = moved.id;
 
--- What is due
+-- Due files
 
--- Every host with pending files after the given one, and when its first is due: a seek of file_due for each host, never
--- a walk over its files.
+-- Every host with pending files after the given one, and when its first is due: one seek of file_due for each host,
+-- never a walk over its files.
 -- name: due_hosts
 WITH RECURSIVE pending_host (host) AS (
     (SELECT host FROM file WHERE state = 'pending' AND host > $1 ORDER BY host LIMIT 1)
@@ -330,10 +330,10 @@ RETURNING id, host;
 UPDATE forward SET next_attempt_at = $1
 WHERE endpoint = ANY(ARRAY(SELECT name FROM endpoint)) AND state = 'pending' AND next_attempt_at > $2;
 
--- For all hosts at once; of each from behind the place to which this node has claimed before, so that what it holds is
--- not looked at again and again. What another node is claiming at this moment is skipped. The SELECT may have missed a
--- lease that was committed since it began; a lease is taken over only from the dead node that the SELECT has seen it
--- with. One row at least: whether this node is alive.
+-- For all hosts at once; for each, from behind the position to which this node has claimed before, so that held files
+-- are not read again and again. Files that another node is claiming at this moment are skipped. The SELECT may have
+-- missed a lease committed since it began; a lease is taken over only from the dead node with which the SELECT has seen
+-- it. One row at least: whether this node is alive.
 -- name: claim
 WITH me AS MATERIALIZED (
     SELECT EXISTS (SELECT FROM node WHERE id = $6 AND alive_until > clock_timestamp()) AS alive
@@ -349,7 +349,7 @@ due AS MATERIALIZED (
             AND file.host = wanted.host
             AND next_attempt_at <= $5
             AND (next_attempt_at, id) > (wanted.after_time, wanted.after_id)
-            -- A look at one lease for each file, and not a join, which might come to read all leases.
+            -- A look-up of one lease for each file instead of a join, which might read all leases.
             AND (
                 SELECT lease.node = ANY(ARRAY(SELECT node.id FROM node WHERE alive_until > clock_timestamp()))
                 FROM lease
@@ -383,9 +383,9 @@ DELETE FROM lease WHERE node = $1 AND file <> ALL($2::bigint[]);
 
 -- Record
 
--- Locks what is to be written, in the one order, and ends the claims that this node still has. A row of each file tells
--- its state, one of each claim that has ended whether its file has started anew since: whoever says so has locked the
--- batch, and the DELETE sees what was committed until it came to the row.
+-- Locks the rows to be written, in the one order, and ends the claims that this node still has. A row of each file has
+-- its state, one of each ended claim whether its file was reset since: a reset has locked the batch, and the DELETE
+-- sees everything committed until it reached the row.
 -- name: record_begin
 WITH locked_batch AS MATERIALIZED (
     SELECT id FROM batch WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE
@@ -407,7 +407,7 @@ SELECT id, state, NULL::boolean AS restarted FROM locked
 UNION ALL
 SELECT file, NULL, restarted FROM ended;
 
--- Of each file the latest requests are kept: those just written are there already.
+-- The latest requests of each file are kept, including those just written.
 -- name: record_files
 WITH trimmed AS (
     DELETE FROM attempt
@@ -447,8 +447,8 @@ FROM unnest(
 )
 WHERE file.id = result.id;
 
--- Counts what was settled, and gives the verdicts that are due then; with nothing settled only those. A batch with
--- pending files has no verdict, so one that is returned with a verdict has just got it.
+-- Counts the settled files, and returns the verdicts that are due then; with nothing settled only those. A batch with
+-- pending files has no verdict, so one returned with a verdict has just got it.
 -- name: batches_settled
 UPDATE batch
 SET pending = batch.pending - settled.files,
@@ -487,7 +487,7 @@ SELECT
 -- name: heartbeat
 INSERT INTO heartbeat (id, checked_at) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET checked_at = excluded.checked_at;
 
--- As many of the oldest as have about so many files.
+-- As many of the oldest batches as have about this many files.
 -- name: prune_batches
 SELECT id, completed_at FROM batch
 WHERE completed_at < $1
@@ -538,7 +538,7 @@ SET files = files - $2,
     upload_failed = upload_failed - $6
 WHERE id = $1;
 
--- Oldest first and only from the front, so that it costs what it deletes.
+-- Oldest first and only from the front, so that the cost is that of the deleted rows.
 -- name: prune_notifications
 DELETE FROM notification
 WHERE id <= (SELECT max(id) FROM (SELECT id FROM notification ORDER BY id LIMIT $2) AS oldest)

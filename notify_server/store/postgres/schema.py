@@ -62,7 +62,7 @@ async def migrate(connection: Connection, place: str, *, whole: bool = True) -> 
 
 
 async def migrate_at(url: str) -> tuple[int, int]:
-    """Bring the schema of the database at `url` up to date; its version before, and now. Raises StoreRefusedError."""
+    """Migrate the schema of the database at `url`; return its versions before and after. Raises StoreRefusedError."""
 
     async def migrated() -> tuple[int, int]:
         place = without_secrets(url)
@@ -79,14 +79,14 @@ async def migrate_at(url: str) -> tuple[int, int]:
 
 
 async def schema_version(connection: Connection) -> int:
-    """The number of the last migration applied, 0 for an empty schema."""
+    """Return the number of the last migration applied, 0 for an empty schema."""
     if await connection.fetchval("SELECT to_regclass(quote_ident(current_schema()) || '.schema_version')") is None:
         return 0
     return int(await connection.fetchval("SELECT version FROM schema_version"))
 
 
 async def copied_from(connection: Connection) -> str | None:
-    """What the record is an unfinished copy of; None when it is whole."""
+    """Return the source of an unfinished copy, None when it is whole."""
     if await connection.fetchval("SELECT to_regclass(quote_ident(current_schema()) || '.copying')") is None:
         return None
     return str(await connection.fetchval("SELECT source FROM copying"))

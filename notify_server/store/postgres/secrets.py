@@ -27,7 +27,7 @@ async def keep_secret(url: str, name: str, value: str) -> str:
 
 
 async def read_secret(url: str, name: str) -> str | None:
-    """Return what is kept under the name, None when nothing is. Raises StoreRefusedError."""
+    """Return the secret of this name, None when there is none. Raises StoreRefusedError."""
 
     async def found() -> str | None:
         with translate_errors(without_secrets(url)):

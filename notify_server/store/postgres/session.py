@@ -23,7 +23,7 @@ STORE_URL = "[store] url"
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
-# "ntfy": keeps our advisory locks apart from those of other programs in the same database.
+# "ntfy": separates our advisory locks from those of other programs in the same database.
 LOCK_SPACE = 0x6E746679
 EXPANDING = "expand"
 PRUNING = "prune"
@@ -183,7 +183,9 @@ def _refusal(url: str, error: BaseException, named: str = STORE_URL) -> StoreRef
         case asyncpg.InvalidCatalogNameError():
             what = f"does not exist ({said}): create the database, or name another one in {named}"
         case asyncpg.InsufficientPrivilegeError():
-            what = f"denies this user what the record needs ({said}): make it the owner of the database or schema"
+            what = (
+                f"denies this user rights that the record needs ({said}): make it the owner of the database or schema"
+            )
         case asyncpg.ReadOnlySQLTransactionError():
             what = f"is read-only, maybe a standby: name the primary in {named}"
         case asyncpg.LockNotAvailableError():
@@ -309,5 +311,5 @@ def arrays(rows: Sequence[tuple[Any, ...]], columns: int) -> list[list[Any]]:
 
 
 def strip_nul(text: str) -> str:
-    """Replace what PostgreSQL cannot hold in a text: NUL and lone surrogates."""
+    """Replace the characters that PostgreSQL cannot store in a text: NUL and lone surrogates."""
     return re.sub("[\0\ud800-\udfff]", "\ufffd", text)

@@ -1,4 +1,4 @@
-"""What the verbs of the store on PostgreSQL write: each runs in a transaction of its caller's."""
+"""The transactions of the PostgreSQL store, as functions of a connection. They commit nothing themselves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SETTLED = (FileState.AVAILABLE, FileState.UNAVAILABLE, FileState.BLOCKED, FileS
 async def write_deliveries(
     connection: Connection, deliveries: Sequence[Delivery]
 ) -> list[int | NotifyServerError]:  # fmt: skip
-    """The id of each, or why it was refused."""
+    """Insert deliveries into the inbox; return the id of each, or its refusal."""
     refused = await _consume_nonces(connection, deliveries)
     refused |= await _consume_rejections(connection, deliveries, refused)
     written = [delivery for place, delivery in enumerate(deliveries) if place not in refused]
@@ -40,7 +40,7 @@ async def write_deliveries(
 
 
 async def insert_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> list[int]:
-    """Their ids."""
+    """Insert deliveries; return their ids."""
     rows = [
         (
             d.batch_id, d.api_code, d.received_at, d.remote_addr, d.signature, d.request_id, d.files, d.traceparent,
@@ -52,7 +52,7 @@ async def insert_deliveries(connection: Connection, deliveries: Sequence[Deliver
 
 
 async def _consume_nonces(connection: Connection, deliveries: Sequence[Delivery]) -> dict[int, NotifyServerError]:
-    """Consume the nonces; the places of the deliveries whose nonce had been consumed before."""
+    """Consume the nonces; return the places of the deliveries whose nonce had been consumed before."""
     refused: dict[int, NotifyServerError] = {}
     first: dict[str, tuple[int, Delivery]] = {}
     expires: dict[str, int] = {}
@@ -130,7 +130,7 @@ async def write_rejections(connection: Connection, rejections: Sequence[Rejectio
 async def write_discard(
     connection: Connection, events: Events, item: InboxItem, detail: str, now: int
 ) -> tuple[int, list[BatchVerdict]]:
-    """How many files leave the inbox, and the verdicts."""
+    """Move an inbox item to the rejections; return how many files leave the inbox, and the verdicts."""
     if not await connection.fetch(SQL["inbox_still"], [item.id]):
         return 0, []
     # Its beginning may have been expanded: the batch no longer waits for the rest.
@@ -146,7 +146,9 @@ async def write_discard(
 async def write_results(
     connection: Connection, events: Events, node: int, results: Sequence[FileResult], now: int
 ) -> tuple[int, int, list[BatchVerdict]]:
-    """How many of these claims this node still had, how many files it settled, and the verdicts."""
+    """Write outcomes; return how many of these claims this node still had, how many files it settled, and the
+    verdicts.
+    """
     ids = [result.file.id for result in results]
     rows = await connection.fetch(SQL["record_begin"], list({result.file.batch for result in results}), ids, node)
     pending = {id for id, state, _ in rows if state == FileState.PENDING}
@@ -184,7 +186,7 @@ async def write_results(
 
 
 async def write_recheck(connection: Connection, files: Sequence[int], now: int) -> tuple[int, Restart]:
-    """How many files are pending again that were not, and what was set going."""
+    """Reset files; return how many are pending that were not, and the answer."""
     wanted = valid_ids(files)
     batches = {batch for (batch,) in await connection.fetch(SQL["batches_of"], wanted)}
     await connection.execute(SQL["batches_lock"], list(batches))
@@ -212,8 +214,8 @@ async def make_due(connection: Connection, beyond: int, now: int, limit: int) ->
 
 
 async def prune(connection: Connection, events: Events, completed_before: int, rejected_before: int, limit: int) -> int:
-    """How many rows were deleted. See base.Store.prune."""
-    # One node at a time: each would find the same.
+    """Delete old rows; return how many. See base.Store.prune."""
+    # One node at a time: others would find the same rows.
     await connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_KEY})", LOCK_SPACE, PRUNING)
     found = await connection.fetch(SQL["prune_batches"], completed_before, limit)
     batches = [batch for batch, _ in sorted(found, key=lambda row: int(row[1]))]
@@ -232,7 +234,7 @@ async def prune(connection: Connection, events: Events, completed_before: int, r
     rows = await connection.fetch(SQL["prune_batches_of"], list(gone), [states.total() for states in gone.values()])
     deleted += len(rows) + await events.prune_batches(connection, [id for (id,) in rows])
     for batch in gone.keys() - {id for (id,) in rows}:
-        # While some are left the batch stays, and tells the truth of them, until a later round.
+        # While some files are left the batch stays, with its counts updated, until a later round.
         if states := gone[batch]:
             counts = [states[state] for state in _SETTLED]
             await connection.execute(SQL["prune_counted"], batch, states.total(), *counts)
@@ -244,5 +246,5 @@ async def prune(connection: Connection, events: Events, completed_before: int, r
 
 
 def _count(status: str) -> int:
-    """How many rows a command tag such as `DELETE 3` tells of."""
+    """Return the number of rows in a command tag such as `DELETE 3`."""
     return int(status.rpartition(" ")[2])

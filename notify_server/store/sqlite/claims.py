@@ -1,5 +1,5 @@
-"""The files that are claimed, and those that are read ahead for later claims. In memory only: after a crash all of them
-are pending, and nobody holds them.
+"""The claimed files, and those read ahead for later claims. In memory only: after a crash all of them are pending and
+free.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from notify_server.model import DueFile
 
 # Read-ahead: fetch up to this many due files per claim even if fewer are claimed, so that small claims do not read the
-# held rows again and again. And how many may be kept ahead for all hosts together.
+# held rows again and again. The second limit is for all hosts together.
 READ_AHEAD = 512
 MAX_AHEAD = 4096
 
@@ -35,12 +35,12 @@ class _Ahead:
 
 
 class Claims:
-    """Knows which files are held, by host, and hands out files that nobody holds."""
+    """Knows which files are held, by host, and hands out free files."""
 
     def __init__(self) -> None:
         self._held: dict[int, str] = {}
         self._held_of: Counter[str] = Counter()
-        # Held files that have been reset since they were claimed: a result of theirs speaks of the state before.
+        # Held files that have been reset since they were claimed: their results are out of date.
         self._reset: set[int] = set()
         self._ahead: dict[str, _Ahead] = {}
 
@@ -60,7 +60,7 @@ class Claims:
             self._ahead.clear()
         for host, n in sums.items():
             self._read_ahead(host, n, max(n, READ_AHEAD // len(sums)), read)
-        # Held only now: nobody would get what was claimed before a read failed.
+        # Marked as held only now: if a read failed, claims made before it would be lost.
         claimed: list[DueFile] = []
         for host, n in sums.items():
             ahead = self._ahead[host]
@@ -77,7 +77,7 @@ class Claims:
     def release(self, files: Iterable[DueFile]) -> None:
         """End the claims of files that are still due."""
         self.end(files)
-        # They have been due for longer than what was read behind them.
+        # They have been due for longer than the files read after them.
         self._ahead.clear()
 
     def end(self, files: Iterable[DueFile]) -> None:
@@ -91,7 +91,7 @@ class Claims:
             self._reset.discard(file.id)
 
     def reset(self, files: set[int]) -> None:
-        """Note that these files were set back to their beginning: what was read of them is out of date."""
+        """Note that these files were reset: what was read ahead of them is out of date."""
         self._reset.update(self._held.keys() & files)
         if files:
             self._ahead.clear()

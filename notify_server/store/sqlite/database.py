@@ -19,7 +19,7 @@ from notify_server.store.sqlite.lock import PRIVATE
 
 log = structlog.get_logger("notify_server.store")
 
-# "ntfy": lets `file` and this program tell the database from any other.
+# "ntfy": lets `file` and this program recognise the database.
 APPLICATION_ID = 0x6E746679
 BUSY_TIMEOUT_MS = 3_000
 OLDEST_SQLITE = (3, 35, 0)
@@ -112,7 +112,7 @@ def reserve_log(connection: sqlite3.Connection, path: Path) -> None:
 class FileIdentity:
     """Notices when the files of an open database are deleted, moved or replaced.
 
-    SQLite keeps writing to files that have no name any more, and what it commits there is lost.
+    SQLite keeps writing to deleted files, and loses what it commits there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +134,7 @@ class FileIdentity:
                 self._known[place] = found
                 continue
             what = "was deleted or moved" if found is None else "was replaced by another file"
-            return f"{path}: {what} while it was in use: put it back, or restart the server to begin with what is there"
+            return f"{path}: {what} while it was in use: put it back, or restart the server to use the present file"
         return None
 
 
@@ -155,11 +155,11 @@ def _check_writable(path: Path) -> None:
         if os.access(path, os.R_OK, effective_ids=True):
             raise StoreRefusedError(READ_ONLY.format(path)) from error
     except OSError:
-        return  # Not there yet, or SQLite says better what is wrong with it.
+        return  # Missing, or SQLite has the better error.
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> StoreRefusedError:
-    """Return the error for a database that cannot be opened: what is wrong, and what to do."""
+    """Return the error for a database that cannot be opened: the cause and the remedy."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreRefusedError(
@@ -168,7 +168,7 @@ def refusal(path: Path, error: sqlite3.DatabaseError) -> StoreRefusedError:
         )
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreRefusedError(
-            f"{path}: is locked by another program: close what has it open for writing, and start again"
+            f"{path}: is locked by another program: close the program that has it open for writing, and start again"
         )
     if code == sqlite3.SQLITE_READONLY:
         return StoreRefusedError(READ_ONLY.format(path))

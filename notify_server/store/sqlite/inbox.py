@@ -61,5 +61,5 @@ class InboxQueue:
         return list(islice(self._items, limit))
 
     def skip_disk(self) -> None:
-        """Note that nothing is left on disk: what was there has been deleted by hand."""
+        """Note that nothing is left on disk: the rows were deleted by hand."""
         self.expanded_through = self.on_disk_through

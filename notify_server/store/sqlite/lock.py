@@ -13,7 +13,7 @@ from notify_server.errors import StoreRefusedError
 # How long to wait for a dead daemon's lock: its keeper finishes a transaction and ends.
 ORPHAN_SECONDS = 10.0
 ORPHAN_PAUSE = 0.02
-# Bodies hold signed addresses, and whoever can read the database can lock it: nobody else may.
+# Bodies hold signed addresses, and anyone who can read the database can lock it: no other user may.
 PRIVATE = 0o600
 
 
@@ -36,7 +36,7 @@ class FileLock:
         self._database_fd: int | None = None
         try:
             self._take(database, self._fd)
-            # What is wrong with the file is found out when it is opened for writing.
+            # Opening it for writing reports what is wrong with the file.
             with contextlib.suppress(OSError):
                 self._database_fd = os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
             if self._database_fd is not None:
@@ -87,7 +87,7 @@ def lock_path(database: Path) -> Path:
 
 
 def holder(database: Path) -> str | None:
-    """Return the process that holds the lock on the database, None when nobody does."""
+    """Return the process that holds the lock on the database, None when no process does."""
     try:
         descriptor = os.open(lock_path(database), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""The outbox on SQLite as the daemon has it: every verb is carried out by the keeper."""
+"""The outbox on SQLite from the daemon's side: the keeper carries out every verb."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SqliteOutboxClient:
         return claimed
 
     def release_deliveries(self, deliveries: Sequence[int]) -> None:
-        # Of a keeper that is gone nothing is claimed any more.
+        # A keeper that has ended holds no claims.
         self._call("release_deliveries", deliveries).add_done_callback(_ignore_result)
 
     async def record_deliveries(self, results: Sequence[DeliveryResult], now: int) -> list[Notice]:

@@ -82,7 +82,7 @@ class ReadConnection:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection after the read under way."""
+        """Close the connection after the read in progress."""
         await self._connection.close()
 
     @property

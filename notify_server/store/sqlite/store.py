@@ -141,7 +141,7 @@ class SqliteStore:
             items = inbox.first(limit)
         else:
             bounds = (inbox.expanded_through, inbox.on_disk_through, limit)
-            # Set before what may fail: then it is tried again.
+            # Set before the part that may fail: then it is tried again.
             self._inbox_news.set()
             rows = await self._writer.read(lambda connection: connection.execute(SQL["inbox"], bounds).fetchall())
             self._inbox_news.clear()

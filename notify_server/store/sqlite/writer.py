@@ -34,7 +34,7 @@ _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sql
 
 
 class Group(Generic[Item, Answer]):
-    """Callers of one kind, who share the next transaction. `weight` tells for how many callers an item counts."""
+    """Callers of one kind, who share the next transaction. `weight` returns how many callers an item counts as."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Writer:
                 return
             else:
                 await self._work.wait()
-            # Let what has arrived meanwhile be read.
+            # Let input that has arrived meanwhile be read.
             await asyncio.sleep(0)
 
     async def _crowd_comes(self) -> bool:

@@ -99,7 +99,7 @@ class Rejections:
         while count > MAX_REJECTIONS or size > MAX_REJECTION_BYTES:
             oldest = connection.execute(SQL["rejection_oldest"], (_ROWS,)).fetchall()
             if not oldest:
-                # Fewer than remembered: somebody has deleted some.
+                # Fewer than remembered: some were deleted by hand.
                 count = size = 0
                 break
             for last, length in oldest:  # noqa: B007 (the last one is where the deleting ends)
@@ -250,7 +250,7 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
         ids = msgspec.json.encode([id for id, _ in files]).decode()
         connection.execute(SQL["prune_attempts_of"], (ids,))
         connection.execute(SQL["prune_files_of"], (ids,))
-        # While some are left the batch stays, and tells the truth of them, until a later round.
+        # While some files are left the batch stays, with its counts updated, until a later round.
         gone = Counter(state for _, state in files)
         connection.execute(SQL["prune_counted"], (len(files), *(gone[state] for state in _SETTLED), batch))
         deleted += rows

@@ -1,4 +1,4 @@
-"""Answers the API's calls: what was delivered, what was found, and actions. The dashboard uses the same methods."""
+"""Answers the API's calls: deliveries, results and actions. The dashboard uses the same methods."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class Api:
         with self._stream.listen() as messages:
             response = await begin(request, "text/event-stream", headers)
             with contextlib.suppress(ConnectionError):
-                # What was missed first; it may be among the messages too.
+                # Missed events first; they may be among the messages too.
                 while seen is not None and (missed := await self.forward.events(seen, VERDICTS, None, 0, 100)).items:
                     for item in missed.items:
                         await send(request, response, missed_verdict(item))

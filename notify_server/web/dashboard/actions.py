@@ -104,7 +104,7 @@ def _logged_in(
 
 
 def _is_prefetch(request: web.Request) -> bool:
-    """Return True when a browser looks ahead at an address that nobody has clicked yet (W3C, `Sec-Purpose`)."""
+    """Return True when a browser prefetches an address that was not clicked yet (W3C, `Sec-Purpose`)."""
     return "prefetch" in request.headers.get("Sec-Purpose", request.headers.get("Purpose", ""))
 
 

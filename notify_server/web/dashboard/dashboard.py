@@ -103,7 +103,7 @@ class Dashboard:
         return page(request, template, common | context, status=status, images=images, prefix=prefix)
 
     def message(self, request: web.Request, kind: str, status: int, detail: str = "") -> web.Response:
-        """Render a page that says only what is wrong."""
+        """Render a page with only an error."""
         return self.render(request, "message.html", kind=kind, detail=detail, status=status)
 
     def redirect(self, request: web.Request, target: str) -> web.Response:

@@ -214,7 +214,7 @@ async def search(dashboard: Dashboard, request: web.Request) -> web.Response:
     q = request.query.get("q", "").strip()[:2000]
     if not q:
         return dashboard.redirect(request, "/ui/batches")
-    # A whole batch_id is what is mostly looked for, and costs no walk over the latest batches.
+    # Most searches are for a whole batch_id, which costs no walk over the latest batches.
     named = (await dashboard.api.batches(BatchQuery(batch_id=q))).items
     found = Found(named, []) if named else await dashboard.api.search(SearchQuery(q))
     if not named and is_link(q) and not found.files:
