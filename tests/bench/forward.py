@@ -93,7 +93,7 @@ async def _silent() -> AsyncIterator[int]:
         server.close()
 
 
-async def _deliver(store: Path, number: int, rate: float, *, dead: bool) -> Delivered:
+async def deliver(store: Path, number: int, rate: float, *, dead: bool) -> Delivered:
     """Post so many incomplete batches, at this rate or as fast as they are acked (0), and wait for their events."""
     hook = free_port()
     async with _receiving(hook) as receiver, _silent() as silent:
@@ -153,7 +153,7 @@ def _latency(setting: Setting) -> tuple[Sheet, object]:
     seconds = setting.of(10, 1)
     runs, _ = in_turn(setting, {
         f"{RATE} events a second": lambda turn: asyncio.run(
-            _deliver(setting.work / f"latency-{turn}.db", RATE * seconds, RATE, dead=False)
+            deliver(setting.work / f"latency-{turn}.db", RATE * seconds, RATE, dead=False)
         ),
     })  # fmt: skip
 
@@ -177,7 +177,7 @@ def _dead(setting: Setting) -> tuple[Sheet, object]:
     number = setting.of(3000, 200)
 
     def measure(turn: int, *, dead: bool) -> Delivered:
-        return asyncio.run(_deliver(setting.work / f"dead-{dead}-{turn}.db", number, 0, dead=dead))
+        return asyncio.run(deliver(setting.work / f"dead-{dead}-{turn}.db", number, 0, dead=dead))
 
     runs, _ = in_turn(setting, {ALONE: partial(measure, dead=False), BESIDE: partial(measure, dead=True)})
     alone = median_by(runs[ALONE], lambda run: run.rate)

@@ -21,7 +21,7 @@ from rich.console import Console
 from notify_server.clock import unix_ms
 from notify_server.contract.wire import parse_notification
 from tests.bench import __main__ as bench
-from tests.bench import postgres, postgres_steps, usage
+from tests.bench import forward, postgres, postgres_steps, usage
 from tests.bench.figures import Column, MissingToolError, Outcome, Setting, Sheet, in_turn, quantile, row_name, show
 from tests.bench.openloop import Load, measure, requests
 from tests.bench.record import (
@@ -369,3 +369,10 @@ def test_forgetting_what_waits_leaves_nothing_to_wait_for(tmp_path: Path) -> Non
     until_settled(store)
     with reading(store) as connection:
         assert connection.execute("SELECT files, pending, available FROM batch").fetchall() == [(3, 0, 3)]
+
+
+async def test_each_delivery_is_timed_from_its_event(tmp_path: Path) -> None:
+    run = await forward.deliver(tmp_path / "notify.db", 30, 0, dead=False)
+    assert (run.sent, len(run.milliseconds)) == (30, 30)
+    assert run.rate > 0
+    assert all(0 <= each < 30_000 for each in run.milliseconds)

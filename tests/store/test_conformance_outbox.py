@@ -526,6 +526,18 @@ async def test_replay_brings_what_came_before_the_endpoint(store: Engine) -> Non
     assert await store.outbox.replay_deliveries("none", 0, NOW + 1, NOW, False) == 0
 
 
+async def test_replay_brings_neither_tests_nor_failures_of_the_endpoint_itself(store: Engine) -> None:
+    await subscribe(store, ALL, Subscription("b", ["endpoint.failing", "endpoint.recovered"]))
+    await take_in(store, failed("a"))
+    await fail(store, 4)
+    await store.outbox.ping_endpoint("b", NOW)
+    later = NOW + 60 * MINUTE
+    assert await store.outbox.replay_deliveries("a", 0, later, later, True) == 0
+    (failing,) = [each for each in await due(store, "b") if each.type == "endpoint.failing"]
+    await store.outbox.record_deliveries([result(failing)], NOW)
+    assert await store.outbox.replay_deliveries("b", 0, later, later, True) == 1
+
+
 async def test_replay_brings_the_newest_event_of_a_batch_only(store: Engine) -> None:
     await take_in(store, finished("a"))
     (file,) = await claim(store)

@@ -242,6 +242,9 @@ LEFT JOIN LATERAL (
 ) AS present ON true
 WHERE event.occurred_at >= $2 AND event.occurred_at < $3
     AND event.type = ANY($4::text[])
+    -- Tests, and the failures of the endpoint itself, were not for it.
+    AND event.type <> 'test.ping'
+    AND (event.batch IS NOT NULL OR event.payload::json -> 'data' ->> 'endpoint' IS DISTINCT FROM $1)
     AND (
         cardinality($5::text[]) = 0
         OR batch.api_code = ANY($5::text[])

@@ -163,6 +163,9 @@ FROM event
 LEFT JOIN batch ON batch.id = event.batch
 WHERE event.occurred_at >= :since AND event.occurred_at < :until
     AND event.type IN (SELECT value FROM json_each(:types))
+    -- Tests, and the failures of the endpoint itself, were not for it.
+    AND event.type <> 'test.ping'
+    AND (event.batch IS NOT NULL OR json_extract(event.payload, '$.data.endpoint') IS NOT :endpoint)
     AND (
         :api_codes = '[]'
         OR batch.api_code IN (SELECT value FROM json_each(:api_codes))
