@@ -156,10 +156,11 @@ async def test_endpoint_is_tested_stopped_started_and_replayed(start: Start, rec
         return bool((await get(daemon, "/api/v1/forward"))["items"][0]["pending"] == 0)
 
     await until(idle)
+    # The test is no event to send again.
     since = {"since": "2020-01-01T00:00:00Z"}
-    assert await post(daemon, "/api/v1/forward/a/replay", since | {"dry_run": True}) == {"deliveries": 2}
-    assert await post(daemon, "/api/v1/forward/a/replay", since) == {"deliveries": 2}
-    await receiver.reached(4)
+    assert await post(daemon, "/api/v1/forward/a/replay", since | {"dry_run": True}) == {"deliveries": 1}
+    assert await post(daemon, "/api/v1/forward/a/replay", since) == {"deliveries": 1}
+    await receiver.reached(3)
     await post(daemon, "/api/v1/forward/none/stop", status=404)
 
 
