@@ -216,6 +216,15 @@ class Remote:
             async for piece in response.content.iter_any():
                 yield piece
 
+    async def bundle(self, batch: int, *, with_secrets: bool) -> AsyncGenerator[bytes, None]:
+        """The bundle of a batch as the daemon writes it, in pieces."""
+        path, query = f"batches/{batch}/bundle", {"with_secrets": str(with_secrets).lower()}
+        async with self._request("GET", path, query) as response:
+            if response.status != 200:
+                self._check(response.status, await response.read())
+            async for piece in response.content.iter_any():
+                yield piece
+
     async def file(self, id: int) -> FileDetail | None:
         return await self.ask(FileDetail, "GET", f"files/{id}")
 

@@ -66,7 +66,9 @@ def refuse_all(names: Iterable[str]) -> None:
 
 
 def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False) -> T:
-    """Convert values to a struct; with `from_text` numbers are text. Raises RefusedError that names the wrong value."""
+    """Convert values to a struct; with `from_text` numbers and booleans are text. Raises RefusedError that names the
+    wrong value.
+    """
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in values:
         if name not in fields:
@@ -81,6 +83,8 @@ def convert(values: Mapping[str, Any], kind: type[T], *, from_text: bool = False
         schema = _schema(wanted)
         if from_text and schema.get("type") == "integer" and _NUMBER.fullmatch(value):
             value = int(value)
+        elif from_text and schema.get("type") == "boolean" and value in ("true", "false"):
+            value = value == "true"
         try:
             converted[name] = msgspec.convert(value, wanted)
         except msgspec.ValidationError as error:

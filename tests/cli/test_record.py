@@ -13,8 +13,10 @@ import pty
 import signal
 import sqlite3
 import struct
+import subprocess
 import sys
 import termios
+import zipfile
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -371,6 +373,32 @@ async def test_an_export_is_written_to_the_file_that_is_named(tmp_path: Path, or
         assert (tmp_path / "bad.csv").read_bytes().count(b"\r\n") == 5
         full = await command(daemon, "export", "--format", "ndjson", "-o", "/dev/full")
         assert full.code == 1 and "No space left on device" in full.stderr and "Traceback" not in full.stderr
+
+
+async def test_a_bundle_is_the_same_from_the_record_and_over_the_api_and_its_sums_are_right(
+    tmp_path: Path, origin: Origin
+) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        local = await command(daemon, "bundle", "bad", "-o", "a.zip")
+        remote = await command(daemon, "bundle", "bad", "-o", "b.zip", "--url", daemon.url)
+        missing = await command(daemon, "bundle", "none", "-o", "c.zip")
+        nowhere = await command(daemon, "bundle", "bad", "-o", "/nowhere/c.zip")
+    assert (local.code, remote.code) == (0, 0), remote.stderr
+    assert "sha256sum -c SHA256SUMS" in local.stdout
+    entries = []
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
+            archive.extractall(tmp_path / name)
+            entries.append(
+                {each: archive.read(each) for each in archive.namelist() if each.endswith((".csv", ".json"))}
+            )
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path / name, check=True)
+    assert entries[0] == entries[1]
+    assert (tmp_path / "a.zip").stat().st_mode & 0o777 == 0o600
+    assert (missing.code, nowhere.code) == (1, 2)
+    assert nowhere.stderr.endswith("/nowhere/c.zip: cannot be written (No such file or directory)\n")
+    assert not list(tmp_path.glob("c.zip*"))
 
 
 class Terminal:

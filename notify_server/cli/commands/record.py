@@ -121,6 +121,28 @@ def export(
 
 
 @app.command()
+def bundle(
+    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="The batch_id.", show_default=False)],
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="The ZIP file to write.")],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    api_code: ApiCodeOption = None,
+    with_secrets: Annotated[
+        bool, typer.Option("--with-secrets", help="Keep the queries of URLs, which may hold signatures.")
+    ] = False,
+) -> None:
+    """Write the evidence of a batch as a ZIP: notifications as received, results, requests, checksums."""
+    from notify_server.cli import bundle as bundle_command
+    from notify_server.cli import session
+
+    session.run(
+        config,
+        url,
+        lambda _, source: bundle_command.bundle(source, batch_id, api_code, target, with_secrets=with_secrets),
+    )
+
+
+@app.command()
 def recheck(
     config: ConfigOption = None,
     url: UrlOption = None,

@@ -12,6 +12,7 @@ import msgspec
 
 from notify_server.store.base import MAX_ID, SESSION_PREFIX
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
+from notify_server.store.reading.evidence import EvidenceRecords
 from notify_server.store.reading.expectations import ExpectationRecords
 from notify_server.store.reading.outbox import OutboxRecords
 from notify_server.store.reading.types import (
@@ -78,6 +79,10 @@ class QueriedRecords(ABC):
     @cached_property
     def expectations(self) -> ExpectationRecords:
         return ExpectationRecords(self.dialect, self._run)
+
+    @cached_property
+    def evidence(self) -> EvidenceRecords:
+        return EvidenceRecords(self.dialect, self._run)
 
     @abstractmethod
     async def _row(self, statement: str, parameters: dict[str, object]) -> tuple[Any, ...] | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Generic, Protocol, TypeVar
 from msgspec import Meta, Struct
 
 from notify_server.model import FileState, ReportedStatus, Verdict
+from notify_server.store.reading.evidence import EvidenceRecords
 from notify_server.store.reading.expectations import ExpectationRecords
 from notify_server.store.reading.outbox import OutboxRecords
 
@@ -217,6 +218,10 @@ class Records(Protocol):
     @property
     def expectations(self) -> ExpectationRecords:
         """The expectations."""
+
+    @property
+    def evidence(self) -> EvidenceRecords:
+        """Deliveries with their bodies, and requests."""
 
     async def close(self) -> None:
         """Close after the calls in progress."""

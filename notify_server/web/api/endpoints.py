@@ -34,6 +34,7 @@ from notify_server.web.api.handlers import Api
 from notify_server.web.api.types import (
     BatchFileQuery,
     BatchQuery,
+    BundleQuery,
     ExportQuery,
     FileQuery,
     Host,
@@ -89,6 +90,13 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         Api.export,
         query=ExportQuery,
         media=("text/csv", "application/x-ndjson"),
+    ),
+    Endpoint(
+        "GET",
+        "/api/v1/batches/{id}/bundle",
+        Api.bundle,
+        query=BundleQuery,
+        media=("application/zip",),
     ),
     Endpoint(
         "GET",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 import time
 from collections.abc import Awaitable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import structlog
@@ -26,6 +28,7 @@ from notify_server.operations import (
     Replayed,
     to_ms,
 )
+from notify_server.store.bundle import write_bundle
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.reading.types import (
     BatchDetail,
@@ -50,6 +53,7 @@ from notify_server.web.api.cache import TimedCache
 from notify_server.web.api.types import (
     BatchFileQuery,
     BatchQuery,
+    BundleQuery,
     ExportQuery,
     FileQuery,
     Host,
@@ -68,6 +72,7 @@ log = structlog.get_logger("notify_server.web")
 T = TypeVar("T")
 
 EXPORT_ROWS = 500
+BUNDLE_PART = 256 * 1024
 MAX_GROUPS = 500
 MAX_HOSTS = 500
 MAX_FOUND = 20
@@ -204,6 +209,23 @@ class Api:
                     abort(request)
                     break
                 await send(request, response, lines(page.items))
+        return response
+
+    async def bundle(self, request: web.Request, id: int, query: BundleQuery) -> web.StreamResponse | None:
+        """Send the dispute bundle of a batch. It is written to a temporary file first, so an error has a status."""
+        batch = await self.records.batch(id)
+        if batch is None:
+            return None
+        headers = {"Content-Disposition": f'attachment; filename="bundle-{id}.zip"'}
+        if request.method == "HEAD":
+            return await begin(request, "application/zip", headers)
+        with tempfile.TemporaryFile() as file:
+            await write_bundle(self.records, batch, file, datetime.now(UTC), with_secrets=query.with_secrets)
+            file.seek(0)
+            response = await begin(request, "application/zip", headers)
+            with contextlib.suppress(ConnectionError):
+                while part := file.read(BUNDLE_PART):
+                    await send(request, response, part)
         return response
 
     async def stream(self, request: web.Request) -> web.StreamResponse:

@@ -58,6 +58,12 @@ class ExportQuery(Struct, frozen=True, forbid_unknown_fields=True):
     host: Text | None = None
 
 
+class BundleQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """With `with_secrets` addresses keep their queries, which may hold signatures."""
+
+    with_secrets: bool = False
+
+
 class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """A page of a list."""
 
