@@ -285,6 +285,11 @@ def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[Prob
     metrics.gauges(
         "notify_server_hosts", "Hosts remembered, by their circuit.", "circuit", pool.circuits if pool else dict
     )
+    metrics.gauge(
+        "notify_server_paced_hosts",
+        "Hosts that have asked for fewer requests, or answer slowly, and are paced.",
+        (lambda: 0) if pool is None else pool.paced_hosts,
+    )
     metrics.gauges(
         "notify_server_probers",
         "Prober processes, by whether they run.",
@@ -362,7 +367,8 @@ async def _open_store(
         verify = config.verify
         networks = [str(network) for network in verify.allowed_networks]
         guard = verify.allowed_hosts, networks, sorted(verify.allowed_ports)
-        return await SqliteClient.open(config.store.path, now=now, guard=guard, on_commit=on_commit)
+        refusals = [str(network) for network in verify.refused_networks], own_networks()
+        return await SqliteClient.open(config.store.path, now=now, guard=guard, refusals=refusals, on_commit=on_commit)
     # Loaded only when used, because its driver takes time to load.
     from notify_server.store.postgres.store import PostgresStore
 

@@ -153,7 +153,13 @@ class Keeper:
     async def _expand_inbox(self) -> None:
         if self._expanding is None:
             config = self._config
-            guard = Guard(config.allowed_hosts, config.allowed_networks, config.allowed_ports)
+            guard = Guard(
+                config.allowed_hosts,
+                config.allowed_networks,
+                config.allowed_ports,
+                config.refused_networks,
+                config.own_networks,
+            )
             listener = ExpansionListener(
                 self._on_files, self._on_verdicts, self._on_unknown_fields, self._on_reported_failed
             )

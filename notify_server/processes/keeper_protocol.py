@@ -34,6 +34,8 @@ class KeeperConfig(msgspec.Struct, frozen=True):
     allowed_hosts: list[str] = []
     allowed_networks: list[str] = []
     allowed_ports: list[int] = []
+    refused_networks: list[str] = []
+    own_networks: list[str] = []
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True):

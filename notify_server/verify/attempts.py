@@ -289,6 +289,8 @@ class Attempts:
         if not conclusion.busy:
             if item.status is not None:
                 host.served(now)
+                if item.first_byte_ms is not None:
+                    host.took(now, item.first_byte_ms / 1000)
             return False
         asked_ms = policy.retry_after_ms(item.retry_after, at)
         was_paced = host.rate is not None

@@ -8,7 +8,7 @@ the slots; for a second at least, and for `circuit_rest` at most.
 
 **Pacing.** A 429, or a 503 with Retry-After, slows the host down: it is paused for as long as it asked, and
 afterwards paced to a little less than it has just served. The rate grows like TCP's while nothing is refused, until it
-no longer limits anything.
+no longer limits anything. A host whose answers become slow has fewer requests under way (latency.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from notify_server.config import HostSettings
 from notify_server.model import CircuitState, DueFile, HostView
+from notify_server.verify.latency import LatencyWindow
 
 REST_FACTOR = 10.0
 MIN_REST = 1.0
@@ -76,8 +77,8 @@ class Host:
     __slots__ = (
         "_busy_seconds", "_busy_since", "_failures", "_grown_at", "_last_rate", "_next_start", "_opened", "_refusals",
         "_served", "_slowed_at", "_window_start", "address", "answered_at", "dialled", "exhausted", "hops", "in_flight",
-        "in_turn", "limit", "low", "name", "open_until", "prober", "queue", "rate", "rest_until", "reuse", "settings",
-        "timer",
+        "in_turn", "latency", "limit", "low", "name", "open_until", "prober", "queue", "rate", "rest_until", "reuse",
+        "settings", "timer",
     )  # fmt: skip
 
     def __init__(self, name: str, settings: HostSettings, busy_seconds: float = BUSY_SECONDS) -> None:
@@ -86,6 +87,7 @@ class Host:
         self.settings = settings
         # The maximum of files in flight here; less than the settings allow if other daemons request from the host too.
         self.limit = settings.per_host_concurrency
+        self.latency = LatencyWindow()
         self.queue: deque[DueFile] = deque()
         self.in_flight = 0
         # False once an answer on a reused connection proved to be another request's.
@@ -125,6 +127,11 @@ class Host:
         """True while the circuit is not closed: requests now find out whether the host is back."""
         return self._failures >= self.settings.circuit_failures
 
+    @property
+    def is_paced(self) -> bool:
+        """True while the host has a rate, or fewer requests under way than its limit because it answers slowly."""
+        return self.rate is not None or self.latency.size is not None
+
     def rests(self, now: float) -> bool:
         """Return whether nothing may be sent now: the circuit is open, or the host has asked for a pause."""
         return now < self.rest_until or (self.on_trial and now < self.open_until)
@@ -141,7 +148,7 @@ class Host:
 
     def ready_at(self) -> float | None:
         """Return when the next file may start, which may be in the past; None when the host is at its limit."""
-        if self.in_flight >= self.limit:
+        if self.in_flight >= self.limit or (self.latency.size is not None and self.in_flight >= int(self.latency.size)):
             return None
         moment = max(self._next_start, self.rest_until)
         return max(moment, self.open_until) if self.on_trial else moment
@@ -190,6 +197,10 @@ class Host:
             self._grown_at = max(now, self._grown_at)
             self.rate = grown if grown < MAX_RATE else None
 
+    def took(self, now: float, seconds: float) -> None:
+        """Adapt the number of requests under way to the time that an answer took."""
+        self.latency.answered(now, seconds, self.in_flight, self.limit)
+
     def too_busy(self, now: float, asked_seconds: float | None) -> bool:
         """Note that the host has asked for fewer requests, and perhaps for a pause of so many seconds.
 
@@ -229,7 +240,7 @@ class Host:
             round(max(0.0, self.open_until - now), 3) if self.on_trial else 0.0,
             self.in_flight,
             len(self.queue) + len(self.hops),
-            self.limit,
+            self.limit if self.latency.size is None else min(self.limit, int(self.latency.size)),
             None if self.rate is None else round(self.rate, 1),
             round(max(0.0, self.rest_until - now), 3),
         )

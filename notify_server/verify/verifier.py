@@ -126,6 +126,10 @@ class Verifier:
         states = Counter(host.circuit(now) for host in self._scheduler.hosts.values())
         return {state.value: states[state] for state in CircuitState}
 
+    def paced_hosts(self) -> int:
+        """Return how many of the remembered hosts are paced."""
+        return sum(host.is_paced for host in self._scheduler.hosts.values())
+
     def hosts(self) -> list[HostView]:
         """Return the remembered hosts."""
         now = time.monotonic()

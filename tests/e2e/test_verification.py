@@ -18,7 +18,7 @@ import trustme
 
 from tests.support.daemon import Config, Daemon, clean_environment
 from tests.support.notification import API_CODE, batch_body, failed, finished
-from tests.support.origin import SILENCE, Answer, Hit, Origin
+from tests.support.origin import SILENCE, Answer, Hit, Limited, Origin
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -370,26 +370,6 @@ async def test_file_that_head_finds_costs_one_request(daemon: Daemon, origin: Or
     file, _ = await settle_one(daemon, batch, origin.url("/a"))
     assert file["state"] == "available"
     assert [hit.method for hit in origin.hits] == ["HEAD"]
-
-
-class Limited:
-    """An origin's answers when it serves so many requests in each second, and refuses the others."""
-
-    def __init__(self, most: int, refusal: Answer) -> None:
-        self._most = most
-        self._refusal = refusal
-        self._second = 0
-        self._served = 0
-        self.refused = 0
-
-    def __call__(self, hit: Hit) -> Answer:
-        if int(hit.at) != self._second:
-            self._second, self._served = int(hit.at), 0
-        if self._served < self._most:
-            self._served += 1
-            return Answer()
-        self.refused += 1
-        return self._refusal
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,14 @@ async def test_secrets_are_in_no_listing_export_or_metric(tmp_path: Path) -> Non
         assert daemon.value("SELECT count(*) FROM notification WHERE instr(body, ?)", in_address) == 1
         shown["the log"] = daemon.text
         assert [(path, secret) for path, text in shown.items() for secret in secrets if secret in text] == []
+
+
+async def test_keeper_blocks_new_files_in_refused_networks(tmp_path: Path) -> None:
+    """Row 121: before a prober sees their addresses."""
+    config = {"verify": {"refused_networks": ["127.0.0.7"], "processes": 1}}
+    async with Daemon(tmp_path, config) as daemon:
+        (prober,) = daemon.prober_pids()
+        os.kill(prober, signal.SIGSTOP)
+        await daemon.deliver("b", ["http://127.0.0.7:8000/a"])
+        assert (await daemon.verdict("b"))["verdict"] == "incomplete"
+        assert daemon.value("SELECT state || ' ' || reason FROM file") == "blocked private_address"

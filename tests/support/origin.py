@@ -135,6 +135,26 @@ class Origin:
         return scripted.pop(0) if len(scripted) > 1 else scripted[0]
 
 
+class Limited:
+    """An origin's answers when it serves so many requests in each second, and refuses the others."""
+
+    def __init__(self, most: int, refusal: Answer) -> None:
+        self._most = most
+        self._refusal = refusal
+        self._second = 0
+        self._served = 0
+        self.refused = 0
+
+    def __call__(self, hit: Hit) -> Answer:
+        if int(hit.at) != self._second:
+            self._second, self._served = int(hit.at), 0
+        if self._served < self._most:
+            self._served += 1
+            return Answer()
+        self.refused += 1
+        return self._refusal
+
+
 class _Connection(asyncio.Protocol):
     def __init__(self, origin: Origin) -> None:
         self._origin = origin

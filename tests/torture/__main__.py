@@ -48,6 +48,7 @@ PARTS = {
         "origins",
         "dead_host",
         "forward",
+        "paced",
     )
 }
 # What a part may take at most: so much whatever its scale, and three times what the longest is meant to take.

@@ -399,3 +399,19 @@ def test_what_the_guard_paces_by_leads_back_to_its_host_name(scheme: str, port: 
     target = Guard().examine(f"{scheme}://{name}{port}/x")
     assert target.refusal is None
     assert hostname_of(target.host) == target.hostname
+
+
+def test_host_that_answers_slowly_has_fewer_requests_under_way_and_shows_it() -> None:
+    host = Host("h", HostSettings())
+    for _ in range(host.limit):
+        host.start(0.0)
+    assert not host.is_paced
+    host.took(0.1, 0.1)
+    host.took(5.0, 4.9)
+    assert host.is_paced
+    limit = host.view(5.0).limit
+    assert limit < host.limit
+    while host.in_flight >= limit:
+        assert host.ready_at() is None
+        host.end()
+    assert host.ready_at() is not None

@@ -221,6 +221,7 @@ async def test_the_metrics_show_the_hosts_by_their_circuit(start: Start) -> None
     await eventually(lambda: daemon.count("attempt") == 2)
     after = await measures(daemon)
     assert sum(after[f"notify_server_hosts circuit={state}"] for state in states) == 1
+    assert after["notify_server_paced_hosts"] == 0
     assert after["notify_server_hosts circuit=closed"] == 0
 
 

@@ -98,16 +98,18 @@ class SqliteClient:
         *,
         now: Callable[[], int],
         guard: tuple[Sequence[str], Sequence[str], Sequence[int]] = ((), (), ()),
+        refusals: tuple[Sequence[str], Sequence[str]] = ((), ()),
         on_commit: Callable[[float], object] = lambda seconds: None,
         command: Sequence[str] = (),
     ) -> Self:
         """Open or create the database at `path`, its directory included. `now` gives Unix ms. `guard` has the hosts,
-        networks and ports that may be probed, as text. `on_commit` receives the seconds that each transaction of
+        networks and ports that may be probed, as text; `refusals` has the configured networks and those of this machine
+        that may not. `on_commit` receives the seconds that each transaction of
         callbacks took; `command` runs the keeper.
 
         Raises StoreRefusedError when another daemon has it, or the file cannot be used; the text says what to do.
         """
-        store = cls(_config(path, *guard), command or module("processes.keeper"), now, on_commit)
+        store = cls(_config(path, *guard, *refusals), command or module("processes.keeper"), now, on_commit)
         store._child.start()
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -325,8 +327,16 @@ class SqliteClient:
         return deleted
 
 
-def _config(path: Path, hosts: Sequence[str], networks: Sequence[str], ports: Sequence[int]) -> KeeperConfig:
-    return KeeperConfig(str(path.absolute()), os.getpid(), list(hosts), list(networks), list(ports))
+def _config(
+    path: Path,
+    hosts: Sequence[str],
+    networks: Sequence[str],
+    ports: Sequence[int],
+    refused: Sequence[str],
+    own: Sequence[str],
+) -> KeeperConfig:
+    allowed = list(hosts), list(networks), list(ports)
+    return KeeperConfig(str(path.absolute()), os.getpid(), *allowed, list(refused), list(own))
 
 
 def _ignore_result(answer: asyncio.Future[Any]) -> None:

@@ -145,6 +145,8 @@ class Api:
                     view.in_flight if view is not None else 0,
                     view.limit if view is not None else None,
                     rates.get(name, HostRate(0, 0, 0.0)),
+                    view.rate if view is not None else None,
+                    view.resting_for if view is not None else 0.0,
                 )
             )
         return Page(hosts)

@@ -84,7 +84,9 @@ class SeriesQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Host(Struct, frozen=True):
-    """A storage host: its pending files, its circuit, its requests in flight, and its last minute."""
+    """A storage host: its pending files, its circuit, its requests in flight, and its last minute. `rate` is the
+    requests a second that it is paced to, null when it is not, and `resting_for` the seconds of rest that it asked for.
+    """
 
     host: str
     pending: int
@@ -94,6 +96,8 @@ class Host(Struct, frozen=True):
     in_flight: int
     limit: int | None
     last_minute: HostRate
+    rate: float | None = None
+    resting_for: float = 0.0
 
 
 class NodeCounts(Struct, frozen=True):
