@@ -49,6 +49,7 @@ PARTS = {
         "dead_host",
         "forward",
         "paced",
+        "expect",
     )
 }
 # What a part may take at most: so much whatever its scale, and three times what the longest is meant to take.

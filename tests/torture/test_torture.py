@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.torture import crash, forward, fsync, hang, nodes, soak, stop
+from tests.torture import crash, expect, forward, fsync, hang, nodes, soak, stop
 from tests.torture.__main__ import PARTS, Part, arguments, load, report, run_part
 from tests.torture.figures import Figure, Setting
 
@@ -61,6 +61,15 @@ async def test_daemon_killed_while_it_forwards_loses_no_verdict_and_sends_none_s
     # Whether a single kill finds deliveries that are not recorded is chance.
     assert not_met(figures[:3]) == []
     assert figures[0].counts["events"] > 0
+
+
+async def test_submissions_that_are_never_notified_or_short_are_told_once_in_spite_of_an_outage(
+    tmp_path: Path, seed: int
+) -> None:
+    figures = await expect.on_sqlite(Setting(seed, 0.04, tmp_path), 2.0, 4.0)
+    # How soon after its limit is a figure of `make torture`.
+    assert not_met(figures[:3]) == []
+    assert figures[0].counts["never"] == 2
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
