@@ -43,9 +43,18 @@ def check(path: Path | None) -> None:
     print(f"file: {printable(str(file)) if file else 'none, config.toml is not there'}")
     variables = ", ".join(sorted(_variables(os.environ).values()))
     print(f"environment: {variables or 'none'}")
+    if config.server.takes_callbacks:
+        print(f"register with the platform: {_callback_address(config)}")
     for warning in warnings(config.forward):
         print(f"warning: {warning}")
     print("Configuration OK.")
+
+
+def _callback_address(config: Config) -> str:
+    """Return the address of the callback, with a placeholder for the token."""
+    server = config.server
+    base = server.public_url.rstrip("/") if server.public_url is not None else server.local_url
+    return f"{base}{server.callback_path}{'?token=<callback_token>' if config.auth.callback_token else ''}"
 
 
 def show(path: Path | None, *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from notify_server.config.values import (
     DAY,
     POSTGRES_SCHEMES,
+    AddressToken,
     Count,
     Duration,
     HeaderValue,
@@ -111,7 +112,7 @@ class ServerConfig(Section):
 class AuthConfig(Section):
     """`[auth]`: who may post callbacks, and who may read."""
 
-    callback_token: Token | None = None
+    callback_token: AddressToken | None = None
     callback_networks: Networks = ()
     signature: Literal["off", "optional", "required"] = "off"
     platform_keys: tuple[Annotated[PlatformKey, PlainValidator(platform_key)], ...] = Field(default=(), repr=False)

@@ -109,6 +109,14 @@ def token(value: object) -> SecretStr:
     return SecretStr(plain)
 
 
+def address_token(value: object) -> SecretStr:
+    """A secret that fits in the address that is registered with the platform, as it is."""
+    secret = token(value)
+    if set("&#") & set(secret.get_secret_value()):
+        raise ValueError("must not contain & or #, which end it in the registered address: `openssl rand -hex 24`")
+    return secret
+
+
 def listen_hosts(value: object) -> str | tuple[str, ...]:
     """An address or a name to listen on, or a list of them; in the environment also as JSON or between commas."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -285,6 +293,7 @@ Text = Annotated[str, PlainValidator(text)]
 # RFC 9110, section 5.5, without the obsolete forms.
 HeaderValue = Annotated[str, PlainValidator(matching(r"[!-~]([ -~]*[!-~])?", "printable ASCII, not blank at its ends"))]
 Token = Annotated[SecretStr, PlainValidator(token)]
+AddressToken = Annotated[SecretStr, PlainValidator(address_token)]
 Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]
 MediaPattern = Annotated[
     str, PlainValidator(matching(r"[a-z]+/(?:\*|[a-z0-9][a-z0-9.+-]*)", 'a media type, like "image/*" or "video/mp4"'))

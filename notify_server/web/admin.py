@@ -98,13 +98,8 @@ class Admin:
 
         `csrf` is the token of a form; scripts send it in a header.
         """
-        if (has_token := self._presents_token(request)) is not None:
-            # A page of another site cannot make a browser send this header.
-            if not has_token:
-                raise _unauthorized("this is not the admin_token")
+        if self.authenticate(request):
             return
-        if not self.logged_in(request):
-            raise _unauthorized("send the admin_token as Authorization: Bearer, or log in")
         if request.method in SAFE_METHODS:
             self._check_not_embedded(request)
             return
@@ -112,6 +107,16 @@ class Admin:
         presented = csrf if csrf is not None else request.headers.get(CSRF_HEADER, "")
         if not hmac.compare_digest(presented.encode("utf-8", "surrogatepass"), self.csrf(request).encode()):
             raise RefusedError(403, "403", f"{CSRF_HEADER}: is missing or stale, load the page again")
+
+    def authenticate(self, request: web.Request) -> bool:
+        """Return True for a request with the token, which a page of another site cannot make a browser send, and False
+        for one with a session. Raise RefusedError (401) for any other, before its body is read.
+        """
+        if (has_token := self._presents_token(request)) is False:
+            raise _unauthorized("this is not the admin_token")
+        if has_token is None and not self.logged_in(request):
+            raise _unauthorized("send the admin_token as Authorization: Bearer, or log in")
+        return has_token is True
 
     def knows(self, request: web.Request) -> bool:
         """Return True when the request has the token or a session."""

@@ -40,7 +40,10 @@ async def config(folder: Path, *arguments: str, **variables: str) -> Finished:
 async def test_what_is_right_is_told_with_where_it_comes_from(tmp_path: Path) -> None:
     end = await config(tmp_path, "check")
     assert (end.code, end.stderr) == (0, "")
-    assert end.stdout == "file: none, config.toml is not there\nenvironment: none\nConfiguration OK.\n"
+    assert end.stdout == (
+        "file: none, config.toml is not there\nenvironment: none\n"
+        "register with the platform: http://127.0.0.1:8080/notify\nConfiguration OK.\n"
+    )
     (tmp_path / "config.toml").write_text(WRITTEN)
     end = await config(tmp_path, "check", NOTIFY_SERVER__LOG__LEVEL="debug", notify_server__server__port="1")
     assert end.stdout.startswith(
@@ -198,3 +201,23 @@ async def test_no_spelling_of_a_password_in_the_stores_address_is_shown(
     end = await run_command(*command, cwd=tmp_path, environ=environ)
     assert "hidden" not in end.stdout + end.stderr
     assert end.code == 0 or "[store]" in end.stderr or "STORE__URL" in end.stderr
+
+
+@pytest.mark.parametrize("token", ["abc&def-ghi", "abc#def-ghi", "&&&&&&&&"])
+async def test_token_that_cannot_stand_in_the_registered_address_is_refused_and_not_shown(
+    tmp_path: Path, token: str
+) -> None:
+    """Row 104."""
+    (tmp_path / "config.toml").write_text(f"[auth]\ncallback_token = '{token}'\n")
+    end = await run_command("config", "check", cwd=tmp_path)
+    assert (end.code, end.stdout) == (2, "")
+    assert end.stderr.startswith("[auth] callback_token: must not contain & or #") and token not in end.stderr
+
+
+async def test_check_prints_the_address_to_register_without_the_token(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(
+        "[server]\npublic_url = 'https://example.com/files/'\n[auth]\ncallback_token = 'abc+def/ghi=='\n"
+    )
+    end = await run_command("config", "check", cwd=tmp_path)
+    assert "register with the platform: https://example.com/files/notify?token=<callback_token>\n" in end.stdout
+    assert "abc+def" not in end.stdout

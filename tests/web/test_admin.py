@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import itertools
+import re
 from collections.abc import AsyncIterator, Mapping
 from http.cookies import Morsel, SimpleCookie
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from notify_server.app import ADMIN
 from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.web.admin import CODE_SECONDS, COOKIE, CSRF_HEADER, LOGINS_A_SECOND, SESSION_SECONDS, Admin
+from notify_server.web.routes import ROUTES
 from tests.support.app import JSON, AppServer, Clock, Events, Start, build_config
 from tests.support.http import Connection, Reply
 from tests.support.notification import notification
@@ -552,3 +554,79 @@ async def test_codes_are_guessed_no_faster_than_tokens(open_browser: Any) -> Non
     browser = await open_browser()
     statuses = [(await browser.ask("GET", f"/once/{number}")).status for number in range(LOGINS_A_SECOND + 1)]
     assert statuses == [401] * LOGINS_A_SECOND + [429]
+
+
+# --- All routes ---
+
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics", "/ui/login", "/ui/language", "/ui/static/")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+def concrete(path: str) -> str:
+    """A route's path with a value for each of its parameters."""
+    return re.sub(r"\{(\w+):(?:[^{}]|\{[^{}]*\})*\}", lambda found: "/x" if found[1] == "path" else "1", path)
+
+
+async def test_every_route_but_the_open_ones_wants_the_token_whatever_the_method(daemon: AppServer) -> None:
+    paths = {concrete(route.path) for route in ROUTES} - {"//x"}
+    assert len(paths) > 30
+    wrong = []
+    for path in sorted(paths):
+        if path.startswith(OPEN_PATHS):
+            continue
+        for method in METHODS:
+            answer = await daemon.ask(method, path, anonymous=True, allow_redirects=False)
+            is_log_in = answer.status == 303 and answer.headers["Location"].startswith("/ui/login")
+            # 404 and 405 say nothing about the record; the method is not served at all.
+            if answer.status not in (401, 404, 405) and not is_log_in:
+                wrong.append((method, path, answer.status))
+            # Not found only where the method is not served: the API looks at the token before it looks at anything.
+            if path.startswith("/api/") and answer.status != 401:
+                wrong.append((method, path, answer.status))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//api/v1/totals",
+        "/api//v1/totals",
+        "/api/v1/totals/",
+        "/api/v1/./totals",
+        "/api/v1/x/../totals",
+        "/ui/static/../../api/v1/totals",
+        "/ui/static/x/..%2f..%2fapi/v1/totals",
+        "/%61pi/v1/totals",
+        "/api/v1/totals?token=x",
+        "/api/v1/totals#/ui/login",
+        "/api/v1/totals;/ui/login",
+        "/ui/login/../../api/v1/totals",
+        "http://localhost/api/v1/totals",
+        "/notify/../api/v1/totals",
+        "/healthz/../api/v1/totals",
+    ],
+)
+async def test_no_spelling_of_a_path_leads_past_the_token(daemon: AppServer, target: str) -> None:
+    connection: Connection = await daemon.connect()
+    await connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    answer = await connection.answer()
+    assert answer.status in (303, 400, 401, 404), answer
+    assert b"oldest_pending_at" not in answer.body
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "X-HTTP-Method-Override: GET\r\nX-Original-URL: /healthz",
+        "X-Rewrite-URL: /healthz",
+        "Authorization: Bearer x\r\nAuthorization: Bearer {token}",
+        "Authorization: Bearer x, Bearer {token}",
+        "Proxy-Authorization: Bearer {token}",
+        "Cookie: notify_server_session={token}",
+    ],
+)
+async def test_no_header_leads_past_the_token(daemon: AppServer, headers: str) -> None:
+    connection: Connection = await daemon.connect()
+    sent = headers.format(token=daemon.token)
+    await connection.send(f"GET /api/v1/totals HTTP/1.1\r\nHost: h\r\n{sent}\r\nConnection: close\r\n\r\n".encode())
+    assert (await connection.answer()).status in (400, 401)

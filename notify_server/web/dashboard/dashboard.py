@@ -70,6 +70,8 @@ class Dashboard:
         # The path of a log-in holds its code.
         log.debug("request", request_id=request_id, method=request.method, path=view.path, remote=request.remote)
         try:
+            if not view.open:
+                self.admin.authenticate(request)
             form = await read_form(request, self._body_timeout) if view.method == "POST" else None
             if not view.open:
                 self.admin.check(request, form.get(CSRF_FIELD, "") if form is not None else None)
