@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote
 
 import pytest
 import pytest_asyncio
@@ -137,3 +142,49 @@ async def test_the_referer_is_sent_with_every_request(daemon: Daemon, origin: Or
         ("HEAD", "https://www.example/"),
         ("GET", "https://www.example/"),
     ]
+
+
+def oss_v1(verb: str, path: str, expires: int, secret: str = "secret") -> str:
+    """The signature of OSS V1 for an object of the bucket `bkt`, as it stands in a query."""
+    text = f"{verb}\n\n\n{expires}\n/bkt{path}"
+    return quote(base64.b64encode(hmac.new(secret.encode(), text.encode(), hashlib.sha1).digest()), safe="")
+
+
+async def test_the_signature_is_that_of_the_vendors_package() -> None:
+    signed = Path(__file__).parents[1] / "samples" / "signed_addresses.json"
+    urls = {each["signer"]: each["url"] for each in json.loads(signed.read_text("utf-8"))}
+    assert f"Signature={oss_v1('GET', '/a.jpg', 1_764_234_000)}" in urls["alibabacloud_oss_v2 v1"]
+
+
+async def test_an_address_signed_for_get_is_found_by_the_ranged_get(
+    impatient: Daemon, origin: Origin, batch: str
+) -> None:
+    """The origin checks signature and time, as OSS does: the signature holds for one verb alone."""
+
+    def check(hit: Hit) -> Answer:
+        path, _, query = hit.path.partition("?")
+        given = dict(parse_qsl(query))
+        wanted = unquote(oss_v1(hit.method, path, int(given["Expires"])))
+        refused = given["Signature"] != wanted or time.time() > int(given["Expires"])
+        body = b"<Error><Code>SignatureDoesNotMatch</Code></Error>"
+        headers = {"Content-Type": "application/xml"}
+        return Answer(403, headers, body, close=True) if refused else Answer(206, {"Content-Length": "1"}, b"x")
+
+    origin.default = check
+    end = int(time.time()) + 3600
+    urls = {
+        name: origin.url(f"/{name}?OSSAccessKeyId=key&Expires={end}&Signature={signature}")
+        for name, signature in (
+            ("get", oss_v1("GET", "/get", end)),
+            ("head", oss_v1("HEAD", "/head", end)),
+            ("wrong", oss_v1("GET", "/wrong", end, "another")),
+        )
+    }
+    files = await impatient.settle(batch, [finished(url, name) for name, url in urls.items()])
+    assert {name: (file["state"], file["reason"], file["vendor_code"]) for name, file in files.items()} == {
+        "get": ("available", None, None),
+        "head": ("available", None, None),
+        "wrong": ("unavailable", "http_403", "SignatureDoesNotMatch"),
+    }
+    assert {file["expires_at"] for file in files.values()} == {end * 1000}
+    assert [hit.method for hit in origin.hits if hit.path.startswith("/get")] == ["HEAD", "GET"]
