@@ -49,9 +49,9 @@ format: $(STAMP_DEV) ## Format the code
 	@$(BIN)/ruff check --fix .
 
 bench: $(STAMP_DEV) ## Measure it beside others for half an hour; PARTS="acks latency probes together growth …", QUICK=1, JSON=, PLOTS=
-	@$(MAKE) --no-print-directory $(STAMP_BENCH) || echo "what is missing is told in the tables" >&2
+	@$(MAKE) --no-print-directory $(STAMP_BENCH) || echo "the tables name the missing programs" >&2
 	@$(PYTHON) tests/debian.py nginx wrk
-	@$(PYTHON) tests/debian.py curl webhook || echo "what is missing is told in the tables" >&2
+	@$(PYTHON) tests/debian.py curl webhook || echo "the tables name the missing programs" >&2
 	@$(BIN)/python -m tests.bench $(PARTS) $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON)) $(if $(PLOTS),--plots $(PLOTS))
 
 torture: $(STAMP_DEV) ## Kill, stop, soak and deceive it for 20 minutes; PARTS="crash fsync stop soak …", SCALE=0.1, SEED=1

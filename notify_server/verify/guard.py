@@ -183,7 +183,7 @@ class Guard:
         underscores once IDNA is done), a numeric last label in what is no IPv4 address, more than 8,192 characters.
 
         Path and query keep every byte, dot segments and existing %XX included, because addresses may be signed; only
-        what RFC 3986 2 lets nobody write raw (spaces, non-ASCII as UTF-8, `"<>\\^{|}` and the backquote, a stray %)
+        what RFC 3986 2 does not allow raw (spaces, non-ASCII as UTF-8, `"<>\\^{|}` and the backquote, a stray %)
         becomes %XX.
         """
         if len(url) > _URL_LIMIT:

@@ -1,7 +1,7 @@
 """Finds out whether a connection pooler such as PgBouncer keeps a session on one backend of PostgreSQL.
 
 Advisory locks, notifications and settings belong to a backend. In transaction mode a pooler hands the backend to other
-clients after each transaction, so a lock would stay where nobody holds or releases it.
+clients after each transaction, so a lock would stay on a backend where it is never released.
 """
 
 from __future__ import annotations
