@@ -18,6 +18,18 @@ def _or_of_the_program(context: typer.Context, value: Path | None) -> Path | Non
     return value or context.obj
 
 
+def _known_reason(value: str | None) -> str | None:
+    """Refuse a reason that no file can have, with the nearest one."""
+    if value is None:
+        return None
+    # Loaded only when used, because it takes time to load.
+    from notify_server.operations import unknown_reason
+
+    if (wrong := unknown_reason(value)) is not None:
+        raise typer.BadParameter(wrong)
+    return value
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -38,6 +50,9 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for con
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say how many.")]
 LimitOption = Annotated[int, typer.Option(min=1, help="The most to show.")]
 StateOption = Annotated[FileState | None, typer.Option("--state", help="Only files in this state.")]
-ReasonOption = Annotated[str | None, typer.Option(metavar="REASON", help="Only files that fail for this reason.")]
+ReasonOption = Annotated[
+    str | None,
+    typer.Option(metavar="REASON", callback=_known_reason, help="Only files that fail for this reason."),
+]
 HostOption = Annotated[str | None, typer.Option("--host", metavar="NAME", help="Only files of this host.")]
 ApiCodeOption = Annotated[str | None, typer.Option(metavar="CODE", help="Only this api_code.")]

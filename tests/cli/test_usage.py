@@ -20,9 +20,14 @@ from tests.support.daemon import clean_environment, run_command
         (["config", "chekc"], "No such command 'chekc'. Did you mean 'check'?"),
         (["nonsense"], "No such command 'nonsense'."),
         (["serve", "--config"], "Option '--config' requires an argument."),
+        (["export", "--reason", "tls_eror"],
+         "Invalid value for '--reason': tls_eror is not a reason, did you mean tls_error?"),
+        (["recheck", "--reason", "http_40", "--yes"],
+         "Invalid value for '--reason': http_40 is not a reason: http_ is followed by the three digits of a status, "
+         "like http_404"),
         (["verify"], "Name addresses, or a list of them with --file."),
     ],
-)
+)  # fmt: skip
 async def test_a_slip_is_told_in_one_line_with_what_was_meant(tmp_path: Path, arguments: list[str], said: str) -> None:
     end = await run_command(*arguments, cwd=tmp_path)
     assert (end.code, end.stdout, end.stderr) == (2, "", said + "\n")

@@ -22,6 +22,7 @@ from notify_server.cli.doctor.findings import (
     schema_finding,
     warning,
 )
+from notify_server.store.admin_token import token_file
 from notify_server.store.sql import load_migrations, load_queries, unfinished
 from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS, copied_from
 from notify_server.store.sqlite.lock import holder
@@ -55,7 +56,7 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
             f"chown or chmod {directory}, run doctor as the daemon's user, or set [store] url",
         )
         return
-    files = (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", ".lock")))
+    files = (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", ".lock")), token_file(path))
     for file in files:
         if file.exists() and not os.access(file, os.R_OK | os.W_OK, effective_ids=True):
             yield problem("directory", f"{file}: {whom} cannot write it", f"chown or chmod {file}")
