@@ -56,6 +56,7 @@ OUTCOME = [
     *[["t"] * MANY] * 5,
     [1.0] * MANY,
     [NOW] * MANY,
+    *[["v"] * MANY] * 4,
 ]
 
 # What each query is run with; the answers are of one size whatever the tables'.
@@ -100,7 +101,8 @@ WITH: dict[str, Sequence[Any]] = {
     ],
     "files_existing": [[*IDS, 3], [*(f"k{n % 10}" for n in IDS), "new"]],
     "files_replace": [
-        IDS, *[["u"] * MANY] * 2, ["FINISHED"] * MANY, ["pending"] * MANY, [None] * MANY, [NOW] * MANY, [None] * MANY,
+        IDS, *[["u"] * MANY] * 2, ["FINISHED"] * MANY, ["pending"] * MANY, [None] * MANY, [NOW] * MANY,
+        *[[None] * MANY] * 2,
     ],
     "batches_of": [IDS],
     "recheck_find": [IDS],

@@ -35,7 +35,7 @@ def rows(*rows: Sequence[Any]) -> tuple[int, int, list[Any]]:
 FILE_IDS = [7, 60, 120]
 BATCH_IDS = [1, 2, 3]
 ID_TEXT = str(FILE_IDS)
-OUTCOME = ["available", None, 1, None, 200, 1, "t", "e", "m", None, "a", 1.0, NOW]
+OUTCOME = ["available", None, 1, None, 200, 1, "t", "e", "m", None, "a", 1.0, NOW, "v", "c", "{}", "[]"]
 
 # What each query is run with; the answers are of one size whatever the tables'.
 WITH: dict[str, Parameters | tuple[int, int, list[Any]]] = {
@@ -59,15 +59,15 @@ WITH: dict[str, Parameters | tuple[int, int, list[Any]]] = {
     "batch_find": rows(["b1", "a"], ["b2", "a"], ["nowhere", "a"]),
     "batch_expanded": rows(*([id, 0, 0, 0, 0, 0, None, 1, NOW, 1, 1, None] for id in BATCH_IDS)),
     "files_existing": [2, '["k1", "k2", "new"]'],
-    "files_insert": rows(*([1, name, "u", "h", "FINISHED", "pending", None, NOW, None] for name in ("x", "y"))),
-    "file_replace": ["u", "h", "FINISHED", "pending", None, NOW, None, 60],
+    "files_insert": rows(*([1, name, "u", "h", "FINISHED", "pending", None, NOW, None, None] for name in ("x", "y"))),
+    "file_replace": ["u", "h", "FINISHED", "pending", None, NOW, None, None, 60],
     "recheck_find": [ID_TEXT],
     "recheck_files": [NOW, ID_TEXT],
     "recheck_batches": rows(*([id, 0, 0, 0] for id in BATCH_IDS)),
     "due_hosts": {"after": "", "limit": 5},
     "claim": {"host": "h0001", "due": NOW - 1, "id": 5, "now": NOW, "most": 10},
     "record_files": rows(*([id, *OUTCOME] for id in FILE_IDS)),
-    "record_attempts": rows(*([id, NOW, "HEAD", None, 200, None, 1, 1, 1, 1, 1, "r"] for id in FILE_IDS)),
+    "record_attempts": rows(*([id, NOW, "HEAD", None, 200, None, 1, 1, 1, 1, 1, "r", "v", "c"] for id in FILE_IDS)),
     "attempts_trim": {"files": ID_TEXT, "others": 1},
     "record_batches": rows(*([id, 1, 0, 0] for id in BATCH_IDS)),
     "verdicts": (1, 3, [*BATCH_IDS, NOW]),
