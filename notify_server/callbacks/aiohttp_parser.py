@@ -20,7 +20,6 @@ log = structlog.get_logger("notify_server")
 MAX_HEAD = 8190
 # A longer number than this is no length, and int() refuses thousands of digits.
 MAX_LENGTH_DIGITS = 18
-_LEFT_TO_AIOHTTP = ("Expect", "Transfer-Encoding", "Content-Encoding")
 _SAMPLE = b"POST /p?q=1 HTTP/1.1\r\nHost: h\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 7\r\nConnection: close\r\n\r\n"
 
 
@@ -63,7 +62,9 @@ class HeadParser:
         if message.version != self._version or message.chunked or message.upgrade or message.compression:
             return None
         length = headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or any(name in headers for name in _LEFT_TO_AIOHTTP):
+        if not (length.isascii() and length.isdigit()):
+            return None
+        if "Expect" in headers or "Transfer-Encoding" in headers or "Content-Encoding" in headers:
             return None
         return Head(message.method, headers, message.url, length_of(length), message.should_close)
 

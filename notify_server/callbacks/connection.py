@@ -210,8 +210,9 @@ class Connection(asyncio.Protocol):
             self._count_unread()
         elif self._unread:
             self._unread, self._at = b"", 0
-            self._resume()
-            self._count_unread()
+            if self._paused:
+                self._resume()
+                self._count_unread()
 
     def _begin(self) -> None:
         front, data, at = self._front, self._unread, self._at
@@ -227,7 +228,9 @@ class Connection(asyncio.Protocol):
         self._head = head
         self._missing = head.length
         self._at = end
-        self._exchange, admitted = callback.open(head.method, head.headers, head.url, self.peer, self._reply)
+        self._exchange, admitted = callback.open(
+            head.method, head.headers, head.url, head.length, self.peer, self._reply
+        )
         if not admitted:
             self._answering = True
             self._take()
@@ -250,12 +253,12 @@ class Connection(asyncio.Protocol):
         assert callback is not None
         assert exchange is not None
         part = self._take()
-        self.since = self._front.loop.time()
         if not callback.hold(exchange, len(part), whole=not self._missing and not self._parts):
             self._answering = True
             self._parts = []
             return
         if self._missing:
+            self.since = self._front.loop.time()
             self._parts.append(part)
             return
         if self._parts:

@@ -17,7 +17,6 @@ import structlog
 from yarl import URL
 
 from notify_server.callbacks.access import Access, Headers
-from notify_server.callbacks.aiohttp_parser import length_of
 from notify_server.callbacks.budget import Budget
 from notify_server.callbacks.delivery import DeliveryReader
 from notify_server.callbacks.errors import RefusedError, busy, forget_frames, late, refusal_of, too_large
@@ -96,9 +95,11 @@ class Callback:
         self._refusing: set[asyncio.Task[None]] = set()
         self.budget = Budget()
 
-    def open(self, method: str, headers: Headers, url: URL, peer: str, reply: Reply) -> tuple[Exchange, bool]:
-        """Begin an exchange with the head of a request; False when the head is a reason to refuse it, which is then
-        done. Each request is counted once by the rate limit, admitted or not.
+    def open(
+        self, method: str, headers: Headers, url: URL, length: int, peer: str, reply: Reply
+    ) -> tuple[Exchange, bool]:
+        """Begin an exchange with the head of a request, whose body has `length` bytes, 0 when that is not known; False
+        when the head is a reason to refuse it, which is then done. Each request is counted once by the rate limit.
         """
         exchange = Exchange(headers, peer, reply)
         if "traceparent" in headers:
@@ -110,7 +111,7 @@ class Callback:
             exchange.span = self._tracing.callback(request_id, exchange.parent, method, path, peer)
             exchange.about["trace_id"] = exchange.span.trace_id
         try:
-            self._admit(method, exchange, url, peer)
+            self._admit(method, exchange, url, length, peer)
         except RefusedError as refused:
             forget_frames(refused)
             self.refuse(exchange, refused)
@@ -165,7 +166,7 @@ class Callback:
         """Count an answer that is given elsewhere."""
         self._callbacks.add(code)
 
-    def _admit(self, method: str, exchange: Exchange, url: URL, peer: str) -> None:
+    def _admit(self, method: str, exchange: Exchange, url: URL, length: int, peer: str) -> None:
         """Raise RefusedError if the head is a reason to refuse the request before its body is read."""
         server, headers = self._server, exchange.headers
         caller = exchange.caller = self._access.caller(headers, peer)
@@ -176,8 +177,7 @@ class Callback:
         self._access.check(headers, url, caller)
         if self._store.backlog >= self._backlog_limit:
             raise busy("too much is waiting to be verified, send it again later")
-        length = headers.get("Content-Length", "")
-        if length.isascii() and length.isdigit() and length_of(length) > server.body_limit_bytes:
+        if length > server.body_limit_bytes:
             raise too_large(server.body_limit_bytes)
 
     def _committed(self, exchange: Exchange, delivery: Delivery, accepted: asyncio.Future[int]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import structlog
 from aiohttp import web
 
+from notify_server.callbacks.aiohttp_parser import length_of
 from notify_server.callbacks.errors import RefusedError, forget_frames, too_large
 from notify_server.callbacks.handler import Callback, Exchange
 from notify_server.callbacks.response import Answer
@@ -35,8 +36,10 @@ class CallbackRoute:
             if not answered.done():
                 answered.set_result(answer)
 
+        digits = request.headers.get("Content-Length", "")
+        length = length_of(digits) if digits.isascii() and digits.isdigit() else 0
         exchange, admitted = self.callback.open(
-            request.method, request.headers, request.rel_url, request.remote or "", reply
+            request.method, request.headers, request.rel_url, length, request.remote or "", reply
         )
         if admitted and not await self._read(request, exchange):
             return web.Response(status=400)
