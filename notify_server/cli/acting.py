@@ -7,19 +7,16 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from notify_server.cli.common import EXIT_FAILED, UsageError
+from notify_server.cli.listing import T, find_batch, local, moment, print_json
 from notify_server.cli.source import Acting, Source, SourceError, acting
 from notify_server.config import Config
 from notify_server.model import FileState
 from notify_server.operations import NOT_AVAILABLE, ActionRefusedError, Prune, Recheck
-
-if TYPE_CHECKING:
-    pass
-from notify_server.cli.listing import T, find_batch, local, moment, print_json
 
 
 async def confirm(question: str, *, yes: bool) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from rich.table import Table
@@ -19,9 +19,6 @@ from notify_server.config.values import duration
 from notify_server.model import FileState, Verdict
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.reading.types import BatchDetail, BatchFilter, BatchItem, FileFilter, FileItem, Page
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 Item = TypeVar("Item")

@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -14,9 +13,6 @@ from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, read_c
 from notify_server.cli.source import Source, reading
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config_path: Path | None, url: str | None, work: Callable[[Config, Source], Awaitable[int]]) -> None:

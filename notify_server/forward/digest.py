@@ -6,7 +6,7 @@ Pure: events and times are passed in. Which events a digest is made of, and when
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from notify_server.events.texts import Language, reason_text, text
@@ -137,8 +137,3 @@ def _endpoint_lines(language: Language, kind: str, data: Mapping[str, Any]) -> t
         text(language, "title.endpoint_failing", endpoint=name),
         [text(language, key, endpoint=name, failures=data["failures"], error=error)],
     )
-
-
-def parse_time(value: str) -> int:
-    """Return a payload's time as Unix ms."""
-    return round(datetime.fromisoformat(value).astimezone(UTC).timestamp() * 1000)

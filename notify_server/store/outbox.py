@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from notify_server.events.payload import SUPERSEDING, Event, EventType
+from notify_server.events.payload import Event, EventType
 
 # Attempts kept of one delivery, the latest.
 MAX_ATTEMPT_ROWS = 50
@@ -182,6 +182,3 @@ class Outbox(Protocol):
 
     async def open_problems(self, endpoint: str) -> list[bytes]:
         """Return the payloads of the problems delivered to the endpoint that have not ended."""
-
-
-SUPERSEDING_TYPES = tuple(str(kind) for kind in SUPERSEDING)

@@ -32,7 +32,7 @@ from notify_server.processes.keeper_protocol import (
 from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
 from notify_server.store.batching import MAX_BYTES, Batcher, ByteGate, Group
 from notify_server.store.sqlite.expectations_client import SqliteExpectationsClient
-from notify_server.store.sqlite.outbox_client import SqliteOutboxClient
+from notify_server.store.sqlite.outbox_client import SqliteOutboxClient, ignore_result
 from notify_server.store.sqlite.scheduler import RECENT_SECONDS
 
 log = structlog.get_logger("notify_server.store")
@@ -159,7 +159,7 @@ class SqliteClient:
         else:
             self.outbox.on_up()
             if self._listener is not None:
-                self._send("expand_inbox", ()).add_done_callback(_ignore_result)
+                self._send("expand_inbox", ()).add_done_callback(ignore_result)
         if not self._opened.done():
             self._opened.set_result(opened.refused)
 
@@ -287,7 +287,7 @@ class SqliteClient:
         self._listener = listener
         # A keeper that is not up is sent this when it is.
         if self._child.up:
-            self._send("expand_inbox", ()).add_done_callback(_ignore_result)
+            self._send("expand_inbox", ()).add_done_callback(ignore_result)
 
     async def due_hosts(self, after: str, limit: int) -> list[HostDue]:
         hosts: list[HostDue] = await self._call("due_hosts", after, limit)
@@ -300,7 +300,7 @@ class SqliteClient:
     def release(self, files: Sequence[DueFile]) -> None:
         # A keeper that is gone has no claims; one that is silent for a moment must still learn of it.
         if self._child.up:
-            self._send("release", (files,)).add_done_callback(_ignore_result)
+            self._send("release", (files,)).add_done_callback(ignore_result)
 
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         verdicts: list[BatchVerdict] = await self._call("record", results, now)
@@ -337,8 +337,3 @@ def _config(
 ) -> KeeperConfig:
     allowed = list(hosts), list(networks), list(ports)
     return KeeperConfig(str(path.absolute()), os.getpid(), *allowed, list(refused), list(own))
-
-
-def _ignore_result(answer: asyncio.Future[Any]) -> None:
-    if not answer.cancelled():
-        answer.exception()

@@ -19,7 +19,7 @@ class SqliteOutboxClient:
     def on_up(self) -> None:
         """Set the endpoints of a keeper that has just started: it knows them from the record, but not the address."""
         if self._subscribed is not None:
-            self._call("subscribe", *self._subscribed).add_done_callback(_ignore_result)
+            self._call("subscribe", *self._subscribed).add_done_callback(ignore_result)
 
     async def subscribe(self, subscriptions: Sequence[Subscription], public_url: str | None, now: int) -> None:
         self._subscribed = subscriptions, public_url, now
@@ -31,7 +31,7 @@ class SqliteOutboxClient:
 
     def release_deliveries(self, deliveries: Sequence[int]) -> None:
         # A keeper that has ended holds no claims.
-        self._call("release_deliveries", deliveries).add_done_callback(_ignore_result)
+        self._call("release_deliveries", deliveries).add_done_callback(ignore_result)
 
     async def record_deliveries(self, results: Sequence[DeliveryResult], now: int) -> list[Notice]:
         notices: list[Notice] = await self._call("record_deliveries", results, now)
@@ -62,6 +62,7 @@ class SqliteOutboxClient:
         return problems
 
 
-def _ignore_result(answer: asyncio.Future[Any]) -> None:
+def ignore_result(answer: asyncio.Future[Any]) -> None:
+    """Retrieve the exception of a call that has no caller waiting, as its done callback."""
     if not answer.cancelled():
         answer.exception()
