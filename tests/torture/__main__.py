@@ -43,6 +43,7 @@ PARTS = {
         "nodes",
         "soak",
         "fuzz",
+        "flood",
         "addresses",
         "slow",
         "origins",
