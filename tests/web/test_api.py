@@ -122,6 +122,11 @@ class Filled:
         return id_of(self.daemon, body)
 
 
+def bearer(daemon: AppServer) -> str:
+    """The header line of a request that is written by hand."""
+    return f"Authorization: Bearer {daemon.token}"
+
+
 def id_of(daemon: AppServer, body: Mapping[str, Any]) -> int:
     """The id of this notification's batch."""
     ((id,),) = daemon.rows("SELECT id FROM batch WHERE batch_id = ?", body["batch_id"])
@@ -433,8 +438,8 @@ async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch
     monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.05)
     connection = await filled.daemon.connect()
     await connection.send(
-        b"POST /api/v1/prune HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 9\r\n\r\n{"
+        f"POST /api/v1/prune HTTP/1.1\r\nHost: h\r\n{bearer(filled.daemon)}\r\nContent-Type: application/json\r\n"
+        "Content-Length: 9\r\n\r\n{".encode()
     )
     answer = await connection.answer()
     assert answer.refusal(408, "408") == "body: did not arrive in time"
@@ -753,7 +758,7 @@ async def test_an_export_ends_with_its_client(start: Start, tmp_path: Path) -> N
     served.records = records = Counted(served.records)
     pages = 30_000 // EXPORT_ROWS
     connection = await daemon.connect()
-    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await connection.send(f"GET /api/v1/export HTTP/1.1\r\nHost: h\r\n{bearer(daemon)}\r\n\r\n".encode())
     await connection._reader.readuntil(b"\r\n\r\n")
     await connection.close()
     answer = await daemon.get("/api/v1/export")
@@ -772,7 +777,7 @@ async def test_an_export_that_nobody_reads_waits_and_is_given_up(
     served = served_api(daemon)
     served.records = records = Counted(served.records)
     connection = await daemon.connect()
-    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await connection.send(f"GET /api/v1/export HTTP/1.1\r\nHost: h\r\n{bearer(daemon)}\r\n\r\n".encode())
     await connection._reader.readuntil(b"\r\n\r\n")
     # The reader stops taking at its limit; then the sockets fill up.
     await daemon.events.seen("client stalled, disconnected", path="/api/v1/export")
@@ -793,7 +798,7 @@ async def test_an_export_that_cannot_be_finished_is_broken_off(start: Start, tmp
 
     served.records = Closing(served.records)
     connection = await daemon.connect()
-    await connection.send(b"GET /api/v1/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await connection.send(f"GET /api/v1/export HTTP/1.1\r\nHost: h\r\n{bearer(daemon)}\r\n\r\n".encode())
     everything = await connection.rest()
     assert everything.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"HTTP/1.1 503" not in everything
@@ -818,4 +823,4 @@ async def test_the_description_is_valid_and_of_all_that_is_served(filled: Filled
         if resource.canonical.startswith("/api/")
     }
     assert routed == {endpoint.path for endpoint in ENDPOINTS}
-    assert document["security"] == []
+    assert document["security"] == [{"admin_token": []}]
