@@ -25,7 +25,7 @@ demo: $(STAMP) ## Play the platform against a daemon of its own, and show what i
 	@exec $(BIN)/python -m notify_server simulate --own-daemon
 
 test: $(STAMP_DEV) lint ## Set everything up and run the tests
-	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql pgbouncer nginx systemd
+	@$(PYTHON) tests/debian.py strace sqlite3 openssl iproute2 chromium prometheus postgresql pgbouncer nginx caddy systemd
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP_DEV) ## Check format, style and types
