@@ -26,6 +26,8 @@ _FURTHER = {
         b"via", b"x-cache",
     )
 }  # fmt: skip
+# Their values are the same in many answers.
+_REPEATED = frozenset({b"server", b"date", b"x-oss-storage-class", b"x-oss-object-type", b"x-amz-storage-class"})
 # The JSON of these is at most this many bytes.
 FURTHER_LIMIT = 2000
 _REQUEST_IDS = (
@@ -106,7 +108,7 @@ def read_headers(lines: Sequence[bytes]) -> Answer:
         length = None if contradicted else _length(fields.get(b"content-length", b""))
     return Answer(
         length,
-        _text(fields.get(b"content-type")),
+        _repeated(fields[b"content-type"]) if b"content-type" in fields else None,
         _text(fields.get(b"etag")),
         _text(fields.get(b"last-modified")),
         _text(fields.get(b"retry-after")),
@@ -139,7 +141,11 @@ def _code_of_header(value: bytes | None) -> str | None:
 
 
 def _further(fields: Mapping[bytes, bytes]) -> dict[str, str] | None:
-    kept = {_FURTHER[name]: sanitise(value) for name, value in fields.items() if name in _FURTHER}
+    kept = {
+        _FURTHER[name]: _repeated(value) if name in _REPEATED else sanitise(value)
+        for name, value in fields.items()
+        if name in _FURTHER
+    }
     if sum(map(len, kept.values())) > FURTHER_LIMIT // 8 and len(msgspec.json.encode(kept)) > FURTHER_LIMIT:
         kept = {name: kept[name] for name in _FURTHER.values() if name in kept}
         while len(msgspec.json.encode(kept)) > FURTHER_LIMIT:
@@ -157,6 +163,11 @@ def _name(head: bytes) -> bytes | None:
         return STATUS_LINE
     name = head.rstrip(b" \t").lower()
     return name if name in _KEPT else None
+
+
+@lru_cache(maxsize=512)
+def _repeated(value: bytes) -> str:
+    return sanitise(value)
 
 
 def _text(value: bytes | None) -> str | None:

@@ -260,7 +260,7 @@ class Attempts:
         asked = policy.retry_after_ms(item.retry_after, now) if item is not None and item.retry_after else None
         outcome = policy.conclude(conclusion, attempts, config.retry_schedule, config.jitter, self._chance(), asked)
         outcome = policy.squeeze(outcome, now, self._end_of(file))
-        shown = flags_of(file, flight.ask, item, flight.settings, config.usable, now)
+        shown = flags_of(file, flight.ask, item, conclusion, flight.settings, config.usable, now)
         self._recorder.add(
             file_result(
                 *(file, attempts, conclusion, outcome, now),

@@ -22,8 +22,10 @@ def attempt_row(
     sent_at: int,
 ) -> AttemptRow:
     """Return the row of one request."""
-    if item.failure is not None:
-        reason: str | None = item.failure
+    if outcome is policy.AVAILABLE:
+        reason: str | None = None
+    elif item.failure is not None:
+        reason = item.failure
     elif isinstance(outcome, policy.Conclusion) and outcome.reason in _ABOUT_THE_FILE:
         reason = outcome.reason
     elif item.status in policy.REDIRECTS or policy.is_accepted(ask, item, settings):
@@ -87,6 +89,7 @@ def flags_of(
     file: DueFile,
     ask: policy.NextRequest,
     item: Evidence | None,
+    conclusion: policy.Conclusion,
     settings: HostSettings,
     usable: UsableConfig,
     now: int,
@@ -94,7 +97,7 @@ def flags_of(
     """Return the flags of a file as a JSON list, None without any."""
     if item is None or item.status is None:
         return None
-    accepted = policy.is_accepted(ask, item, settings)
+    accepted = conclusion is policy.AVAILABLE or policy.is_accepted(ask, item, settings)
     found = flags(file.oss_object_name, file.target_url, item, usable, accepted=accepted, method=ask.method)
     if usable.expired == "flag" and file.expires_at is not None and now >= file.expires_at:
         found = (Reason.EXPIRED.value, *found)

@@ -7,7 +7,7 @@ the server contradicts it; `archived` and `hotlink` are the storage vendor's own
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -30,10 +30,13 @@ ARCHIVED_CODE = "InvalidObjectState"
 _COLD = frozenset({"coldarchive", "deepcoldarchive", "glacier", "deep_archive"})
 # An object of this class can be read where its bucket has real-time access.
 _ARCHIVE = "archive"
+_READABLE = frozenset({"Standard", "IA", "STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING"})
 _KINDS = {"IMAGE": ("image/*",), "VIDEO": ("video/*",)}
-# The place of the kind in a key, `APPID/KIND/HASH/NAME`.
-_KIND_STARTS = 17
+# The kind in a key, `APPID/KIND/HASH/NAME`, and how the media types of the kind begin.
+_KIND = slice(16, 23)
+_PREFIXES = {"/IMAGE/": "image/", "/VIDEO/": "video/"}
 _MARKUP = re.compile(r"text/.*|application/(?:json|xml|xhtml\+xml|.*\+json)")
+_NONE: Mapping[str, str] = {}
 _EXPIRY_DATE = re.compile(r'expiry-date="([^"]{1,64})"').search
 
 
@@ -67,6 +70,8 @@ def wants_look(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
     """Return True if the first bytes of the object are to decide, because the headers of an accepted answer do not."""
     if rules.sniff == "off" or rules.not_media == "off" or evidence.sniffed is not None:
         return False
+    if rules.sniff == "doubtful" and _is_plain(key, evidence, rules):
+        return False
     type, length = _type(evidence), evidence.content_length
     doubtful = not type or type in OCTET_STREAM or (length is not None and 0 < length < DOUBTFUL_BYTES)
     return (doubtful or rules.sniff == "all") and bool(media_types(key, rules))
@@ -76,29 +81,29 @@ def flags(
     key: str, url: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str
 ) -> tuple[str, ...]:
     """Return what is remarkable and no reason to fail, in a fixed order."""
-    found = (
-        [
-            problem.reason.value
-            for problem in _problems(key, evidence, rules, accepted=accepted, method=method)
-            if rules.action(problem.reason) == "flag"
-        ]
-        if not (accepted and _is_plain(key, evidence, rules))
-        else []
-    )
-    if accepted:
-        found += _remarks(key, evidence, rules)
+    found: list[str] = []
+    headers = evidence.headers or _NONE
+    untyped = evidence.content_type is None or evidence.content_type.startswith(("application/octet", "binary/octet"))
+    if accepted and not untyped and _is_plain(key, evidence, rules):
+        if _is_attachment(headers):
+            found.append("attachment")
+    else:
+        problems = _problems(key, evidence, rules, accepted=accepted, method=method)
+        found += [each.reason.value for each in problems if rules.action(each.reason) == "flag"]
+        if accepted:
+            found += _remarks(key, evidence, rules)
     if (day := deleted_on(evidence)) is not None:
         found.append(f"deleted_on:{day}")
     if url.startswith("http:"):
         found.append("plain_http")
-    if is_signed(url):
+    if "?" in url and is_signed(url):
         found.append("signed")
     return tuple(found)
 
 
 def deleted_on(evidence: Evidence) -> str | None:
     """Return the day (UTC, YYYY-MM-DD) on which a lifecycle rule deletes the object, as OSS and S3 announce it."""
-    headers = evidence.headers or {}
+    headers = evidence.headers or _NONE
     announced = headers.get("x-oss-expiration") or headers.get("x-amz-expiration")
     if not announced or (match := _EXPIRY_DATE(announced)) is None:
         return None
@@ -109,21 +114,22 @@ def deleted_on(evidence: Evidence) -> str | None:
 
 
 def _is_plain(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
-    """Return True for the usual good answer, at the least cost."""
-    type, headers = evidence.content_type, evidence.headers
-    return (
-        not rules.expect
-        and type is not None
-        and type[:6].lower() == f"{key[_KIND_STARTS : _KIND_STARTS + 5].lower()}/"
-        and evidence.content_length is not None
-        and evidence.content_length >= DOUBTFUL_BYTES
-        and evidence.sniffed is None
-        and (headers is None or ("x-oss-storage-class" not in headers and "x-amz-storage-class" not in headers))
-    )
+    """Return True for the usual good answer, in which no rule can find anything, at the least cost."""
+    if rules.expect or evidence.sniffed is not None:
+        return False
+    if headers := evidence.headers:
+        storage = headers.get("x-oss-storage-class") or headers.get("x-amz-storage-class")
+        if storage is not None and storage not in _READABLE:
+            return False
+    prefix = _PREFIXES.get(key[_KIND])
+    if prefix is None:
+        return True
+    type, length = evidence.content_type, evidence.content_length
+    return type is not None and type.startswith(prefix) and length is not None and length >= DOUBTFUL_BYTES
 
 
 def _problems(key: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str) -> Iterator[Problem]:
-    headers = evidence.headers or {}
+    headers = evidence.headers or _NONE
     if not accepted:
         if evidence.status == 403 and headers.get("x-oss-ec") in HOTLINK:
             yield Problem(Reason.HOTLINK, final=True)
@@ -151,18 +157,21 @@ def _remarks(key: str, evidence: Evidence, rules: UsableConfig) -> list[str]:
     if type in OCTET_STREAM:
         found.append("octet_stream")
         type = ""
-    if (type and type[:6] != f"{key[_KIND_STARTS : _KIND_STARTS + 5].lower()}/") or evidence.sniffed or rules.expect:
-        media = media_types(key, rules)
-        if media and any(
-            each and not _is_markup(each) and not _matches(each, media) for each in (type, _sniffed(evidence))
-        ):
-            found.append("type_differs")
-    if (evidence.headers or {}).get("content-disposition", "")[:10].lower() == "attachment":
+    media = media_types(key, rules)
+    if media and any(
+        each and not _is_markup(each) and not _matches(each, media) for each in (type, _sniffed(evidence))
+    ):
+        found.append("type_differs")
+    if _is_attachment(evidence.headers or _NONE):
         found.append("attachment")
     return found
 
 
-def _restore(headers: dict[str, str]) -> str | None:
+def _is_attachment(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-disposition", "")[:10].lower() == "attachment"
+
+
+def _restore(headers: Mapping[str, str]) -> str | None:
     """Return "true" while a restore is under way, "false" when one has finished, None without one."""
     restore = headers.get("x-oss-restore") or headers.get("x-amz-restore") or ""
     return next((value for value in ("true", "false") if f'ongoing-request="{value}"' in restore), None)

@@ -177,18 +177,23 @@ def _certificate(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def nginx(directory: Path, *, tls: bool = False) -> Iterator[Origin]:
-    """nginx with one worker, at all the origins' addresses."""
+    """nginx with one worker, at all the origins' addresses. Its answer is as large as a picture: the server would read
+    the first bytes of anything smaller.
+    """
     port = free_port()
     ca_file = _certificate(directory) if tls else None
     listen = "".join(f"listen {host}:{port}{' ssl' if tls else ''} backlog=4096; " for host in (*ONE_HOST, *MANY_HOSTS))
     pem = f"{directory}/server.pem"
     certificate = f"ssl_certificate {pem}; ssl_certificate_key {pem}; " if tls else ""
+    picture = "picture" * 300
     config = directory / "nginx.conf"
     config.write_text(
         f"worker_processes 1; daemon off; pid {directory}/nginx.pid; error_log {directory}/error.log crit;\n"
         "events { worker_connections 8192; }\n"
         f"http {{ access_log off; keepalive_requests 100000000; keepalive_timeout 300s; server {{ {listen}{certificate}"
-        'location / { default_type image/jpeg; add_header ETag "\\"0123456789abcdef\\""; return 200 "picture"; } } }\n'
+        'location / { default_type image/jpeg; add_header ETag "\\"0123456789abcdef\\""; '
+        + f'return 200 "{picture}"; '
+        + "} } }\n"
     )
     with running([tool("nginx"), "-e", f"{directory}/error.log", "-c", str(config), "-p", str(directory)], port):
         yield Origin("https" if tls else "http", port, ca_file)

@@ -10,7 +10,7 @@ import uvloop
 from tests.bench.servers import MANY_HOSTS, ONE_HOST
 
 ANSWER = (
-    b"HTTP/1.1 200 OK\r\nServer: slow\r\nContent-Type: image/jpeg\r\nContent-Length: 7\r\n"
+    b"HTTP/1.1 200 OK\r\nServer: slow\r\nContent-Type: image/jpeg\r\nContent-Length: 70000\r\n"
     b'Connection: keep-alive\r\nETag: "0123456789abcdef"\r\n\r\n'
 )
 
