@@ -38,7 +38,7 @@ MAY_WALK = {
 
 # What waits is the same in every record: so many batches with a pending file at each of so many hosts.
 BATCHES, HOSTS = 300, 10
-SMALL, LARGE = 5_000, 200_000
+SMALL, LARGE = 10_000, 1_000_000
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
 # What a page of people's may look at; and what those of one kind may differ by.
 WALKED = 100
