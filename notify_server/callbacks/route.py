@@ -49,11 +49,12 @@ class CallbackRoute:
         """Return True for the callback path, also with a slash more or less than configured."""
         return _segments(path) == self._path
 
-    def missed(self, request: web.Request) -> None:
+    def missed(self, request: web.Request, request_id: str) -> None:
         """Count and log a POST to a path that is not served: perhaps a callback registered with a wrong address."""
         self.callback.count("404")
         log.info(
             "a POST to a path that is not served; callbacks belong at callback_path",
+            request_id=request_id,
             path=request.path,
             callback_path=self._config.callback_path,
             remote=request.remote,

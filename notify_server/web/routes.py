@@ -62,11 +62,11 @@ async def _view(view: View, request: web.Request) -> web.StreamResponse:
 
 async def _not_found(request: web.Request) -> web.StreamResponse:
     callback = request.app[CALLBACK]
+    request_id = str(uuid4())
     if request.method == "POST":
         if callback.serves(request.path):
             return await _callback(request)
-        callback.missed(request)
-    request_id = str(uuid4())
+        callback.missed(request, request_id)
     log.debug("not found", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
     return error_response(request_id, 404, "404", "nothing is served at this path")
 

@@ -116,7 +116,7 @@ async def test_a_file_that_is_there_is_left_as_it_is_and_nothing_is_asked(tmp_pa
     (tmp_path / "config.toml").write_text("[server]\nport = 1\n")
     done = await answer(tmp_path)
     assert done.code == 1
-    assert "is there already" in done.stderr
+    assert "exists already" in done.stderr
     assert done.stdout == ""
     assert (tmp_path / "config.toml").read_text() == "[server]\nport = 1\n"
 

@@ -33,6 +33,12 @@ TOKEN: Final = "callback-token-of-this-test"
 FORWARDED: Final = {"Forwarded": "for=192.0.2.1", "X-Forwarded-For": "192.0.2.1"}
 
 
+async def nothing_yet() -> AsyncIterator[bytes]:
+    """Send one byte of a body, and no more."""
+    yield b"{"
+    await asyncio.Event().wait()
+
+
 def settings() -> dict[str, str]:
     """What env.example sets."""
     lines = (HERE / "env.example").read_text("utf-8").splitlines()
@@ -136,7 +142,9 @@ async def test_proxy_in_front_of_one_server_passes_everything_on_and_opens_nothi
                 # The caller's own claim of where it comes from does not count.
                 assert daemon.value("SELECT remote_addr FROM notification") == CALLER
                 large = batch_body("b", []).ljust(Config().server.body_limit_bytes + 1)
-                async with session.post(target, data=io.BytesIO(large)) as answer:
+                # nginx reads a body to its end. Caddy passes it on, and cuts off who still sends when the answer comes.
+                data = io.BytesIO(large) if proxy is nginx else nothing_yet()
+                async with session.post(target, data=data, headers={"Content-Length": str(len(large))}) as answer:
                     assert (answer.status, (await answer.json())["code"]) == (413, "413")
                 for headers in ({}, FORWARDED, {"X-Real-IP": "127.0.0.1"}):
                     async with session.get("/api/v1/totals", headers=headers) as answer:

@@ -24,7 +24,7 @@ from tests.support.postgres import fetch, new_schema
 from tests.support.postgres_faults import opened
 
 # About servers that run, or about the schema.
-NOT_COPIED = {"heartbeat", "node", "lease", "schema_version"}
+NOT_COPIED = {"heartbeat", "node", "lease", "schema_version", "secret"}
 
 
 @pytest.fixture

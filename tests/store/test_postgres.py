@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 import asyncpg
 import pytest
@@ -758,6 +759,10 @@ async def test_a_migration_that_fails_leaves_nothing_of_itself(monkeypatch: pyte
         await take_in(store, finished())
 
 
+def _without_nulls(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    return [[value for value in row if value is not None] for row in rows]
+
+
 async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_is_in_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -788,7 +793,8 @@ async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_i
     async with opened(url) as store:
         assert await fetch(url, "SELECT version FROM schema_version") == [(len(load_migrations("postgres")),)]
         assert await fetch(url, references) == [(0,)]
-        assert await fetch(url, contents) == before != []
+        # Later columns are empty.
+        assert _without_nulls(await fetch(url, contents)) == _without_nulls(before) != []
         # Debian's is built with it.
         assert await fetch(
             url,

@@ -234,6 +234,7 @@ ONE_THING: dict[str, NextRequest] = {
     "count of a batch by state": lambda records: records.count(FileFilter(batch=7, state=FileState.BLOCKED)),
     "count of a batch by reason": lambda records: records.count(FileFilter(batch=7, reason="timeout")),
     "count of a batch by host": lambda records: records.count(FileFilter(batch=7, host="h0001")),
+    "ended sessions": lambda records: records.ended_sessions(),
     "count of what is not there": lambda records: records.count(FileFilter(reason="http_404", host="nowhere")),
 }
 

@@ -27,7 +27,8 @@ from notify_server.errors import StoreRefusedError
 Row: TypeAlias = tuple[Any, ...]
 Key: TypeAlias = int | str
 
-# Referenced tables come first. `heartbeat`, `node` and `lease` describe running servers and are not copied.
+# Referenced tables come first. `heartbeat`, `node` and `lease` describe running servers, `secret` is
+# the installation's own: they are not copied.
 TABLES = (
     "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
     "expectation", "ready_clock",
