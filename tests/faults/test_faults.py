@@ -441,8 +441,8 @@ async def test_a_database_locked_by_another_process_is_busy_until_it_is_free(tmp
         assert (await daemon.post(batch_body("after", []))).status == 200
         assert (await daemon.verdict("before"))["verdict"] == "complete"
         await daemon.verdict("after")
-        # What was answered with 503 was not kept.
-        assert stored(daemon) == {"before", "after"}
+        # What was answered 503 may have been written after the answer: sent again, it is merged.
+        assert {"before", "after"} <= stored(daemon) <= {"before", "during", "after"}
         assert daemon.value("SELECT count(*) FROM file WHERE attempts = 1") == 20
 
 
