@@ -34,6 +34,18 @@ def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
 
 
 @cache
+def load_with_macros(dialect: str, name: str, *macros: str) -> Mapping[str, str]:
+    """Return the named queries of a file, with each `:macro` replaced by the block of that name."""
+    queries = dict(load_queries(dialect, name))
+    meanings = {macro: queries.pop(macro) for macro in macros}
+    for query, text in queries.items():
+        for macro, meaning in meanings.items():
+            text = text.replace(f":{macro}", meaning)
+        queries[query] = text
+    return queries
+
+
+@cache
 def load_migrations(dialect: str) -> tuple[Migration, ...]:
     """Return the migrations of `store/<dialect>/` in order. Raises ValueError when their numbers have a gap."""
     folder = files(__package__) / dialect

@@ -12,7 +12,7 @@ from msgspec import Struct
 from notify_server.events.payload import utc
 from notify_server.expect.expectation import ExpectationState, MatchedBy
 from notify_server.model import Verdict
-from notify_server.store.sql import load_queries
+from notify_server.store.sql import load_with_macros
 
 Run = Callable[[str, Mapping[str, object]], Awaitable[tuple[Any, ...] | None]]
 
@@ -58,7 +58,7 @@ class ExpectationRecords:
     """`run` runs one statement that returns one row. Calls raise StoreUnavailableError as those of Records do."""
 
     def __init__(self, dialect: str, run: Run) -> None:
-        self._queries = load_queries(dialect, "expectation_records")
+        self._queries = load_with_macros(dialect, "expectation_records", "expectation_array", "expectation_rows")
         self._run = run
 
     async def expectations(self, wanted: ExpectationFilter, before: int, limit: int) -> list[ExpectationItem]:

@@ -12,7 +12,7 @@ from msgspec import Struct
 from notify_server.events.payload import MAX_MISSING, MissingFile, MissingRow, missing_file, utc
 from notify_server.model import Verdict
 from notify_server.store.outbox import DeliveryState
-from notify_server.store.sql import load_queries
+from notify_server.store.sql import load_with_macros
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class OutboxRecords:
     """`run` runs one statement that returns one row. Calls raise StoreUnavailableError as those of Records do."""
 
     def __init__(self, dialect: str, run: Run) -> None:
-        self._queries = load_queries(dialect, "outbox_records")
+        self._queries = load_with_macros(dialect, "outbox_records", "delivery_array", "delivery_rows", "gate_array")
         self._run = run
 
     async def events(self, after: int, types: Sequence[str], api_code: str | None, limit: int) -> list[EventItem]:

@@ -33,7 +33,7 @@ from notify_server.store.reading.types import (
     Totals,
 )
 from notify_server.store.reading.walk import Indexes, Walk, walk_batches, walk_files
-from notify_server.store.sql import load_queries
+from notify_server.store.sql import load_with_macros
 
 T = TypeVar("T")
 Item = TypeVar("Item", BatchItem, FileItem)
@@ -45,21 +45,14 @@ MAX_SEARCHED_BATCHES = 200_000
 TOO_MUCH = "that is too much to read at once: narrow it down"
 CLOSED = "the record is closed"
 
-_MACROS = ("batch_item", "file_item", "rejection_item", "next")
-
 
 def load_record_queries(dialect: str, iso: str) -> Mapping[str, str]:
     """Return the statements of `store/<dialect>/records.sql` with their macros expanded.
 
     `iso` replaces `:iso(column)`, as in re.sub: it turns Unix ms into ISO text.
     """
-    queries = dict(load_queries(dialect, "records"))
-    macros = {name: queries.pop(name) for name in _MACROS}
-    for name, text in queries.items():
-        for macro, meaning in macros.items():
-            text = text.replace(f":{macro}", meaning)
-        queries[name] = re.sub(r":iso\((\w+)\)", iso, text)
-    return queries
+    queries = load_with_macros(dialect, "records", "batch_item", "file_item", "rejection_item", "next")
+    return {name: re.sub(r":iso\((\w+)\)", iso, text) for name, text in queries.items()}
 
 
 class QueriedRecords(ABC):

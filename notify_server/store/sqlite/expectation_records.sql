@@ -1,52 +1,41 @@
 -- Named blocks, read by notify_server/store/sql.py. Each returns one row: a JSON array of arrays.
+-- `:expectation_array` and `:expectation_rows` stand for the blocks of that name.
 
--- name: expectations
-SELECT json_group_array(json_array(
+-- name: expectation_array
+json_group_array(json_array(
     id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
     listed
-))
+));
+
+-- name: expectation_rows
+SELECT
+    expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
+    notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
+    verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
+    created_at, expectation.batch, batch.verdict, batch.files AS listed
+FROM expectation
+LEFT JOIN batch ON batch.id = expectation.batch;
+
+-- name: expectations
+SELECT :expectation_array
 FROM (
-    SELECT
-        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
-        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
-        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
-        created_at, expectation.batch, batch.verdict, batch.files AS listed
-    FROM expectation
-    LEFT JOIN batch ON batch.id = expectation.batch
+    :expectation_rows
     WHERE expectation.id < :before:conditions
     ORDER BY expectation.id DESC
     LIMIT :limit
 ) AS found;
 
 -- name: expectation
-SELECT json_group_array(json_array(
-    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
-    listed
-))
+SELECT :expectation_array
 FROM (
-    SELECT
-        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
-        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
-        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
-        created_at, expectation.batch, batch.verdict, batch.files AS listed
-    FROM expectation
-    LEFT JOIN batch ON batch.id = expectation.batch
+    :expectation_rows
     WHERE expectation.id = :id
 ) AS found;
 
 -- name: expected
-SELECT json_group_array(json_array(
-    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
-    listed
-))
+SELECT :expectation_array
 FROM (
-    SELECT
-        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
-        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
-        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
-        created_at, expectation.batch, batch.verdict, batch.files AS listed
-    FROM expectation
-    LEFT JOIN batch ON batch.id = expectation.batch
+    :expectation_rows
     WHERE expectation.batch_id = :batch_id AND expectation.batch IS NULL
         AND (:api_code = '' OR expectation.api_code = :api_code)
     ORDER BY expectation.id
@@ -54,18 +43,9 @@ FROM (
 ) AS found;
 
 -- name: of_batch
-SELECT json_group_array(json_array(
-    id, reference, api_code, batch_id, files, state, matched_by, notify_by, verdict_by, created_at, batch, verdict,
-    listed
-))
+SELECT :expectation_array
 FROM (
-    SELECT
-        expectation.id, reference, expectation.api_code, expectation.batch_id, expectation.files, expectation.state, matched_by,
-        notify_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS notify_by,
-        verdict_by + coalesce((SELECT ready_clock.away_ms FROM ready_clock), 0) - expectation.away_ms AS verdict_by,
-        created_at, expectation.batch, batch.verdict, batch.files AS listed
-    FROM expectation
-    LEFT JOIN batch ON batch.id = expectation.batch
+    :expectation_rows
     WHERE expectation.batch = :batch
     ORDER BY expectation.id
     LIMIT 100

@@ -1,4 +1,5 @@
 -- Named blocks, read by notify_server/store/sql.py. Each returns one row: a JSON array of arrays.
+-- `:delivery_array`, `:delivery_rows` and `:gate_array` stand for the blocks of that name.
 
 -- name: events
 SELECT json_group_array(json_array(id, key, type, revision, payload))
@@ -16,47 +17,46 @@ FROM (
 -- name: last_event
 SELECT coalesce(max(id), 0) FROM event;
 
+-- name: delivery_array
+json_group_array(json_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
+    last_error, last_response, delivered_at));
+
+-- name: delivery_rows
+SELECT
+    forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
+    event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
+    forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
+FROM forward
+JOIN event ON event.id = forward.event
+LEFT JOIN batch ON batch.id = forward.batch;
+
+-- name: gate_array
+json_group_array(json_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
+    first_received_at, completed_at, at_risk_at, last_event,
+    (SELECT reference FROM expectation WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1),
+    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
+        WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1)));
+
 -- name: deliveries
-SELECT json_group_array(json_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
-    last_error, last_response, delivered_at))
+SELECT :delivery_array
 FROM (
-    SELECT
-        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
-        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
-        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
-    FROM forward
-    JOIN event ON event.id = forward.event
-    LEFT JOIN batch ON batch.id = forward.batch
+    :delivery_rows
     WHERE forward.endpoint = :endpoint AND forward.id < :before AND (:state = '' OR forward.state = :state)
     ORDER BY forward.id DESC
     LIMIT :limit
 ) AS found;
 
 -- name: delivery
-SELECT json_group_array(json_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
-    last_error, last_response, delivered_at))
+SELECT :delivery_array
 FROM (
-    SELECT
-        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
-        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
-        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
-    FROM forward
-    JOIN event ON event.id = forward.event
-    LEFT JOIN batch ON batch.id = forward.batch
+    :delivery_rows
     WHERE forward.id = :id
 ) AS found;
 
 -- name: of_batch
-SELECT json_group_array(json_array(id, endpoint, event, key, type, batch, batch_id, revision, occurred_at, state, attempts, next_attempt_at, last_status,
-    last_error, last_response, delivered_at))
+SELECT :delivery_array
 FROM (
-    SELECT
-        forward.id, forward.endpoint, forward.event, event.key, event.type, forward.batch, batch.batch_id,
-        event.revision, event.occurred_at, forward.state, forward.attempts, forward.next_attempt_at,
-        forward.last_status, forward.last_error, forward.last_response, forward.delivered_at
-    FROM forward
-    JOIN event ON event.id = forward.event
-    LEFT JOIN batch ON batch.id = forward.batch
+    :delivery_rows
     WHERE forward.batch = :batch
     ORDER BY forward.id
     LIMIT 100
@@ -86,11 +86,7 @@ FROM (
 ) AS found;
 
 -- name: gate
-SELECT json_group_array(json_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
-    first_received_at, completed_at, at_risk_at, last_event,
-    (SELECT reference FROM expectation WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1),
-    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
-        WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1)))
+SELECT :gate_array
 FROM (
     SELECT * FROM batch
     WHERE batch_id = :batch_id AND (:api_code = '' OR api_code = :api_code)
@@ -99,11 +95,7 @@ FROM (
 ) AS gated;
 
 -- name: gate_of
-SELECT json_group_array(json_array(id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, upload_failed, pending,
-    first_received_at, completed_at, at_risk_at, last_event,
-    (SELECT reference FROM expectation WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1),
-    (SELECT CASE WHEN matched_by = 'batch_id' THEN expectation.files END FROM expectation
-        WHERE expectation.batch = gated.id ORDER BY expectation.id LIMIT 1)))
+SELECT :gate_array
 FROM batch AS gated
 WHERE id = :id;
 
