@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from pydantic import BaseModel, PlainValidator, SecretStr
 from pydantic.fields import FieldInfo
@@ -44,17 +44,17 @@ def check(path: Path | None) -> None:
     variables = ", ".join(sorted(_variables(os.environ).values()))
     print(f"environment: {variables or 'none'}")
     if config.server.takes_callbacks:
-        print(f"register with the platform: {_callback_address(config)}")
+        print(f"register with the platform: {callback_address(config, '<callback_token>')}")
     for warning in warnings(config.forward):
         print(f"warning: {warning}")
     print("Configuration OK.")
 
 
-def _callback_address(config: Config) -> str:
-    """Return the address of the callback, with a placeholder for the token."""
+def callback_address(config: Config, token: str) -> str:
+    """Return the address to register with the platform. `token` stands for the callback_token, if one is set."""
     server = config.server
     base = server.public_url.rstrip("/") if server.public_url is not None else server.local_url
-    return f"{base}{server.callback_path}{'?token=<callback_token>' if config.auth.callback_token else ''}"
+    return f"{base}{server.callback_path}{f'?token={token}' if config.auth.callback_token else ''}"
 
 
 def show(path: Path | None, *, as_json: bool) -> None:
@@ -101,6 +101,12 @@ def init(path: Path) -> None:
     print(f"{path}: every key at its default; change what you need, then run `notify-server config check`")
 
 
+def refuse_existing(path: Path) -> NoReturn:
+    """Exit 1 with one line: nothing is written over a file."""
+    print(f"notify_server: {path}: exists already and is left unchanged: name another", file=sys.stderr)
+    raise SystemExit(EXIT_FAILED) from None
+
+
 def write_new(path: Path, text: str) -> None:
     """Write a file that only its owner can read: it holds tokens. Exits 1 with one line when it is there already or
     cannot be written.
@@ -110,8 +116,7 @@ def write_new(path: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        print(f"notify_server: {path}: exists already and is left unchanged: name another", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED) from None
+        refuse_existing(path)
     except OSError as error:
         print(f"notify_server: {path}: cannot be written ({error.strerror})", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None

@@ -8,17 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import msgspec
 import uvloop
 from rich.console import Console
 from rich.text import Text
 
 from notify_server.cli.common import EXIT_FAILED, output, until_signal
-from notify_server.cli.own_daemon import Daemon, own_daemon, while_alive, whole_lines
+from notify_server.cli.own_daemon import LOG_IN, Daemon, logged_url, own_daemon, while_alive
 from notify_server.errors import NotifyServerError
 from notify_server.simulator.object_store import ObjectStore
 from notify_server.simulator.plan import Kind, Plan
-from notify_server.simulator.platform import Platform, SimulationError
+from notify_server.simulator.platform import Platform
 from notify_server.simulator.receiver import Behaviour, Receivers
 
 SHARES = {Kind.MISSING: 0.02, Kind.SLOW: 0.05, Kind.REFUSES_HEAD: 0.1, Kind.FAILS_FIRST: 0.05, Kind.FAILED: 0.02}
@@ -26,8 +25,6 @@ SLOW_SECONDS = 1.0
 # What is there when the page is opened, and what comes while somebody looks.
 FIRST_BATCHES, FILES = 40, 25
 PAUSE_SECONDS = 4.0
-LOGIN_LINE = "open the dashboard with this address"
-START_SECONDS = 30.0
 
 
 def run(keep: Path | None) -> None:
@@ -51,12 +48,14 @@ async def play(directory: Path, console: Console) -> None:
         Receivers([Behaviour.STEADY]) as receivers,
         own_daemon(directory, SLOW_SECONDS, receivers.tables()) as (daemon, process),
     ):
-        await while_alive(process, _post(daemon, objects, directory, console), directory)
+        await while_alive(process, _post(daemon, process, objects, directory, console), directory)
 
 
-async def _post(daemon: Daemon, objects: ObjectStore, directory: Path, console: Console) -> None:
+async def _post(
+    daemon: Daemon, process: asyncio.subprocess.Process, objects: ObjectStore, directory: Path, console: Console
+) -> None:
     await _deliver(daemon, objects, FIRST_BATCHES)
-    address = await _login_address(directory / "daemon.log")
+    address = await logged_url(process, directory / "daemon.log", LOG_IN)
     console.print("The dashboard, with a batch every few seconds:\n")
     console.print(Text(f"    {address}\n", "bold cyan"), soft_wrap=True)
     console.print(Text(f"The record is {daemon.record}. Ctrl-C stops."), soft_wrap=True)
@@ -71,15 +70,3 @@ async def _deliver(daemon: Daemon, objects: ObjectStore, batches: int) -> None:
     platform = Platform(plan)
     objects.plant(platform.files)
     await platform.deliver(daemon.url, objects.address, token=daemon.token, tls=daemon.tls)
-
-
-async def _login_address(log: Path) -> str:
-    """Return the address of the log that logs a browser in once."""
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + START_SECONDS
-    while clock() < deadline:
-        for line in whole_lines(log):
-            if LOGIN_LINE in line:
-                return str(msgspec.json.decode(line)["url"])
-        await asyncio.sleep(0.05)
-    raise SimulationError(f"the server shows no address of its dashboard: see {log}")

@@ -21,6 +21,9 @@ from notify_server.simulator.platform import SimulationError
 T = TypeVar("T")
 
 START_SECONDS = 30.0
+# What the daemon logs with an address: for callbacks, and to open the dashboard at (notify_server/serve.py).
+READY = '"ready for notifications"'
+LOG_IN = "open the dashboard with this address"
 GRACE_SECONDS = 5.0
 
 
@@ -53,7 +56,7 @@ async def own_daemon(
             env={name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)},
         )
     try:
-        yield Daemon(await _ready(process, log_path), record), process
+        yield Daemon(await logged_url(process, log_path, READY), record), process
     except BaseException:
         await _stop(process)
         raise
@@ -97,15 +100,15 @@ def _table(table: Mapping[str, Any]) -> str:
     return "".join(["[[forward]]\n", *lines])
 
 
-async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
-    """Wait until the daemon's log says where it listens; return that address."""
+async def logged_url(process: asyncio.subprocess.Process, log: Path, event: str) -> str:
+    """Wait until the daemon's log has the event, and return its `url`. Raises SimulationError."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + START_SECONDS
     while clock() < deadline:
         exited = process.returncode is not None
-        lines = whole_lines(log)
+        lines = _whole_lines(log)
         for line in lines:
-            if '"ready for notifications"' in line:
+            if event in line:
                 return str(msgspec.json.decode(line)["url"])
         if exited:
             raise SimulationError(f"the daemon does not start: {lines[-1] if lines else 'the log is empty'}")
@@ -113,8 +116,7 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> str:
     raise SimulationError(f"the daemon is not ready after {START_SECONDS:g} seconds: see {log}")
 
 
-def whole_lines(log: Path) -> list[str]:
-    """Return the lines of a log that are written to their end."""
+def _whole_lines(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 

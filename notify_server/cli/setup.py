@@ -6,17 +6,17 @@ import asyncio
 import base64
 import secrets
 import socket
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 from yarl import URL
 
-from notify_server.cli.common import EXIT_FAILED, printable
-from notify_server.cli.config import toml, write_new
+from notify_server.cli.common import printable
+from notify_server.cli.config import callback_address, refuse_existing, toml, write_new
 from notify_server.cli.doctor.findings import Level, Subject
 from notify_server.cli.doctor.forwarding import endpoint_checks
 from notify_server.cli.doctor.run import look
@@ -36,16 +36,19 @@ Fill = Callable[[Tables, str], Tables]
 def run(path: Path) -> None:
     """Ask six questions and write `path`, which must not exist. Exits 1 when it cannot be written."""
     if path.exists():
-        print(f"notify_server: {path}: exists already and is left unchanged: name another", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED)
+        refuse_existing(path)
     print(f"Six questions, then {path} is written. Enter takes what is in brackets.\n")
     tables: Tables = {}
     tables = _ask("1. The address that the platform will post to", "none yet", tables, _with_address, _resolves)
-    tables = _ask("2. The token that callbacks must have", "make one", tables, _with_callback_token)
+    tables = _ask(
+        "2. The token that callbacks must have", "make one", tables, partial(_with_token, key="callback_token")
+    )
     tables = _ask("3. Private networks that files lie in, like 10.0.0.0/8", "none", tables, _with_networks)
     tables = _ask("4. The webhook or group robot (DingTalk, WeCom, Feishu) to notify", "none", tables, _with_endpoint)
     tables = _with_endpoint_secret(tables)
-    tables = _ask("5. The token for the dashboard and the API", "make one", tables, _with_admin_token)
+    tables = _ask(
+        "5. The token for the dashboard and the API", "make one", tables, partial(_with_token, key="admin_token")
+    )
     tables = _ask(
         "6. A PostgreSQL database, like postgresql://user@host/database", "SQLite", tables, _with_store, _connects
     )
@@ -131,16 +134,12 @@ def _resolves(config: Config) -> Iterator[str]:
         yield f"have your proxy pass {url.origin()} on to http://127.0.0.1:{config.server.port}; deploy/ has examples"
 
 
-def _with_callback_token(tables: Tables, answer: str) -> Tables:
-    return _with(tables, "auth", callback_token=answer or secrets.token_hex(TOKEN_BYTES))
-
-
-def _with_admin_token(tables: Tables, answer: str) -> Tables:
-    return _with(tables, "auth", admin_token=answer or secrets.token_hex(TOKEN_BYTES))
+def _with_token(tables: Tables, answer: str, *, key: str) -> Tables:
+    return _with(tables, "auth", **{key: answer or secrets.token_hex(TOKEN_BYTES)})
 
 
 def _with_networks(tables: Tables, answer: str) -> Tables:
-    networks = [part for part in answer.replace(",", " ").split() if part]
+    networks = answer.replace(",", " ").split()
     return _with(tables, "verify", allowed_networks=networks) if networks else tables
 
 
@@ -188,14 +187,7 @@ def _connects(config: Config) -> Iterator[str]:
 
 
 def _show(path: Path, tables: Tables) -> None:
-    config = checked(tables)
-    server, auth = tables.get("server", {}), tables["auth"]
-    base = server.get("public_url") or f"http://127.0.0.1:{config.server.port}"
-    register = URL(base).with_path(config.server.callback_path).with_query(token=auth["callback_token"])
-    lines: Sequence[str] = [
-        f"\n{path} is written, readable by you alone. Register this address with the platform:",
-        f"\n    {register}\n",
-        "Next: `notify-server doctor`, then `notify-server`."
-        + (f" Then `notify-server forward test {tables['forward'][0]['name']}`." if "forward" in tables else ""),
-    ]
-    print("\n".join(lines))
+    print(f"\n{path} is written, readable by you alone. Register this address with the platform:\n")
+    print(f"    {callback_address(checked(tables), tables['auth']['callback_token'])}\n")
+    test = f" Then `notify-server forward test {tables['forward'][0]['name']}`." if "forward" in tables else ""
+    print(f"Next: `notify-server doctor`, then `notify-server`.{test}")
