@@ -5,51 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable
-from typing import Self
 
 from aiohttp import web
 
+from notify_server.simulator.loopback_server import LoopbackServer
 from notify_server.simulator.plan import CONTENT_TYPE, LARGEST, Kind, PlantedFile
 
 PIXELS = bytes(LARGEST)
 
 
-class ObjectStore:
-    """An object store on loopback that behaves as planned; 404 for unknown objects. Use it as an async context
-    manager.
-    """
+class ObjectStore(LoopbackServer):
+    """An object store on loopback that behaves as planned; 404 for unknown objects."""
 
     def __init__(self, *, slow_seconds: float = 1.0) -> None:
+        super().__init__(self._answer)
         self.requests: Counter[str] = Counter()
         self._slow_seconds = slow_seconds
         self._files: dict[str, PlantedFile] = {}
-        # A plain server without an application's routing and middleware: it must not be the bottleneck of a run.
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=1.0)
 
     def plant(self, files: Iterable[PlantedFile]) -> None:
         """Serve these objects from now on."""
         self._files.update((file.key, file) for file in files)
-
-    async def start(self) -> None:
-        """Listen on a free port of 127.0.0.1."""
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
-
-    async def stop(self) -> None:
-        await self._runner.cleanup()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    @property
-    def address(self) -> str:
-        """Return the address to which an object's key is appended. There is none before the start."""
-        host, port = self._runner.addresses[0][:2]
-        return f"http://{host}:{port}/"
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         key = request.path[1:]

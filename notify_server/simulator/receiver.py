@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from notify_server.model import FileState, Verdict
+from notify_server.simulator.loopback_server import LoopbackServer
 from notify_server.simulator.plan import PlantedBatch
 
 # How long the receiver that is down stays so, from the first request on.
@@ -78,30 +79,21 @@ class ForwardTally(msgspec.Struct, frozen=True):
     fault: str | None
 
 
-class Receivers:
-    """The receivers of a run. Use it as an async context manager."""
+class Receivers(LoopbackServer):
+    """The receivers of a run."""
 
     def __init__(self, behaviours: Iterable[Behaviour], *, slow_seconds: float = 1.0) -> None:
+        super().__init__(self._answer)
         self.received = {behaviour: Received() for behaviour in behaviours}
         self.secret = "whsec_" + base64.b64encode(os.urandom(24)).decode()
         self._slow_seconds = slow_seconds
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=1.0)
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
 
     def tables(self) -> list[dict[str, Any]]:
         """Return the `[[forward]]` tables that have a daemon send verdicts to these receivers."""
-        host, port = self._runner.addresses[0][:2]
         return [
             {
                 "name": NAMES[behaviour],
-                "url": f"http://{host}:{port}/{NAMES[behaviour]}",
+                "url": f"{self.address}{NAMES[behaviour]}",
                 "secrets": [self.secret],
                 "events": ["batch.complete", "batch.incomplete"],
                 "accept": "json:code=000",

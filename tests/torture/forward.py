@@ -30,6 +30,7 @@ import asyncpg
 from aiohttp import web
 from standardwebhooks import Webhook
 
+from notify_server.simulator.loopback_server import LoopbackServer
 from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import Origin
@@ -58,10 +59,11 @@ UNRECORDED = (
 )
 
 
-class Receiver:
+class Receiver(LoopbackServer):
     """Two endpoints on loopback. Remembers every event that it accepts, in order; `flaky` are the shares that fail."""
 
     def __init__(self, dice: random.Random, *, flaky: float) -> None:
+        super().__init__(self._answer)
         self.accepted: dict[str, list[tuple[str, str, int, str]]] = {name: [] for name in ENDPOINTS}
         self.total = 0
         self.unsigned = 0
@@ -69,23 +71,13 @@ class Receiver:
         self._dice = dice
         self._flaky = flaky
         self._failed: set[str] = set()
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=1.0)
-
-    async def __aenter__(self) -> Receiver:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
 
     def tables(self) -> list[dict[str, Any]]:
         """Return the `[[forward]]` tables that lead here."""
-        host, port = self._runner.addresses[0][:2]
         return [
             {
                 "name": name,
-                "url": f"http://{host}:{port}/{name}",
+                "url": f"{self.address}{name}",
                 "secrets": [SECRET],
                 "events": ["batch.complete", "batch.incomplete"],
                 "allowed_networks": ["127.0.0.0/8"],
