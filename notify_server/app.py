@@ -287,7 +287,7 @@ def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[Prob
     )
     metrics.gauge(
         "notify_server_paced_hosts",
-        "Hosts that have asked for fewer requests, or answer slowly, and are paced.",
+        "Hosts that are paced because they asked for fewer requests or answer slowly.",
         (lambda: 0) if pool is None else pool.paced_hosts,
     )
     metrics.gauges(

@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol):
         self.since = 0.0
         self._front = front
         self._transport: asyncio.Transport | None = None
-        # The request whose body is arriving or whose answer is pending, and what is there of the body.
+        # The request whose body is arriving or whose answer is pending, and the received part of the body.
         self._head: Head | None = None
         self._exchange: Exchange | None = None
         self._parts: list[bytes] = []
@@ -313,7 +313,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _count_unread(self) -> None:
-        """Count what is left of the requests that have to wait; a caller beyond the budget loses its connection."""
+        """Count the unread bytes of waiting requests; a caller beyond the budget is disconnected."""
         callback = self._front.callback
         if callback is None or len(self._unread) == self._counted:
             return

@@ -37,7 +37,7 @@ def run(path: Path) -> None:
     """Ask six questions and write `path`, which must not exist. Exits 1 when it cannot be written."""
     if path.exists():
         refuse_existing(path)
-    print(f"Six questions, then {path} is written. Enter takes what is in brackets.\n")
+    print(f"Answer six questions to write {path}. Press Enter to accept the default in brackets.\n")
     tables: Tables = {}
     tables = _ask("1. The address that the platform will post to", "none yet", tables, _with_address, _resolves)
     tables = _ask(

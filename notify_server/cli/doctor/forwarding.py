@@ -89,7 +89,7 @@ def _answer(endpoint: UrlEndpoint | BotEndpoint, url: URL, connected: socket.soc
         sent = connection.getresponse().getheader("Date")
         skew = time() - parsedate_to_datetime(sent).timestamp() if sent else None
     except (http.client.HTTPException, ValueError) as error:
-        mend = f"see what listens there, and correct {endpoint.place} url"
+        mend = f"check which program listens there, and correct {endpoint.place} url"
         yield problem(CHECK, f"{reached}, and does not speak HTTP ({type(error).__name__})", mend)
         return
     finally:
