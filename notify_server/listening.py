@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
-from cryptography.x509 import load_pem_x509_certificates
 
 from notify_server.config import ServerConfig
 from notify_server.errors import ListenError
@@ -147,6 +146,9 @@ def bind_sockets(hosts: tuple[str, ...], port: int) -> Iterator[socket.socket]:
 
 
 def _load(certificate: Path, key: Path | None) -> tuple[ssl.SSLContext, float]:
+    # Only a server that ends TLS itself needs it, and it takes 3 MiB.
+    from cryptography.x509 import load_pem_x509_certificates
+
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import notify_server.lean.structlog  # noqa: F401
+
+# isort: split
 import asyncio
 import signal
 import sys

@@ -52,7 +52,14 @@ _CONCURRENCY_PER_PROCESS = 400
 
 class Section(BaseModel):
     # Inputs are hidden because pydantic's own error text would print secrets.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        # Config builds the schemas of all sections as parts of its own: twice would take as long again at every start.
+        defer_build=True,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        hide_input_in_errors=True,
+    )
 
 
 class ServerConfig(Section):

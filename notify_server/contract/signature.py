@@ -10,21 +10,16 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_der_private_key,
-    load_der_public_key,
-)
 
 from notify_server.contract.envelope import Envelope
 from notify_server.errors import SignatureError
+
+# cryptography takes 3 MiB, so it is imported where a key is used: most servers have none.
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 MIN_KEY_BITS: Final = 1024
 
@@ -41,14 +36,18 @@ class PlatformKey(msgspec.Struct, frozen=True):
     """
 
     fingerprint: str
-    public_key: rsa.RSAPublicKey
+    public_key: RSAPublicKey
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
         """Return whether `signature` is this key's over `message`: SHA1withRSA, PKCS#1 v1.5 (gateway document)."""
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+        from cryptography.hazmat.primitives.hashes import SHA1
+
         try:
             # SHA-1 is the platform's choice. A collision helps only someone who can choose the text that the platform
             # signs.
-            self.public_key.verify(signature, message, padding.PKCS1v15(), hashes.SHA1())  # noqa: S303
+            self.public_key.verify(signature, message, PKCS1v15(), SHA1())  # noqa: S303
         except InvalidSignature:
             return False
         return True
@@ -119,6 +118,10 @@ def load_platform_key(text: str) -> PlatformKey:
     White space is ignored. Raises `ValueError` with one line for the operator, which repeats nothing of `text`: it may
     be a private key, pasted by mistake.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+
     label, encoded = "", text
     if pem := _PEM.search(text):
         label, encoded = pem["label"], pem["base64"]
@@ -140,7 +143,7 @@ def load_platform_key(text: str) -> PlatformKey:
                 "a private key: put the platform's public key here, and treat this one as disclosed"
             ) from None
         raise ValueError("not a public key: the base64 holds no DER SubjectPublicKeyInfo") from None
-    if not isinstance(public_key, rsa.RSAPublicKey):
+    if not isinstance(public_key, RSAPublicKey):
         raise ValueError("not an RSA key: the platform signs with RSA")  # noqa: TRY004
     if public_key.key_size < MIN_KEY_BITS:
         raise ValueError(f"an RSA key of {public_key.key_size} bits: fewer than {MIN_KEY_BITS} can be forged")
@@ -149,6 +152,9 @@ def load_platform_key(text: str) -> PlatformKey:
 
 
 def _is_private_key(der: bytes) -> bool:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_der_private_key
+
     try:
         load_der_private_key(der, password=None)
     except TypeError:

@@ -8,6 +8,10 @@ daemon by no more than that.
 
 from __future__ import annotations
 
+import notify_server.lean.asyncio
+import notify_server.lean.structlog  # noqa: F401
+
+# isort: split
 import asyncio
 import contextlib
 import os

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 from notify_server.errors import StoreRefusedError
@@ -25,7 +25,7 @@ class Migration(NamedTuple):
 @cache
 def load_queries(dialect: str, name: str = "queries") -> Mapping[str, str]:
     """Return the named queries of `store/<dialect>/<name>.sql`, without comments and closing semicolons."""
-    text = (files(__package__) / dialect / f"{name}.sql").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / dialect / f"{name}.sql").read_text(encoding="utf-8")
     parts = _NAME.split(text)[1:]
     return {
         name: _COMMENT.sub("", block).strip().removesuffix(";")
@@ -48,7 +48,7 @@ def load_with_macros(dialect: str, name: str, *macros: str) -> Mapping[str, str]
 @cache
 def load_migrations(dialect: str) -> tuple[Migration, ...]:
     """Return the migrations of `store/<dialect>/` in order. Raises ValueError when their numbers have a gap."""
-    folder = files(__package__) / dialect
+    folder = Path(__file__).parent / dialect
     found = sorted(
         Migration(int(entry.name[:4]), entry.name.removesuffix(".sql"), entry.read_text(encoding="utf-8"))
         for entry in folder.iterdir()

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import tomllib
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
+_PACKAGE = Path(__file__).parents[2]
 
 
 @cache
 def _reasons(language: Language) -> dict[str, dict[str, str]]:
-    text = (files("notify_server") / "web" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
+    text = (_PACKAGE / "web" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
     reasons: dict[str, dict[str, str]] = tomllib.loads(text)["reason"]
     return reasons
 
 
 @cache
 def _messages(language: Language) -> dict[str, dict[str, str]]:
-    text = (files("notify_server") / "events" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
+    text = (_PACKAGE / "events" / "texts" / f"{language}.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
