@@ -115,6 +115,12 @@ def fill(path: Path, files: int = 100) -> None:
                 ),
             )  # fmt: skip
         connection.execute("INSERT INTO ready_clock (id, ready_at, away_ms) VALUES (1, ?, 5000)", (NOW,))
+        connection.execute("INSERT INTO quiet_clock (id, ready_at, away_ms) VALUES (1, ?, 7000)", (NOW,))
+        for n, text in enumerate(TEXTS):
+            arrival = f"{text}{n}", None if n == 0 else NOW, NOW - n, NOW if n % 2 else None
+            connection.execute(
+                "INSERT INTO arrival (api_code, received_at, quiet_since, told_at) VALUES (?,?,?,?)", arrival
+            )
         connection.execute(
             "INSERT INTO endpoint (name, types, api_codes, failures, last_success_at)"
             " VALUES ('listings', '[\"batch.complete\"]', '[]', 3, ?)",

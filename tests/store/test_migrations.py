@@ -220,6 +220,8 @@ def test_everything_in_a_database_of_the_first_version_is_there_after_the_upgrad
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
         assert connection.execute("SELECT DISTINCT request_id FROM rejection").fetchall() == [(None,)]
+        arrivals = connection.execute("SELECT api_code, received_at, quiet_since, told_at FROM arrival").fetchall()
+        assert arrivals == [("a", NOW + 2, NOW + 2, None)]
         connection.execute("DELETE FROM rejection")
         connection.execute(
             "INSERT INTO rejection (received_at, remote_addr, code, detail, body) VALUES (1,'','','','')"

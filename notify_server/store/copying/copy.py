@@ -31,15 +31,15 @@ Key: TypeAlias = int | str
 # the installation's own: they are not copied.
 TABLES = (
     "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
-    "expectation", "ready_clock",
+    "expectation", "ready_clock", "arrival", "quiet_clock",
 )  # fmt: skip
 # Tables whose ids are given out in sequence, and never twice.
 COUNTED = (
     "notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt", "expectation",
 )  # fmt: skip
-_NAMED = {"nonce": "key", "endpoint": "name"}
+_NAMED = {"nonce": "key", "endpoint": "name", "arrival": "api_code"}
 # Keys before the first one.
-FIRST: dict[str, Key] = {"id": -(2**63), "key": "", "name": ""}
+FIRST: dict[str, Key] = {"id": -(2**63), "key": "", "name": "", "api_code": ""}
 # The most in memory, and in a transaction: rows, and bytes of their bodies.
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 8 * 1024 * 1024
