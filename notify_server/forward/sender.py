@@ -101,13 +101,14 @@ class Sender:
         )
 
     def compare(self, present: Iterable[str]) -> None:
-        """Log a warning when the store has other endpoints than this process: another node with another configuration
-        has started since, and the one that started last decides which endpoints get events.
+        """Log a warning when the store has other endpoints than this process: another node has another configuration,
+        or had it until a few minutes ago.
         """
         different = self.endpoints.keys() ^ set(present)
         if different - self._different:
             log.warning(
-                "the nodes have different [[forward]] tables, give all of them the same",
+                "the nodes have different [[forward]] tables: an endpoint that not all of them have is served by those "
+                "that do, and removed ten minutes after the last one; if this is no rolling restart, give all the same",
                 endpoints=", ".join(sorted(different)),
             )
         self._different = set(different)

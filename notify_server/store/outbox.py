@@ -143,8 +143,9 @@ class Outbox(Protocol):
     """The verbs of the outbox. Each is one transaction, and raises StoreUnavailableError when it cannot commit."""
 
     async def subscribe(self, subscriptions: Sequence[Subscription], public_url: str | None, now: int) -> None:
-        """Set the endpoints. A new one gets the events from now on; the pending deliveries of one that is not there
-        any more are cancelled. `public_url` is the dashboard's address in payloads.
+        """Set the endpoints of this daemon. A new one gets the events from now on. One that no daemon has any more is
+        removed and its pending deliveries are cancelled: on SQLite at once, on PostgreSQL, where daemons with another
+        configuration may run, after ten minutes. `public_url` is the dashboard's address in payloads.
         """
 
     async def claim_deliveries(self, wanted: Sequence[tuple[str, int]], now: int) -> Claimed:

@@ -80,6 +80,10 @@ class Backend(ABC):
     @abstractmethod
     async def _open_records(self) -> Records: ...
 
+    async def remove_endpoints(self) -> None:
+        """Let the time pass after which endpoints that no daemon has are removed, where that is not at once."""
+        return
+
     async def expand_inbox(self, guard: Guard, listener: ExpansionListener) -> None:
         """Expand the inbox of the open store until cancelled."""
         assert self._store is not None
@@ -213,6 +217,11 @@ class PostgresBackend(Backend):
         url = await self.url()
         store, self._reader = await asyncio.gather(postgres.PostgresStore.open(url), asyncpg.connect(url))
         return store
+
+    async def remove_endpoints(self) -> None:
+        assert isinstance(self._store, postgres.PostgresStore)
+        await fetch(await self.url(), "UPDATE endpoint SET wanted_until = '-infinity'")
+        await self._store.outbox.renew_endpoints()
 
     async def _open_records(self) -> Records:
         return await postgres_records.PostgresRecords.open(await self.url())

@@ -195,6 +195,7 @@ async def test_removed_endpoint_has_its_pending_deliveries_cancelled(store: Engi
     await store.outbox.record_deliveries([result(delivery)], NOW)
     await take_in(store, failed("a"), batch_id="2")
     await subscribe(store, Subscription("b", list(EventType)))
+    await backend.remove_endpoints()
     assert await backend.rows("SELECT endpoint, state FROM forward ORDER BY endpoint, id") == [
         ("a", "delivered"), ("a", "cancelled"), ("b", "pending"), ("b", "pending"),
     ]  # fmt: skip

@@ -177,7 +177,7 @@ def _different_endpoints(present: Set[str], configured: Set[str]) -> Finding:
     return warning(
         "endpoints",
         f"the servers of this database have different [[forward]] tables ({'; '.join(parts)})",
-        "give all of them the same: the one that started last decides which endpoints get events",
+        "after a rolling restart this ends by itself in ten minutes; otherwise give all of them the same",
     )
 
 

@@ -33,6 +33,7 @@ WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
     -- Columns about running servers.
     AND NOT (attrelid = to_regclass('event') AND attname = 'xid')
     AND NOT (attrelid = to_regclass('forward') AND attname = 'claimed_by')
+    AND NOT (attrelid = to_regclass('endpoint') AND attname = 'wanted_until')
 ORDER BY attnum
 """
 # SQLite knows by the order of ids which notifications are expanded.

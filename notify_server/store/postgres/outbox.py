@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TypeVar
 
 import msgspec
+import structlog
 
 from notify_server.events.payload import (
     MAX_MISSING,
@@ -45,6 +46,11 @@ from notify_server.store.sql import load_queries
 
 T = TypeVar("T")
 
+log = structlog.get_logger("notify_server.store")
+
+# An endpoint stays for so long after the last node that has it: nodes are restarted one after another, and the first
+# one with a new endpoint may have to start twice.
+WANTED_SECONDS = 600.0
 SQL = load_queries("postgres", "outbox")
 MAX_AT_RISK = 100
 
@@ -210,6 +216,7 @@ class PostgresOutbox:
         self._events = events
         self._node = node
         self._use = use
+        self._subscriptions: dict[str, Subscription] = {}
         self._returned: set[int] = set()
 
     async def _transaction(self, job: Callable[[Connection], Awaitable[T]]) -> T:
@@ -218,23 +225,26 @@ class PostgresOutbox:
 
     async def subscribe(self, subscriptions: Sequence[Subscription], public_url: str | None, now: int) -> None:
         self._events.public_url = public_url
-        if not subscriptions:
-            # A node that forwards nothing leaves the endpoints of those that do.
-            async with self._use() as connection:
-                alive = await connection.fetchval("SELECT count(*) FROM node WHERE alive_until > clock_timestamp()")
-            if alive > 1:
-                return
+        self._subscriptions = {each.name: each for each in subscriptions}
+        await self._transaction(partial(self._set, names=self._subscriptions))
+
+    async def _set(self, connection: Connection, names: Iterable[str]) -> None:
+        rows = [
+            (each.name, _json(each.types), _json(each.api_codes), each.delay_ms, int(each.recoveries))
+            for each in map(self._subscriptions.__getitem__, names)
+        ]
+        await connection.execute(SQL["endpoints_set"], *arrays(rows, 5), WANTED_SECONDS)
+
+    async def renew_endpoints(self) -> None:
+        """Keep the endpoints of this node, and remove those that no node has had for WANTED_SECONDS."""
 
         async def write(connection: Connection) -> None:
-            kept = {subscription.name for subscription in subscriptions}
-            # A node that runs with other endpoints sees the difference too (forward.sender).
-            for present in await read_subscriptions(connection):
-                if present.name not in kept:
-                    await connection.execute(SQL["endpoint_remove"], present.name)
-                    await connection.execute(SQL["endpoint_cancel"], present.name)
-            for each in sorted(subscriptions, key=lambda each: each.name):
-                row = (each.name, _json(each.types), _json(each.api_codes), each.delay_ms, int(each.recoveries))
-                await connection.execute(SQL["endpoint_set"], *row)
+            names = sorted(self._subscriptions)
+            present = {name for (name,) in await connection.fetch(SQL["endpoints_renew"], names, WANTED_SECONDS)}
+            await self._set(connection, [name for name in names if name not in present])
+            if unwanted := [name for (name,) in await connection.fetch(SQL["endpoints_unwanted"])]:
+                cancelled = _count(await connection.execute(SQL["endpoints_cancel"], unwanted))
+                log.info("endpoints removed, no node has them", endpoints=", ".join(unwanted), cancelled=cancelled)
 
         await self._transaction(write)
 

@@ -106,19 +106,35 @@ UPDATE batch SET retrying = 0 WHERE id = ANY($1::bigint[]);
 -- name: endpoints
 SELECT name, types, api_codes, delay_ms, recoveries FROM endpoint ORDER BY name;
 
--- name: endpoint_set
-INSERT INTO endpoint (name, types, api_codes, delay_ms, recoveries) VALUES ($1, $2, $3, $4, $5)
+-- Servers with the old and the new configuration run side by side while they are restarted one after another, so what
+-- only one of them has stays. Of a name that both have, the one that starts decides.
+-- name: endpoints_set
+INSERT INTO endpoint (name, types, api_codes, delay_ms, recoveries, wanted_until)
+SELECT name, types, api_codes, delay_ms, recoveries, clock_timestamp() + $6::float8 * interval '1 second'
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[])
+    AS configured (name, types, api_codes, delay_ms, recoveries)
+ORDER BY name
 ON CONFLICT (name) DO UPDATE
 SET types = excluded.types,
     api_codes = excluded.api_codes,
     delay_ms = excluded.delay_ms,
-    recoveries = excluded.recoveries;
+    recoveries = excluded.recoveries,
+    wanted_until = excluded.wanted_until;
 
--- name: endpoint_remove
-DELETE FROM endpoint WHERE name = $1;
+-- name: endpoints_renew
+UPDATE endpoint SET wanted_until = clock_timestamp() + $2::float8 * interval '1 second'
+WHERE name = ANY(ARRAY(SELECT name FROM endpoint WHERE name = ANY($1::text[]) ORDER BY name FOR NO KEY UPDATE))
+RETURNING name;
 
--- name: endpoint_cancel
-UPDATE forward SET state = 'cancelled', next_attempt_at = NULL WHERE endpoint = $1 AND state = 'pending';
+-- name: endpoints_unwanted
+DELETE FROM endpoint
+WHERE name = ANY(ARRAY(
+    SELECT name FROM endpoint WHERE wanted_until < clock_timestamp() ORDER BY name FOR UPDATE
+))
+RETURNING name;
+
+-- name: endpoints_cancel
+UPDATE forward SET state = 'cancelled', next_attempt_at = NULL WHERE endpoint = ANY($1::text[]) AND state = 'pending';
 
 -- name: endpoint_states
 SELECT name, stopped_at, stopped_reason, failures, first_failed_at, last_success_at FROM endpoint ORDER BY name;

@@ -329,7 +329,7 @@ class PostgresStore:
             self._claims.forget_positions()
             steps = [self._poll_inbox, self._correct_backlog, self._claims.return_released, self._count_nodes]
             if tick % PURGE_TICKS == 0:
-                steps.append(self._purge)
+                steps += [self._purge, self.outbox.renew_endpoints]
             for step in steps:
                 # A verb that needs the database reports the failure; the next tick tries again.
                 with suppress(StoreUnavailableError):
