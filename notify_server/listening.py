@@ -59,10 +59,11 @@ class Listener:
 
 
 async def listen(
-    server: ServerConfig, connections: Callable[[], asyncio.Protocol], certificate: Certificate | None = None
+    server: ServerConfig, connections: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None = None
 ) -> Listener:
-    """Listen on every address of `[server] host`. Raises ListenError."""
-    tls = (certificate or Certificate(server)).context
+    """Listen on every address of `[server] host`; with `tls`, connections are made after its handshake. Raises
+    ListenError.
+    """
     loop = asyncio.get_running_loop()
     servers: list[asyncio.Server] = []
     try:
@@ -89,7 +90,6 @@ async def listen(
 async def listen_when_free(
     server: ServerConfig,
     connections: Callable[[], asyncio.Protocol],
-    certificate: Certificate,
     stop: asyncio.Event,
     on_wait: Callable[[str], object],
 ) -> Listener | None:
@@ -99,7 +99,7 @@ async def listen_when_free(
     waiting = False
     while not stop.is_set():
         try:
-            return await listen(server, connections, certificate)
+            return await listen(server, connections)
         except ListenError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
                 raise

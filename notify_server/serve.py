@@ -13,6 +13,7 @@ from aiohttp import web
 
 from notify_server.app import ADMIN, GRACE, LIVE, METRICS, POOL, STREAM, TRACING, make_app
 from notify_server.callbacks.connection import CallbackConnection
+from notify_server.callbacks.handshake import Handshake
 from notify_server.config import Config, ServerConfig
 from notify_server.listening import Certificate, Listener, listen, listen_when_free
 from notify_server.reloading import Live
@@ -50,11 +51,15 @@ async def serve(config: Config, stop: asyncio.Event, reload: Reload | None = Non
     manager = ServiceManager.from_environment()
     heartbeats = start_task(manager.send_heartbeats(), "heartbeats to the service manager")
     try:
-        if await wait_for_store(config, stop, partial(listen, config.server), manager):
+        if await wait_for_store(config, stop, partial(_listen_meanwhile, config.server), manager):
             await _serve(config, stop, manager, reload)
     finally:
         await stop_tasks(heartbeats)
     log.info("stopped")
+
+
+async def _listen_meanwhile(server: ServerConfig, connections: Callable[[], asyncio.Protocol]) -> Listener:
+    return await listen(server, connections, Certificate(server).context)
 
 
 async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager, reload: Reload | None) -> None:
@@ -90,7 +95,8 @@ async def _serve(config: Config, stop: asyncio.Event, manager: ServiceManager, r
                 "When the certificate in use ends, in Unix time; missing without one.",
                 lambda: certificate.ends_at,
             )
-        listener = await listen_when_free(server, connections, certificate, stop, manager.ready)
+        accept = connections if certificate.context is None else partial(Handshake, connections, certificate.context)
+        listener = await listen_when_free(server, accept, stop, manager.ready)
         if listener is None:
             return
         _announce(config, listener)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 from aiohttp import web
 
 from notify_server.callbacks.aiohttp_parser import MAX_HEAD, Head, sound_parser
-from notify_server.callbacks.connection_limit import ConnectionLimit
+from notify_server.callbacks.connection_limit import ConnectionLimit, Member
 from notify_server.callbacks.delegated import Delegated
 from notify_server.callbacks.handler import Callback, Exchange
 from notify_server.callbacks.response import Answer
@@ -28,6 +28,19 @@ LINGER_SECONDS = 1.0
 # Connections beyond max_connections that linger at a time.
 MAX_LINGERING = 256
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Open(Protocol):
+    """A connection that draining waits for while a request is under way."""
+
+    @property
+    def under_way(self) -> bool:
+        """True when a request has begun to arrive and has no answer yet."""
+        ...
+
+    def close(self) -> None:
+        """Close it, whatever is under way."""
+        ...
 
 
 class CallbackConnection:
@@ -52,7 +65,7 @@ class CallbackConnection:
         self.begins = (f"POST {config.callback_path} ".encode(), f"POST {config.callback_path}?".encode())
         self.limit = ConnectionLimit(config.max_connections, config.trusted_proxies, self.loop.time)
         self.on_refused = on_refused
-        self.open: set[Connection] = set()
+        self.open: set[Open] = set()
         self.lingering = 0
         # True once connections are closed after their next answer.
         self.draining = False
@@ -94,13 +107,16 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answering", "_at", "_choked", "_counted", "_due", "_ended", "_exchange", "_front", "_head", "_linger_until",
-        "_lingering", "_missing", "_parts", "_paused", "_served", "_timer", "_transport", "_unread", "peer", "since",
+        "_lingering", "_missing", "_parts", "_paused", "_place", "_served", "_timer", "_transport", "_unread", "peer",
+        "since",
     )  # fmt: skip
 
-    def __init__(self, front: CallbackConnection) -> None:
+    def __init__(self, front: CallbackConnection, place: Member | None = None) -> None:
         self.peer = ""
         self.since = 0.0
         self._front = front
+        # The handshake whose place in the limit it takes.
+        self._place = place
         self._transport: asyncio.Transport | None = None
         # The request whose body is arriving or whose answer is pending, and the received part of the body.
         self._head: Head | None = None
@@ -146,7 +162,7 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self.since = front.loop.time()
-        if not front.limit.join(self):
+        if not (front.limit.join(self) if self._place is None else front.limit.replace(self._place, self)):
             front.on_refused()
             self._transport.write(FULL)
             if front.lingering < MAX_LINGERING:

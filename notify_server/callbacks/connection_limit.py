@@ -64,12 +64,14 @@ class ConnectionLimit:
         self._count += 1
         return True
 
-    def replace(self, old: Member, new: Member) -> None:
-        """Count a connection under another object."""
+    def replace(self, old: Member, new: Member) -> bool:
+        """Count a connection under another object; False when the old one is not counted."""
         members = self._sources.get(source_of(old.peer))
-        if members is not None and old in members:
-            del members[old]
-            members[new] = None
+        if members is None or old not in members:
+            return False
+        del members[old]
+        members[new] = None
+        return True
 
     def leave(self, member: Member) -> None:
         """Stop counting a connection; nothing happens when it is not counted."""

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from notify_server.config import ENV_PREFIX
+from notify_server.processes.worker import end_with_parent
 from notify_server.simulator.platform import SimulationError
 
 T = TypeVar("T")
@@ -53,6 +56,8 @@ async def own_daemon(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            # Killed, this program cannot stop the daemon.
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
             env={name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)},
         )
     try:

@@ -22,6 +22,7 @@ from rich.console import Console
 from notify_server.cli.commands.simulation import simulate
 from notify_server.cli.own_daemon import Daemon as Target
 from notify_server.cli.simulate import Options, play
+from notify_server.errors import StoreRefusedError
 from notify_server.simulator.plan import Kind, Plan
 from notify_server.simulator.platform import SimulationError
 from notify_server.store.sqlite.database import connect
@@ -210,6 +211,22 @@ async def test_a_signal_stops_its_own_daemon_too(tmp_path: Path) -> None:
     assert await stop(process, signal.SIGTERM) == (143, "stopped\n")
     # Nobody holds the database any more.
     FileLock(tmp_path / "notify.db").close()
+
+
+async def test_its_own_daemon_ends_when_it_is_killed(tmp_path: Path) -> None:
+    process = await start(tmp_path, "--own-daemon", "--keep", str(tmp_path))
+    log = tmp_path / "daemon.log"
+    await eventually(lambda: log.exists() and '"ready for notifications"' in log.read_text())
+    process.kill()
+    await process.wait()
+    # The daemon stops in order: it has the database until then, and this is its last line.
+    await eventually(lambda: '"stopped"' in log.read_text())
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(StoreRefusedError):
+                FileLock(tmp_path / "notify.db").close()
+                break
+            await asyncio.sleep(0.01)
 
 
 async def start(folder: Path, *arguments: str) -> asyncio.subprocess.Process:

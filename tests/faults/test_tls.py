@@ -89,6 +89,46 @@ async def test_a_handshake_that_never_comes_is_cut_off_with_the_headers_deadline
         writer.close()
 
 
+async def test_handshakes_that_never_finish_count_as_silent_connections_of_their_source(
+    tmp_path: Path, certificate: dict[str, str], trusting: ssl.SSLContext
+) -> None:
+    config = server(certificate, max_connections=20, header_timeout="60s")
+    async with Daemon(tmp_path, config) as daemon:
+        port = int(daemon.callback.split(":")[2].split("/")[0])
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        # The first bytes of a handshake that goes no further.
+        for _, writer in silent[:10]:
+            writer.write(b"\x16\x03\x01\x02\x00")
+        request = b"POST /notify HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+        for _ in range(25):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=trusting, server_hostname="127.0.0.1", local_addr=("127.0.0.2", 0)
+            )
+            writer.write(request)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+        # Each newcomer has taken the place of the oldest one, long before the deadline of a handshake.
+        async with asyncio.timeout(10):
+            assert await silent[0][0].read() == b""
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_caller_beyond_max_connections_can_read_the_refusal_over_tls(
+    tmp_path: Path, certificate: dict[str, str], trusting: ssl.SSLContext
+) -> None:
+    async with (
+        Daemon(tmp_path, server(certificate, max_connections=1)) as daemon,
+        aiohttp.ClientSession() as session,
+        session.post(daemon.callback, data=BODY, ssl=trusting) as answer,
+        # The first session keeps its connection.
+        aiohttp.ClientSession() as another,
+        another.post(daemon.callback, data=BODY, ssl=trusting) as refusal,
+    ):
+        assert answer.status == 200
+        assert (refusal.status, refusal.headers["Retry-After"]) == (503, "1")
+
+
 def test_a_key_of_another_certificate_is_refused_in_one_line(
     tmp_path: Path, authority: trustme.CA, certificate: dict[str, str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -35,10 +36,14 @@ def content(daemon: AppServer) -> bytes:
 
 
 async def drip(connection: Connection, data: bytes, *, every: float = 0.02) -> None:
-    """Send a byte at a time, until told to stop."""
-    for byte in data:
-        await connection.send(bytes([byte]))
-        await asyncio.sleep(every)
+    """Send a byte at a time, until cancelled; return only when every byte was sent."""
+    # Sending fails once the server has closed the connection.
+    with contextlib.suppress(ConnectionError, RuntimeError):
+        for byte in data:
+            await connection.send(bytes([byte]))
+            await asyncio.sleep(every)
+        return
+    await asyncio.Event().wait()
 
 
 # Slow callers
