@@ -118,6 +118,9 @@ class Keeper:
             "register": store.expectations.register,
             "check_limits": store.expectations.check_limits,
             "remove_expectation": store.expectations.remove,
+            "add_action": store.journal.add_action,
+            "acknowledge": store.journal.acknowledge,
+            "keep_samples": store.journal.keep_samples,
         }
 
     def _read(self) -> None:

@@ -14,6 +14,7 @@ from notify_server.errors import NonceReusedError, NotifyServerError, RejectionG
 from notify_server.expect.expectation import NewExpectation
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
 from notify_server.store.expectations import Registered
+from notify_server.store.journal import KeptSample, NewAcknowledgement, NewAction
 from notify_server.store.outbox import Claimed, DeliveryResult, EndpointState, Notice, Subscription
 
 # Errors that callers distinguish, by the name that is sent.
@@ -133,4 +134,8 @@ VERBS = {
     "register": Verb(tuple[list[NewExpectation], int], list[Registered]),
     "check_limits": Verb(tuple[list[int], int], int),
     "remove_expectation": Verb(tuple[int], bool),
+    # The journal (store/journal.py).
+    "add_action": Verb(tuple[NewAction], None),
+    "acknowledge": Verb(tuple[NewAcknowledgement], int),
+    "keep_samples": Verb(tuple[list[KeptSample]], None),
 }

@@ -26,6 +26,7 @@ from notify_server.model import (
     Restart,
 )
 from notify_server.store.expectations import Expectations
+from notify_server.store.journal import Journal
 from notify_server.store.outbox import Outbox
 
 # Begins the keys of ended sessions among those of the platform's nonces, which have an & in them.
@@ -160,6 +161,10 @@ class Store(FileQueue, Editable, Protocol):
     @property
     def expectations(self) -> Expectations:
         """The submissions that a notification is expected for."""
+
+    @property
+    def journal(self) -> Journal:
+        """Actions, acknowledgements, and the samples of the charts."""
 
     async def close(self, grace: float = CLOSE_SECONDS) -> None:
         """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get

@@ -126,6 +126,21 @@ def fill(path: Path, files: int = 100) -> None:
             " VALUES ('listings', '[\"batch.complete\"]', '[]', 3, ?)",
             (NOW,),
         )
+        for n in range(7):
+            connection.execute(
+                "INSERT INTO action (id, at, who, what, filter, files) VALUES (?,?,?,?,?,?)",
+                (4 * n + 1, NOW + n, "page ::1", "recheck", f'{{"host":"{n}"}}', chance.choice([None, 2**40])),
+            )
+            connection.execute(
+                "INSERT INTO acknowledgement (id, at, who, note, rejection, reason, host, state, last_file)"
+                " VALUES (?,?,?,?,?,?,?,?,?)",
+                (6 * n + 1, NOW + n, "page ::1", chance.choice(TEXTS), n if n % 2 else None,
+                 *((None,) * 4 if n % 2 else ("timeout", f"h{n}", "pending", n))),
+            )  # fmt: skip
+            connection.execute(
+                "INSERT INTO history (id, step, at, server, sample) VALUES (?,?,?,?,?)",
+                (9 * n + 1, 60, NOW + n, "one", f'{{"accepted":{n}}}'),
+            )
         for n in range(20):
             bytes_ = bytes(range(256)) * n + b"\xff\xfe\0"
             refused = NOW + n, "::1", "400", chance.choice(TEXTS), bytes_, None if n % 3 else f"r-{n}"

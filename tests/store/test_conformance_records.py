@@ -362,9 +362,13 @@ async def test_totals_and_groups_are_what_is_in_the_tables(much: Records, backen
         15,
         min(pending),
     )
-    failing = Counter((file.reason, file.host, file.state) for file in files if file.reason is not None)
-    failures = [FailureGroup(reason, host, state, n) for (reason, host, state), n in failing.items()]
-    failures.sort(key=lambda group: (-group.files, group.reason, group.host.encode(), group.state))
+    failing = Counter(
+        (file.reason, file.host, file.state)
+        for file in files
+        if file.reason is not None or file.state is FileState.UPLOAD_FAILED
+    )
+    failures = [FailureGroup(reason, host, state, n, n) for (reason, host, state), n in failing.items()]
+    failures.sort(key=lambda group: (-group.files, group.reason or "", group.host.encode(), group.state))
     assert len(failures) > 5
     waiting: dict[str, list[datetime]] = {}
     for file in files:

@@ -24,6 +24,7 @@ PROMISED = {
     "event": "id, key, type, batch, revision, occurred_at, payload",
     "forward": "id, event, endpoint, state, attempts, next_attempt_at, last_status, last_error, last_response,"
     " delivered_at",
+    "action": "id, at, who, what, filter, files",
     "batch_summary": "batch_id, api_code, verdict, files, pending, available, unavailable, blocked, upload_failed,"
     " first_received_at, completed_at",
     "file_result": "batch_id, api_code, oss_object_name, target_url, state, reason, http_status, content_length,"
@@ -33,7 +34,7 @@ PROMISED = {
 ADDED = {
     "notification": "files, request_id, traceparent",
     "batch": "available, blocked, expanding, files, last_notification, pending, probed_again_at, unavailable,"
-    " upload_failed, revision, last_event, last_verdict, at_risk_at, retrying",
+    " upload_failed, revision, last_event, last_verdict, at_risk_at, retrying, acknowledged_at, acknowledgement",
     "forward": "batch",
     "attempt": "url",
     "rejection": "request_id",

@@ -250,7 +250,11 @@ async def test_one_thing_costs_the_same_however_large_the_record_is(
 # What is walked over, and how: by the order of what is grouped, and without looking at the rest.
 WALKS: list[tuple[NextRequest, str]] = [
     (lambda records: records.totals(), r"SCAN batch$"),
-    (lambda records: records.failures(5), r"SEARCH file USING COVERING INDEX file_failing \(reason>\?\)"),
+    (
+        lambda records: records.failures(5),
+        r"SEARCH file USING COVERING INDEX file_(failing \(reason|missing \(state)",
+    ),
+    (lambda records: records.attention(), r"SCAN batch USING INDEX batch_attention"),
     (lambda records: records.backlog(5), r"SCAN file USING INDEX file_due"),
     (lambda records: records.count(FileFilter()), r"SCAN batch$"),
     (lambda records: records.count(FileFilter(state=FileState.BLOCKED)), r"SCAN batch$"),

@@ -40,8 +40,9 @@ SETTINGS = {
 
 # What is referred to comes last.
 TABLES = (
-    "forward_attempt", "forward", "event", "endpoint", "expectation", "ready_clock", "arrival",
-    "quiet_clock", "attempt", "file", "batch", "notification", "rejection", "nonce", "heartbeat", "lease", "node",
+    "forward_attempt", "forward", "event", "endpoint", "expectation", "ready_clock", "arrival", "quiet_clock",
+    "action", "acknowledgement", "history",
+    "attempt", "file", "batch", "notification", "rejection", "nonce", "heartbeat", "lease", "node",
 )  # fmt: skip
 
 _serial = count(1)

@@ -31,11 +31,12 @@ Key: TypeAlias = int | str
 # the installation's own: they are not copied.
 TABLES = (
     "notification", "batch", "file", "attempt", "rejection", "nonce", "event", "forward", "forward_attempt", "endpoint",
-    "expectation", "ready_clock", "arrival", "quiet_clock",
+    "expectation", "ready_clock", "arrival", "quiet_clock", "action", "acknowledgement", "history",
 )  # fmt: skip
 # Tables whose ids are given out in sequence, and never twice.
 COUNTED = (
     "notification", "batch", "file", "attempt", "rejection", "event", "forward", "forward_attempt", "expectation",
+    "action", "acknowledgement", "history",
 )  # fmt: skip
 _NAMED = {"nonce": "key", "endpoint": "name", "arrival": "api_code"}
 # Keys before the first one.

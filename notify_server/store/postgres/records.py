@@ -13,7 +13,7 @@ from notify_server.config import without_secrets
 from notify_server.errors import StoreUnavailableError
 from notify_server.store.postgres.session import create_pool, refuse_on_error, strip_nul, translate_errors
 from notify_server.store.reading.queries import CLOSED, READ_SECONDS, TOO_MUCH, QueriedRecords, load_record_queries
-from notify_server.store.reading.walk import IS_MISSING, Index, Indexes, Walk, conjunction
+from notify_server.store.reading.walk import IS_MISSING, IS_NEW, Index, Indexes, Walk, conjunction
 
 CONNECTIONS = 2
 ACQUIRE_SECONDS = 10.0
@@ -21,12 +21,13 @@ ACQUIRE_SECONDS = 10.0
 INDEXES = Indexes(
     batch_named=Index("batch", ("first_received_at", "id")),
     batch_verdict=Index("batch", ("verdict", "first_received_at", "id")),
+    batch_attention=Index("batch", ("first_received_at", "id"), IS_NEW),
     batch_api_code=Index("batch", ("api_code", "first_received_at", "id")),
     batch_received=Index("batch", ("first_received_at", "id")),
     file_of_batch=Index("file", ("batch", "oss_object_name")),
     file_failing=Index("file", ("reason", "host", "state", "id")),
     file_due=Index("file", ("host", "next_attempt_at", "id"), "state = 'pending'"),
-    file_missing=Index("file", ("state", "id"), IS_MISSING),
+    file_missing=Index("file", ("state", "host", "id"), IS_MISSING),
     file_id=Index("file", ("id",)),
 )
 _ISO = r"""to_char(timestamp 'epoch' + \1 * interval '1 ms', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""

@@ -54,6 +54,18 @@ SELECT json_build_object(
 )
 FROM batch;
 
+-- name: attention
+SELECT json_build_object(
+    'batches', (
+        SELECT count(*) FROM batch
+        WHERE verdict = 'incomplete' AND (acknowledged_at IS NULL OR acknowledged_at < completed_at)
+    ),
+    'rejections', (
+        SELECT count(*) FROM rejection
+        WHERE NOT EXISTS (SELECT 1 FROM acknowledgement WHERE acknowledgement.rejection = rejection.id)
+    )
+);
+
 -- name: batches
 SELECT json_agg(:batch_item), :next
 FROM (SELECT * FROM (:walk LIMIT :most) AS walked WHERE :left_out LIMIT :limit) AS found;
@@ -68,7 +80,8 @@ FROM (
 ) AS found;
 
 -- name: batch
-SELECT :batch_item, last_notification FROM batch WHERE id = :id;
+SELECT :batch_item, last_notification, CASE WHEN verdict = 'incomplete' AND acknowledged_at >= completed_at THEN acknowledgement END
+FROM batch WHERE id = :id;
 
 -- name: delivery
 SELECT json_build_object(
@@ -123,15 +136,40 @@ SELECT json_agg(
 FROM (SELECT * FROM attempt WHERE file = :file ORDER BY id) AS made;
 
 -- name: failures
-SELECT json_agg(json_build_object('reason', reason, 'host', host, 'state', state, 'files', files))
+SELECT json_agg(json_build_object(
+    'reason', nullif(reason, ''), 'host', host, 'state', state, 'files', files,
+    'new', CASE
+        WHEN last_file IS NULL THEN files
+        WHEN reason = '' THEN (
+            SELECT count(*) FROM file
+            WHERE file.state = found.state AND file.host = found.host AND file.id > last_file
+                AND file.state <> 'pending' AND file.state <> 'available'
+        )
+        ELSE (
+            SELECT count(*) FROM file
+            WHERE file.reason = found.reason AND file.host = found.host AND file.state = found.state
+                AND file.id > last_file
+        )
+    END,
+    'acknowledged', CASE WHEN at IS NOT NULL THEN json_build_object('at', :iso(at), 'who', who, 'note', note) END
+) ORDER BY files DESC, reason, host, state)
 FROM (
-    SELECT reason, host, state, count(*) AS files
-    FROM file
-    WHERE reason IS NOT NULL
-    GROUP BY reason, host, state
-    ORDER BY files DESC, reason, host, state
-    LIMIT :limit
-) AS failing;
+    SELECT failing.reason, failing.host, failing.state, files, last_file, at, who, note
+    FROM (
+        SELECT reason, host, state, count(*) AS files
+        FROM file
+        WHERE reason IS NOT NULL
+        GROUP BY reason, host, state
+        UNION ALL
+        SELECT '', host, state, count(*)
+        FROM file
+        WHERE state = 'upload_failed' AND state <> 'pending' AND state <> 'available'
+        GROUP BY host, state
+        ORDER BY 4 DESC, 1, 2, 3
+        LIMIT :limit
+    ) AS failing
+    LEFT JOIN acknowledgement USING (reason, host, state)
+) AS found;
 
 -- name: backlog
 SELECT json_agg(json_build_object('host', host, 'pending', pending, 'next_attempt_at', :iso(next_attempt_at)))

@@ -27,6 +27,7 @@ from notify_server.store.postgres.claims import Claims
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
 from notify_server.store.postgres.expectations import PostgresExpectations
 from notify_server.store.postgres.inbox import Inbox
+from notify_server.store.postgres.journal import PostgresJournal
 from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node, Peers
 from notify_server.store.postgres.outbox import Events, PostgresOutbox
 from notify_server.store.postgres.pool import POOL_SIZE, Pool
@@ -94,6 +95,7 @@ class PostgresStore:
         self._events = Events()
         self.outbox = PostgresOutbox(self._events, self._node, self._pool.verb_connection)
         self.expectations = PostgresExpectations(self._events, self._pool.verb_connection)
+        self.journal = PostgresJournal(self._pool.verb_connection)
         self._accept = GroupCommit(
             self._write_deliveries, lambda delivery: len(delivery.body), self._accepted, on_commit
         )

@@ -10,6 +10,7 @@ from notify_server.model import BatchVerdict, Delivery, FileResult, FileState, I
 from notify_server.store.base import rejection_gone, valid_ids
 from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import by_batch, settled_by_batch
+from notify_server.store.postgres import journal
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
 from notify_server.store.postgres.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.postgres.outbox import Events
@@ -242,7 +243,7 @@ async def prune(connection: Connection, events: Events, completed_before: int, r
     deleted += _count(await connection.execute(EXPECTATION_SQL["prune_unmatched"], completed_before, limit))
     deleted += _count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
     deleted += await events.prune_plain(connection, rejected_before, limit)
-    return deleted
+    return deleted + await journal.prune(connection, completed_before, rejected_before, limit)
 
 
 def _count(status: str) -> int:

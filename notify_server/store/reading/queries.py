@@ -14,9 +14,11 @@ from notify_server.store.base import MAX_ID, SESSION_PREFIX
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
 from notify_server.store.reading.evidence import EvidenceRecords
 from notify_server.store.reading.expectations import ExpectationRecords
+from notify_server.store.reading.journal import JournalRecords
 from notify_server.store.reading.outbox import OutboxRecords
 from notify_server.store.reading.types import (
     AttemptItem,
+    Attention,
     BatchDetail,
     BatchFilter,
     BatchItem,
@@ -74,6 +76,10 @@ class QueriedRecords(ABC):
         return ExpectationRecords(self.dialect, self._run)
 
     @cached_property
+    def journal(self) -> JournalRecords:
+        return JournalRecords(self.dialect, self._run)
+
+    @cached_property
     def evidence(self) -> EvidenceRecords:
         return EvidenceRecords(self.dialect, self._run)
 
@@ -106,10 +112,17 @@ class QueriedRecords(ABC):
         if row is None:
             return None
         batch = msgspec.json.decode(row[0], type=BatchDetail)
+        if row[2] is not None:
+            batch = msgspec.structs.replace(batch, acknowledged=await self.journal.acknowledgement(row[2]))
         delivery = await self._get("delivery", id=row[1])
         if delivery is None:
             return batch
         return msgspec.structs.replace(batch, last_delivery=msgspec.json.decode(delivery[0], type=DeliveryItem))
+
+    async def attention(self) -> Attention:
+        row = await self._get("attention")
+        assert row is not None
+        return msgspec.json.decode(row[0], type=Attention)
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         return await self._page(FileItem, "files", walk_files(self.indexes, wanted), cursor, limit)

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from notify_server.model import FileState, ReportedStatus, Verdict
 from notify_server.store.reading.evidence import EvidenceRecords
 from notify_server.store.reading.expectations import ExpectationRecords
+from notify_server.store.reading.journal import Acknowledged, JournalRecords
 from notify_server.store.reading.outbox import OutboxRecords
 
 T = TypeVar("T")
@@ -65,9 +66,10 @@ class DeliveryItem(Struct, frozen=True):
 
 
 class BatchDetail(BatchItem, frozen=True):
-    """A batch with its latest delivery, unless that is deleted by retention."""
+    """A batch with its latest delivery, unless that is deleted by retention, and the acknowledgement of its verdict."""
 
     last_delivery: DeliveryItem | None = None
+    acknowledged: Acknowledged | None = None
 
 
 class FileItem(Struct, frozen=True):
@@ -130,12 +132,16 @@ class FileDetail(FileItem, frozen=True):
 
 
 class FailureGroup(Struct, frozen=True):
-    """The number of files with the same reason, host and state. Pending ones have failed at least once."""
+    """The number of files with the same reason, host and state; those reported FAILED have no reason. Pending ones have
+    failed at least once. `new` counts those that are not acknowledged.
+    """
 
-    reason: str
+    reason: str | None
     host: str
     state: FileState
     files: int
+    new: int
+    acknowledged: Acknowledged | None = None
 
 
 class HostBacklog(Struct, frozen=True):
@@ -181,6 +187,13 @@ class Totals(Struct, frozen=True):
     oldest_pending_at: datetime | None
 
 
+class Attention(Struct, frozen=True):
+    """The numbers of incomplete batches and rejections that are not acknowledged."""
+
+    batches: int
+    rejections: int
+
+
 class Found(Struct, frozen=True):
     """Search results: batches whose batch_id begins with the text, and files whose key is the text."""
 
@@ -189,13 +202,16 @@ class Found(Struct, frozen=True):
 
 
 class BatchFilter(Struct, frozen=True):
-    """Filters of batches. Times are Unix ms, `received_before` is exclusive; None is no filter."""
+    """Filters of batches. Times are Unix ms, `received_before` is exclusive; None is no filter. `acknowledged` False is
+    those whose incomplete verdict is not acknowledged; True is no filter.
+    """
 
     verdict: Verdict | None = None
     api_code: str | None = None
     batch_id: str | None = None
     received_from: int | None = None
     received_before: int | None = None
+    acknowledged: bool | None = None
 
 
 class FileFilter(Struct, frozen=True):
@@ -220,6 +236,10 @@ class Records(Protocol):
         """The expectations."""
 
     @property
+    def journal(self) -> JournalRecords:
+        """Actions, acknowledgements, and the samples of the charts."""
+
+    @property
     def evidence(self) -> EvidenceRecords:
         """Deliveries with their bodies, and requests."""
 
@@ -229,6 +249,9 @@ class Records(Protocol):
     async def totals(self) -> Totals:
         """Return the totals. Scans all batches."""
 
+    async def attention(self) -> Attention:
+        """Return the numbers of what is not acknowledged."""
+
     async def batches(self, wanted: BatchFilter, cursor: str | None, limit: int) -> Page[BatchItem]:
         """Return batches, newest first."""
 
@@ -237,7 +260,7 @@ class Records(Protocol):
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         """Return files. Their order follows the filter: those of a batch by key; those with a reason by host and state;
-        pending ones by host and due time; all others by id."""
+        pending ones by host and due time; those in another state that needs attention by host; all others by id."""
 
     async def count(self, wanted: FileFilter) -> int:
         """Count files. Scans what it counts, unless only a batch or a state is given."""

@@ -21,6 +21,8 @@ MAX_SCANNED_ROWS = 50_000
 # States that only some files are in; the condition is that of the index file_missing.
 MISSING = (FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED)
 IS_MISSING = "state <> 'pending' AND state <> 'available'"
+# The condition of the index batch_attention.
+IS_NEW = "verdict = 'incomplete' AND (acknowledged_at IS NULL OR acknowledged_at < completed_at)"
 
 _INTEGERS = {"id", "first_received_at", "next_attempt_at"}
 
@@ -38,6 +40,7 @@ class Indexes(NamedTuple):
 
     batch_named: Index
     batch_verdict: Index
+    batch_attention: Index
     batch_api_code: Index
     batch_received: Index
     file_of_batch: Index
@@ -124,6 +127,10 @@ def walk_batches(indexes: Indexes, wanted: BatchFilter) -> Walk:
         walk = Walk(indexes.batch_named, {}, descending=True)
         for column, value in (("batch_id", wanted.batch_id), *equal.items()):
             walk.seek(column, value)
+        if wanted.acknowledged is False:
+            walk.sought.append(IS_NEW)
+    elif wanted.acknowledged is False:
+        walk = Walk(indexes.batch_attention, equal, descending=True)
     elif wanted.verdict is not None and (wanted.api_code is None or wanted.verdict is not Verdict.COMPLETE):
         walk = Walk(indexes.batch_verdict, equal, descending=True)
     else:

@@ -32,6 +32,7 @@ from notify_server.processes.keeper_protocol import (
 from notify_server.store.base import CLOSE_SECONDS, MAX_ID, ExpansionListener, Nodes, rejection_gone, valid_ids
 from notify_server.store.batching import MAX_BYTES, Batcher, ByteGate, Group
 from notify_server.store.sqlite.expectations_client import SqliteExpectationsClient
+from notify_server.store.sqlite.journal_client import SqliteJournalClient
 from notify_server.store.sqlite.outbox_client import SqliteOutboxClient, ignore_result
 from notify_server.store.sqlite.scheduler import RECENT_SECONDS
 
@@ -75,6 +76,7 @@ class SqliteClient:
         )
         self.outbox = SqliteOutboxClient(self._call)
         self.expectations = SqliteExpectationsClient(self._call)
+        self.journal = SqliteJournalClient(self._call)
         self._path = config.path
         self._now = now
         self._on_commit = on_commit

@@ -8,7 +8,7 @@ from typing import Any
 
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.store.reading.queries import CLOSED, READ_SECONDS, TOO_MUCH, QueriedRecords, load_record_queries
-from notify_server.store.reading.walk import IS_MISSING, Index, Indexes, Walk, conjunction
+from notify_server.store.reading.walk import IS_MISSING, IS_NEW, Index, Indexes, Walk, conjunction
 from notify_server.store.sqlite.read_connection import PROGRESS_STEPS, ReadConnection
 
 MAX_CONNECTIONS = 2
@@ -17,12 +17,13 @@ MAX_CONNECTIONS = 2
 INDEXES = Indexes(
     batch_named=Index("batch INDEXED BY sqlite_autoindex_batch_1", ("first_received_at", "id")),
     batch_verdict=Index("batch INDEXED BY batch_verdict", ("verdict", "first_received_at", "id")),
+    batch_attention=Index("batch INDEXED BY batch_attention", ("first_received_at", "id"), IS_NEW),
     batch_api_code=Index("batch INDEXED BY batch_api_code", ("api_code", "first_received_at", "id")),
     batch_received=Index("batch INDEXED BY batch_received", ("first_received_at", "id")),
     file_of_batch=Index("file INDEXED BY sqlite_autoindex_file_1", ("batch", "oss_object_name")),
     file_failing=Index("file INDEXED BY file_failing", ("reason", "host", "state", "id")),
     file_due=Index("file INDEXED BY file_due", ("host", "next_attempt_at", "id"), "state = 'pending'"),
-    file_missing=Index("file INDEXED BY file_missing", ("state", "id"), IS_MISSING),
+    file_missing=Index("file INDEXED BY file_missing", ("state", "host", "id"), IS_MISSING),
     file_id=Index("file NOT INDEXED", ("id",)),
 )
 QUERIES = load_record_queries("sqlite", r"strftime('%Y-%m-%dT%H:%M:%fZ', \1 / 1000.0, 'unixepoch')")

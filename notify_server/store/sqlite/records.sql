@@ -53,6 +53,18 @@ SELECT json_object(
 )
 FROM batch;
 
+-- name: attention
+SELECT json_object(
+    'batches', (
+        SELECT count(*) FROM batch INDEXED BY batch_attention
+        WHERE verdict = 'incomplete' AND (acknowledged_at IS NULL OR acknowledged_at < completed_at)
+    ),
+    'rejections', (
+        SELECT count(*) FROM rejection
+        WHERE NOT EXISTS (SELECT 1 FROM acknowledgement WHERE acknowledgement.rejection = rejection.id)
+    )
+);
+
 -- name: batches
 SELECT json_group_array(:batch_item), :next
 FROM (SELECT * FROM (:walk LIMIT :most) WHERE :left_out LIMIT :limit);
@@ -67,7 +79,8 @@ FROM (
 );
 
 -- name: batch
-SELECT :batch_item, last_notification FROM batch WHERE id = :id;
+SELECT :batch_item, last_notification, CASE WHEN verdict = 'incomplete' AND acknowledged_at >= completed_at THEN acknowledgement END
+FROM batch WHERE id = :id;
 
 -- name: delivery
 SELECT json_object(
@@ -124,15 +137,41 @@ SELECT json_group_array(
 FROM (SELECT * FROM attempt WHERE file = :file ORDER BY id);
 
 -- name: failures
-SELECT json_group_array(json_object('reason', reason, 'host', host, 'state', state, 'files', files))
+SELECT json_group_array(json_object(
+    'reason', nullif(reason, ''), 'host', host, 'state', state, 'files', files,
+    'new', CASE
+        WHEN last_file IS NULL THEN files
+        WHEN reason = '' THEN (
+            SELECT count(*) FROM file INDEXED BY file_missing
+            WHERE file.state = found.state AND file.host = found.host AND file.id > last_file
+                AND file.state <> 'pending' AND file.state <> 'available'
+        )
+        ELSE (
+            SELECT count(*) FROM file INDEXED BY file_failing
+            WHERE file.reason = found.reason AND file.host = found.host AND file.state = found.state
+                AND file.id > last_file
+        )
+    END,
+    'acknowledged', json(CASE WHEN at IS NOT NULL THEN json_object('at', :iso(at), 'who', who, 'note', note) END)
+))
 FROM (
-    SELECT reason, host, state, count(*) AS files
-    FROM file
-    WHERE reason IS NOT NULL
-    GROUP BY reason, host, state
-    ORDER BY files DESC, reason, host, state
-    LIMIT :limit
-);
+    SELECT failing.reason, failing.host, failing.state, files, last_file, at, who, note
+    FROM (
+        SELECT reason, host, state, count(*) AS files
+        FROM file
+        WHERE reason IS NOT NULL
+        GROUP BY reason, host, state
+        UNION ALL
+        SELECT '', host, state, count(*)
+        FROM file INDEXED BY file_missing
+        WHERE state = 'upload_failed' AND state <> 'pending' AND state <> 'available'
+        GROUP BY host
+        ORDER BY files DESC, 1, 2, 3
+        LIMIT :limit
+    ) AS failing
+    LEFT JOIN acknowledgement USING (reason, host, state)
+    ORDER BY files DESC, 1, 2, 3
+) AS found;
 
 -- name: backlog
 SELECT json_group_array(json_object('host', host, 'pending', pending, 'next_attempt_at', :iso(next_attempt_at)))

@@ -25,6 +25,7 @@ from notify_server.store.sqlite.claims import Claims, Due, Position
 from notify_server.store.sqlite.database import connect, refusal, reserve_log
 from notify_server.store.sqlite.expectations import SqliteExpectations
 from notify_server.store.sqlite.inbox import InboxQueue
+from notify_server.store.sqlite.journal import SqliteJournal
 from notify_server.store.sqlite.lock import FileLock
 from notify_server.store.sqlite.outbox import SqliteOutbox
 from notify_server.store.sqlite.writer import Writer
@@ -56,6 +57,7 @@ class SqliteStore:
         self._writer = Writer(path, connection)
         self.outbox = SqliteOutbox(self._writer, connection)
         self.expectations = SqliteExpectations(self._writer, self.outbox)
+        self.journal = SqliteJournal(self._writer)
         self._accept = self._writer.group(self._write_deliveries, self._accepted, _bytes, _callers)
         self._reject = self._writer.group(self._rejections.write, size=lambda rejection: len(rejection.body))
 

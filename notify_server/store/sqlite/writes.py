@@ -25,6 +25,7 @@ from notify_server.store.base import Expansion, rejection_gone
 from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.sql import expand_rows, load_queries
+from notify_server.store.sqlite import journal
 from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.sqlite.expecting import match_batches
 from notify_server.store.sqlite.outbox import SqliteOutbox
@@ -264,7 +265,7 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
     parameters = {"before": rejected_before, "limit": limit}
     deleted += connection.execute(SQL["prune_rejections"], parameters).rowcount
     deleted += SqliteOutbox.prune_plain(connection, rejected_before, limit)
-    return deleted
+    return deleted + journal.prune(connection, completed_before, rejected_before, limit)
 
 
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:

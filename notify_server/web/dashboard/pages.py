@@ -54,7 +54,7 @@ async def overview(dashboard: Dashboard, request: web.Request) -> web.Response:
     hosts = (await dashboard.api.hosts()).items
     unreachable = [host for host in hosts if host.circuit is CircuitState.OPEN and host.pending]
     status = await dashboard.api.status()
-    failing = (await dashboard.api.failures()).items
+    failing = [group for group in (await dashboard.api.failures()).items if group.reason is not None]
     return dashboard.render(
         request,
         "overview.html",
@@ -171,7 +171,8 @@ async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
     groups = (await dashboard.api.failures()).items
     by_reason: dict[str, list[FailureGroup]] = {}
     for group in groups:
-        by_reason.setdefault(group.reason, []).append(group)
+        if group.reason is not None:
+            by_reason.setdefault(group.reason, []).append(group)
     return dashboard.render(
         request,
         "failures.html",
