@@ -45,7 +45,7 @@ def check(path: Path | None) -> None:
     print(f"environment: {variables or 'none'}")
     if config.server.takes_callbacks:
         print(f"register with the platform: {callback_address(config, '<callback_token>')}")
-    for warning in warnings(config.forward):
+    for warning in warnings(config.forward, config.server.public_url):
         print(f"warning: {warning}")
     print("Configuration OK.")
 

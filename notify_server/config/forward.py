@@ -237,9 +237,11 @@ def shown_address(url: str) -> str:
     return f"{shown}?…" if address.raw_query_string else shown
 
 
-def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...]) -> list[str]:
-    """Return a line for each endpoint that works, but probably not as intended."""
+def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...], public_url: str | None) -> list[str]:
+    """Return a line for each key of an endpoint that works, but probably not as intended."""
     lines = []
+    if public_url is None and any(isinstance(each, BotEndpoint) for each in endpoints):
+        lines.append("server.public_url: none, so messages have no link to the batch: set the dashboard's address")
     for number, each in enumerate(endpoints):
         if isinstance(each, UrlEndpoint) and not each.secrets:
             example = "whsec_" + base64.b64encode(b"24 random bytes, or more").decode()[:8]
@@ -251,7 +253,7 @@ def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...])
             lines.append(f"forward[{number}].url: is not https, so payloads of {each.name} can be read on the way")
         if isinstance(each, BotEndpoint) and each.bot in _BOT_SECRETS and each.secret is None and not each.keyword:
             lines.append(
-                f"forward[{number}].secret: none, and no keyword: the {each.bot} robot must allow this address"
+                f"forward[{number}].secret: none, and no keyword: the {each.bot} robot must allow this server's IP address"
             )
         if isinstance(each, BotEndpoint):
             lines += _robot_warnings(number, each)

@@ -5,8 +5,9 @@ Pure: events and times are passed in. Which events a digest is made of, and when
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from notify_server.events.texts import Language, reason_text, text
@@ -32,6 +33,16 @@ def _clock(value: str | None) -> str:
     return "" if value is None else datetime.fromisoformat(value).astimezone().strftime("%m-%d %H:%M")
 
 
+def _zone(value: str | None) -> str:
+    """Return the machine's time zone at a payload's time: a container runs in UTC while its readers do not."""
+    if value is None:
+        return ""
+    offset = datetime.fromisoformat(value).astimezone().utcoffset() or timedelta()
+    hours, minutes = divmod(abs(offset) // timedelta(minutes=1), 60)
+    shown = f"{'-' if offset < timedelta() else '+'}{hours}" + (f":{minutes:02d}" if minutes else "")
+    return f"UTC{shown if offset else ''}"
+
+
 def _missing_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
     lines = []
     for file in data["missing"][:MAX_FILES]:
@@ -48,8 +59,12 @@ def _missing_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
 def _advice(language: Language, kind: str, data: Mapping[str, Any]) -> str:
     if kind != "batch.incomplete" or not data["missing"]:
         return text(language, "line.do_wait")
-    first = data["missing"][0]
-    return text(language, "line.do_recheck", next=reason_text(language, first["reason"], first["state"], "next"))
+    ((reason, state), _), *_ = Counter((each["reason"], each["state"]) for each in data["missing"]).most_common(1)
+    return text(language, "line.do_recheck", next=reason_text(language, reason, state, "next"))
+
+
+def _label(data: Mapping[str, Any]) -> str:
+    return data.get("batch_id") or data.get("reference") or ""
 
 
 def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list[str]:
@@ -60,9 +75,9 @@ def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list
         "missing": data.get("missing_total"),
         "expected": data.get("expected_files"),
         "since": _clock(data.get("limit_at")),
+        "zone": _zone(data.get("limit_at")),
     }
-    label = data.get("batch_id") or data.get("reference") or ""
-    lines = [f"**{_plain(label)}** {_plain(data['api_code'])}", text(language, f"line.{name}", **values)]
+    lines = [f"**{_plain(_label(data))}** {_plain(data['api_code'])}", text(language, f"line.{name}", **values)]
     if "missing" in data and kind != "batch.complete":
         lines += _missing_lines(language, data)
         if kind == "batch.at_risk":
@@ -71,7 +86,8 @@ def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list
                 for key in ("next_attempt_at", "final_by")
                 if data.get(key)
             ]
-            lines += [" · ".join(times)] if times else []
+            zone = text(language, "line.zone", zone=_zone(data.get("final_by") or data.get("next_attempt_at")))
+            lines += [" · ".join(times) + zone] if times else []
         lines.append(_advice(language, kind, data))
     if data.get("url"):
         lines.append(f"[{text(language, 'line.link')}]({data['url']})")
@@ -93,7 +109,11 @@ def compose(
     titles: list[str] = []
     blocks: list[list[str]] = []
     if batches:
-        titles.append(text(language, "title.reminder" if reminder else "title.problems", count=len(batches)))
+        kinds = {each["type"].rpartition(".")[2] for each in batches}
+        # One batch may have two problems, such as late and then incomplete.
+        count = len({(each["data"]["api_code"], _label(each["data"])) for each in batches})
+        title = text(language, f"title.{kinds.pop() if len(kinds) == 1 else 'mixed'}", count=count)
+        titles.append(text(language, "title.reminder", title=title) if reminder else title)
         blocks += [_batch_lines(language, each["type"], each["data"]) for each in batches[:MAX_BATCHES]]
         if (more := len(batches) - MAX_BATCHES) > 0:
             line = text(language, "line.more_batches", count=more)

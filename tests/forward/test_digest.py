@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -65,9 +66,45 @@ def test_digest_shows_five_batches_by_batch_id() -> None:
 
 def test_at_risk_names_the_next_check_and_the_latest_verdict() -> None:
     message = compose("en", [payload(EventType.BATCH_AT_RISK)])
-    assert "next check " in message.markdown
-    assert "verdict by " in message.markdown
+    assert message.title == "1 batch may end with missing files"
+    assert "Next check " in message.markdown
+    assert "final result by " in message.markdown
     assert "nothing yet" in message.markdown
+
+
+@pytest.mark.parametrize(
+    ("zone", "shown"),
+    [("UTC", "(UTC)"), ("Asia/Shanghai", "(UTC+8)"), ("Asia/Kolkata", "(UTC+5:30)"), ("America/New_York", "(UTC-5)")],
+)
+def test_times_name_the_zone_of_the_machine(monkeypatch: pytest.MonkeyPatch, zone: str, shown: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert shown in compose("en", [payload(EventType.BATCH_AT_RISK)]).markdown
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_title_names_the_problem_that_all_batches_share() -> None:
+    at_risk, other = (payload(EventType.BATCH_AT_RISK, row(batch_id=name)) for name in "ab")
+    assert compose("zh", [at_risk]).title == "1 个批次可能缺失文件"
+    assert compose("en", [at_risk, other]).title == "2 batches may end with missing files"
+    assert compose("en", [at_risk, payload(EventType.BATCH_SHORT)]).title == "2 batches have problems"
+
+
+def test_batch_with_two_problems_counts_once() -> None:
+    both = [payload(EventType.BATCH_SHORT), payload(EventType.BATCH_INCOMPLETE)]
+    for each in both:
+        each["data"]["batch_id"] = "same"
+    assert compose("en", both).title == "1 batch has problems"
+
+
+def test_advice_is_about_the_most_frequent_reason() -> None:
+    problem = payload(EventType.BATCH_INCOMPLETE)
+    first = problem["data"]["missing"][0]
+    problem["data"]["missing"] = [first, *[first | {"reason": None, "state": "upload_failed"} for _ in range(3)]]
+    assert f"What to do: {reason_text('en', None, 'upload_failed', 'next')}" in compose("en", [problem]).markdown
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -92,14 +129,15 @@ def test_text_from_outside_cannot_format_link_or_mention() -> None:
 
 def test_reminder_and_recovery_have_their_own_titles() -> None:
     problem = payload(EventType.BATCH_INCOMPLETE)
-    assert compose("zh", [problem, problem], reminder=True).title == "提醒：2 个批次仍有文件缺失"
+    other = payload(EventType.BATCH_INCOMPLETE, row(batch_id="other"))
+    assert compose("zh", [problem, other], reminder=True).title == "提醒（未解决）：2 个批次有文件缺失"
     assert recovered("zh", [payload(EventType.BATCH_COMPLETE)] * 3).title == "已恢复：3 个批次全部齐全"
 
 
 def test_stopped_endpoint_says_how_to_start_it() -> None:
     data = EndpointData("listings", 1, 410, "answered HTTP 410", 3, stopped=True)
     message = compose("en", [json.loads(plain_event(EventType.ENDPOINT_FAILING, data, AT).payload)])
-    assert message.title == "Forwarding fails: listings"
+    assert message.title == "Forwarding to listings fails"
     assert "notify-server forward start listings" in message.markdown
 
 

@@ -140,8 +140,15 @@ def test_forward_that_is_no_list_is_refused(tmp_path: Path) -> None:
 
 def test_unsigned_endpoint_is_warned_about(tmp_path: Path) -> None:
     config = load(tmp_path, "", NOTIFY_SERVER__FORWARD=json.dumps([URL, URL | {"name": "s", "secrets": [SECRET]}, BOT]))
-    found = warnings(config.forward)
+    found = warnings(config.forward, "https://n.example.com")
     assert [line.partition(":")[0] for line in found] == ["forward[0].secrets", "forward[2].secret"]
+
+
+def test_bot_without_an_address_for_links_is_warned_about(tmp_path: Path) -> None:
+    config = load(tmp_path, "", NOTIFY_SERVER__FORWARD=json.dumps([BOT | {"keyword": "files"}]))
+    (line,) = warnings(config.forward, None)
+    assert line.startswith("server.public_url: none")
+    assert warnings((), None) == []
 
 
 @pytest.mark.parametrize(
@@ -157,4 +164,4 @@ def test_unsigned_endpoint_is_warned_about(tmp_path: Path) -> None:
 )
 def test_address_of_a_robot_that_cannot_work_is_warned_about(bot: str, url: str, found: list[str]) -> None:
     config = Config(forward=[{"name": "a", "bot": bot, "url": url, "keyword": "files"}])  # type: ignore[arg-type]
-    assert [line.partition(",")[0].partition(": copy")[0] for line in warnings(config.forward)] == found
+    assert [line.partition(",")[0].partition(": copy")[0] for line in warnings(config.forward, "https://n")] == found

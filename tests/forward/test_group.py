@@ -135,7 +135,7 @@ async def test_open_problems_are_repeated(send: Send, store: SqliteStore, receiv
     await settled(store, "delivered")
     move(time, sender, 3_600_000)
     await receiver.reached(2)
-    assert titles(receiver)[1] == "Reminder: 1 batch still has missing files"
+    assert titles(receiver)[1] == "Reminder: 1 batch has missing files"
     await at_rest(sender)
     move(time, sender, 3_600_000)
     await receiver.reached(3)
