@@ -69,7 +69,7 @@ async def recheck(config: Config, source: Source, chosen: RecheckSelection, *, y
         raise UsageError("name files with --file, --batch or --reason")
     batch = None if chosen.batch_id is None else (await find_batch(source, chosen.batch_id, chosen.api_code)).id
     states = list(chosen.states or NOT_AVAILABLE)
-    wanted = Recheck(chosen.file, batch, chosen.reason, chosen.host, states, chosen.dry_run)
+    wanted = Recheck(chosen.file, batch, chosen.reason, chosen.host, states=states, dry_run=chosen.dry_run)
     async with _by(config, source) as actor:
         counted = await _refusable(actor.recheck(msgspec.structs.replace(wanted, dry_run=True)))
         if counted is None:

@@ -7,6 +7,9 @@ it; several processes may change a PostgreSQL database, so commands do it themse
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
+import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,6 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from notify_server.action_log import CALLER, COMMAND_AGENT
 from notify_server.cli.common import trust_only
 from notify_server.clock import unix_ms
 from notify_server.config import Config
@@ -59,6 +63,16 @@ class SourceError(NotifyServerError):
     """The record or a part of it is not available; the text says why, and what to do."""
 
 
+def user_name() -> str:
+    """Return the user who runs this command, for the log of actions."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+    # A header carries no other characters.
+    return re.sub(r"[^!-~]", "?", name)
+
+
 class Readable(Protocol):
     """The reads of `Records` that commands use, from the record itself or from a daemon."""
 
@@ -96,7 +110,9 @@ class Remote:
         self.url = url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
         self._ssl: ssl.SSLContext | bool = trusted or True
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"User-Agent": f"{COMMAND_AGENT}{user_name()}"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     async def close(self) -> None:
         if self._session is not None:
@@ -195,6 +211,7 @@ class Remote:
             "batch_id": wanted.batch_id,
             "received_from": _iso(wanted.received_from),
             "received_before": _iso(wanted.received_before),
+            "acknowledged": None if wanted.acknowledged is None else str(wanted.acknowledged).lower(),
         }
         return await self._have(Page[BatchItem], "batches", cursor=cursor, limit=limit, **query)
 
@@ -357,6 +374,7 @@ async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
     out meanwhile. Raises StoreRefusedError when the file cannot be opened.
     """
     if source.itself is not None:
+        CALLER.set(f"command {user_name()}")
         yield source.itself
         return
     if source.daemon is not None:
@@ -367,6 +385,7 @@ async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
     store = await SqliteStore.open(config.store.path)
     records = SqliteRecords(config.store.path)
     try:
+        CALLER.set(f"command {user_name()}")
         yield Actions(config, store, records, now=unix_ms)
     finally:
         await records.close()

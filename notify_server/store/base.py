@@ -140,6 +140,10 @@ class Editable(Protocol):
         Returns the number of rows deleted, at most about `limit`; 0 when nothing is left to delete.
         """
 
+    @property
+    def journal(self) -> Journal:
+        """Actions, acknowledgements, and the samples of the charts."""
+
 
 class Store(FileQueue, Editable, Protocol):
     """The verbs that the daemon uses."""
@@ -161,10 +165,6 @@ class Store(FileQueue, Editable, Protocol):
     @property
     def expectations(self) -> Expectations:
         """The submissions that a notification is expected for."""
-
-    @property
-    def journal(self) -> Journal:
-        """Actions, acknowledgements, and the samples of the charts."""
 
     async def close(self, grace: float = CLOSE_SECONDS) -> None:
         """Finish what is being written, for at most about `grace` seconds, and close. Callers still waiting get

@@ -19,6 +19,7 @@ from uuid import uuid4
 import structlog
 from aiohttp import web
 
+from notify_server.action_log import COMMAND_AGENT
 from notify_server.callbacks.access import RateLimit, client_address, source_of, within
 from notify_server.callbacks.errors import RefusedError, error_response
 from notify_server.config import Config
@@ -92,6 +93,17 @@ class Admin:
         installation works.
         """
         return self.guard(handler) if self.is_configured else handler
+
+    def address(self, request: web.Request) -> str:
+        """Return the client's address, behind the trusted proxies."""
+        return client_address(request.remote or "", request.headers, self._trusted)
+
+    def caller(self, request: web.Request) -> str:
+        """Return who calls the API: a command, which names its user, or any other client."""
+        agent = request.headers.get("User-Agent", "")
+        user = agent.removeprefix(COMMAND_AGENT)
+        by = f"command {user} from" if user != agent else "api"
+        return f"{by} {self.address(request)}"
 
     def check(self, request: web.Request, csrf: str | None = None) -> None:
         """Raise RefusedError unless the request may read and, when its method is not safe, act.
@@ -182,7 +194,7 @@ class Admin:
         return True
 
     def _admit(self, request: web.Request) -> str:
-        peer = client_address(request.remote or "", request.headers, self._trusted)
+        peer = self.address(request)
         if self._logins.wait(source_of(peer), asyncio.get_running_loop().time()):
             raise RefusedError(429, "429", "too many log-ins, wait a moment", headers={"Retry-After": "1"})
         return peer

@@ -56,6 +56,11 @@ class Texts:
             key = family if f"reason.{family}.{part}" in self.by_key else "http_other"
         return self(f"reason.{key}.{part}")
 
+    def action(self, what: str) -> str:
+        """Return the name of an action; its own when there is no text."""
+        key = f"action.{what.replace('.', '_')}"
+        return self(key) if key in self.by_key else what
+
     def flag(self, flag: str) -> str:
         """Return what a flag of a file means; one that is a reason means what the reason does."""
         name, _, day = flag.partition(":")

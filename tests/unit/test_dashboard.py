@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 
@@ -34,6 +35,7 @@ from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.routes import DASHBOARD, HTTP_API, add_routes
 from notify_server.web.stream import Stream
 from tests.store.builders import (
+    API_CODE,
     HOST,
     NOW,
     again,
@@ -270,6 +272,105 @@ async def test_the_empty_page_shows_the_url_to_register_and_what_it_needs(client
 async def test_the_rejections_page_says_how_long_bodies_are_kept(client: Client, store: SqliteStore) -> None:
     await store.reject(rejection())
     assert "Bodies are kept for 7 days" in await page(client, "/ui/rejections")
+
+
+# --- Who did what, and what is known ---
+
+
+async def post(client: Client, path: str, **fields: object) -> dict[str, Any]:
+    async with client.post(path, json=fields) as answer:
+        assert answer.status == 200, await answer.text()
+        found: dict[str, Any] = await answer.json()
+        return found
+
+
+async def submit(client: Client, path: str, **fields: str) -> str:
+    """Submit a form, and return the text of the page that answers."""
+    async with client.post(path, data=fields, headers={"Accept-Language": "en"}) as answer:
+        assert answer.status == 200, await answer.text()
+        return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", await answer.text()))
+
+
+async def test_every_action_leaves_a_log_line_and_a_row_with_who_what_and_filter(
+    client: Client, store: SqliteStore
+) -> None:
+    await fill(store)
+    await store.reject(rejection())
+    with structlog.testing.capture_logs() as lines:
+        await post(client, "/api/v1/recheck", reason="http_410", host=HOST, dry_run=True)
+        await post(client, "/api/v1/recheck", reason="http_410", host=HOST)
+        async with client.post(
+            "/api/v1/recheck", json={"batch": 2}, headers={"User-Agent": "notify-server-command/anna"}
+        ) as answer:
+            assert answer.status == 200
+        await submit(client, "/ui/acknowledge", rejection="1", note="from a probe")
+        await post(client, "/api/v1/prune", completed_before="2001-01-01T00:00:00Z")
+    expected = [
+        ("prune", "api 127.0.0.1", 0, {"completed_before": "2001-01-01T00:00:00Z"}),
+        ("acknowledge", "page 127.0.0.1", 1, {"rejection": 1, "note": "from a probe"}),
+        ("recheck", "command anna from 127.0.0.1", 2, {"batch_id": "two", "api_code": API_CODE}),
+        ("recheck", "api 127.0.0.1", 1, {"reason": "http_410", "host": HOST}),
+    ]
+    actions = (await (await client.get("/api/v1/actions")).json())["items"]
+    assert [(each["what"], each["who"], each["files"], each["filter"]) for each in actions] == expected
+    logged = [line for line in lines if line["event"] == "action"]
+    assert [(line["what"], line["who"], line["files"]) for line in logged[::-1]] == [each[:3] for each in expected]
+    shown = await page(client, "/ui/actions")
+    assert "from a probe" in shown and "Command anna from 127.0.0.1" in shown and "Dashboard 127.0.0.1" in shown
+
+
+async def test_a_deleted_expectation_is_an_action(client: Client) -> None:
+    await client.post("/api/v1/expectations", json={"reference": "order-1", "api_code": "a"})
+    assert (await client.delete("/api/v1/expectations", params={"reference": "order-1"})).status == 200
+    (action,) = (await (await client.get("/api/v1/actions")).json())["items"]
+    assert (action["what"], action["filter"]) == ("expectation.delete", {"reference": "order-1"})
+
+
+async def test_needs_attention_is_empty_once_all_of_it_is_acknowledged(client: Client, store: SqliteStore) -> None:
+    await take_in(store, finished("gone"), failed("failed"), batch_id="one")
+    await store.record([missing(file) for file in await claim(store)], NOW + 1)
+    await store.reject(rejection())
+    shown = await page(client, "/")
+    for alarm in ("1 batch is incomplete.", "1 notification rejected.", "http_410 · 1 file", "FAILED · 1 file"):
+        assert alarm in shown, alarm
+    asked = await page(client, "/ui/acknowledge?batch=1")
+    assert "It no longer counts under Needs attention." in asked
+    assert "Acknowledged." in await submit(client, "/ui/acknowledge", batch="1", note="known to the platform")
+    assert "known to the platform" in await page(client, "/ui/batches/1")
+    await submit(client, "/ui/acknowledge", state="unavailable", reason="http_410", host=HOST)
+    await submit(client, "/ui/acknowledge", state="upload_failed")
+    await submit(client, "/ui/acknowledge", all="rejections")
+    shown = await page(client, "/")
+    assert "All is well" in shown and "Needs attention" not in shown
+    await take_in(store, finished("later"), batch_id="two")
+    await store.record([missing(file) for file in await claim(store)], NOW + 2)
+    # Actions by hand, and so the next line, are at once visible on the page.
+    await submit(client, "/ui/acknowledge", rejection="1")
+    shown = await page(client, "/")
+    assert "1 batch is incomplete. 2 in all" in shown and "http_410 · 1 file" in shown
+    assert "FAILED" not in shown and "rejected." not in shown
+
+
+async def test_all_incomplete_batches_are_acknowledged_at_once_and_none_twice(
+    client: Client, store: SqliteStore
+) -> None:
+    for name in ("one", "two", "three"):
+        await take_in(store, finished("gone"), batch_id=name)
+    await store.record([missing(file) for file in await claim(store)], NOW + 1)
+    assert "3 are new." in await page(client, "/ui/batches?verdict=incomplete")
+    assert await post(client, "/api/v1/acknowledge", all="batches", dry_run=True) == {"acknowledged": 3, "more": False}
+    assert (await post(client, "/api/v1/acknowledge", all="batches", note="host was down"))["acknowledged"] == 3
+    assert (await post(client, "/api/v1/acknowledge", all="batches"))["acknowledged"] == 0
+    listed = await (await client.get("/api/v1/batches", params={"acknowledged": "false"})).json()
+    assert listed["items"] == []
+    assert "Nothing new to acknowledge." in await submit(client, "/ui/acknowledge", batch="1")
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"batch": 1, "rejection": 1}, {"reason": "http_404"}, {"all": "batches", "host": HOST}]
+)
+async def test_an_acknowledgement_without_one_subject_is_refused(client: Client, wanted: dict[str, object]) -> None:
+    assert (await client.post("/api/v1/acknowledge", json=wanted)).status == 400
 
 
 # --- Malformed input ---

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from notify_server.action_log import ActionKind
 from notify_server.config.forward import BOTS
 from notify_server.events.payload import EventType
 from notify_server.expect.expectation import ExpectationState, MatchedBy
@@ -28,8 +29,12 @@ FAMILIES: dict[str, Sequence[str]] = {
     "verdict": list(Verdict),
     "circuit": list(CircuitState),
     "docs_of": [endpoint.id for endpoint in ENDPOINTS],
-    "nav": ["overview", "batches", "expected", "failures", "hosts", "rejections", "deliveries", "docs"],
+    "nav": ["overview", "batches", "expected", "failures", "hosts", "rejections", "deliveries", "actions",
+            "docs"],
     "recheck": ["title", "nothing", "done", "more"],
+    "acknowledge": ["title", "nothing", "done", "more"],
+    "action": [kind.replace(".", "_") for kind in ActionKind],
+    "channel": ["page", "api", "command"],
     "how": list(FileState),
     "flag": ["type_differs", "attachment", "octet_stream", "plain_http", "signed", "deleted_on"],
     "empty": ["loopback", "plain_http"],

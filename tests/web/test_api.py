@@ -247,6 +247,7 @@ async def test_what_fails_is_told_by_reason_and_host_and_so_is_what_waits(filled
         ("http_404", filled.origin.host, "pending", 2),
         ("http_410", filled.origin.host, "unavailable", 1),
         ("host_not_allowed", "elsewhere.test", "blocked", 1),
+        (None, "", "upload_failed", 1),
     }
     (host,) = (await filled.get("hosts", Page[Host])).items
     assert (host.host, host.pending, host.circuit, host.in_flight) == (filled.origin.host, 2, "closed", 0)
@@ -297,7 +298,7 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
         ("batches?limit=1&limit=2", "limit: may be given only once"),
         ("batches?limti=1", "limti: is not a parameter here, did you mean limit?"),
         ("batches?order=id", "order: is not a parameter here, there are verdict, api_code, batch_id, received_from, "
-         "received_before, cursor, limit"),
+         "received_before, acknowledged, cursor, limit"),
         ("batches?verdict=good", "verdict: must be one of complete, incomplete, pending"),
         ("batches?verdict=null", "verdict: must be one of complete, incomplete, pending"),
         ("batches?api_code=", "api_code: must be text of 1 to 2000 characters"),
@@ -342,8 +343,7 @@ async def test_a_wrong_parameter_is_told_by_its_name_in_plain_words(filled: Fill
         ("recheck", b'"\xff"', "body: is not JSON"),
         ("recheck", b"[" * 60_000, "body: is not JSON"),
         ("recheck", b'{"reason": "\\ud800"}', "body: is not JSON"),
-        ("recheck", b"{}", "file, batch or reason: name one of them, to say which files"),
-        ("recheck", b'{"host": "a.test"}', "file, batch or reason: name one of them, to say which files"),
+        ("recheck", b"{}", "file, batch, reason, host, api_code or states: name one, to say which files"),
         ("recheck", b'{"file": 1, "batch": 1}', "file: name it alone, without batch, reason or host"),
         ("recheck", b'{"file": 0}', "file: must be a whole number, 1 or more or null"),
         ("recheck", b'{"file": 18446744073709551616}', "file: must be a whole number, 1 or more or null"),

@@ -14,6 +14,7 @@ from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery, Restart
 from notify_server.store.limits import clamp
+from notify_server.store.postgres.journal import PostgresJournal
 from notify_server.store.postgres.node import INBOX, WORK
 from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.schema import check_whole, schema_version
@@ -39,6 +40,7 @@ class PostgresAdmin:
     def __init__(self, url: str) -> None:
         self._place = without_secrets(url)
         self._session = Session(url, self._place)
+        self.journal = PostgresJournal(self._session.use)
         self.servers: list[str] = []
 
     @classmethod

@@ -128,7 +128,7 @@ class QueriedRecords(ABC):
         return await self._page(FileItem, "files", walk_files(self.indexes, wanted), cursor, limit)
 
     async def count(self, wanted: FileFilter) -> int:
-        if wanted.reason is None and wanted.host is None:
+        if wanted.reason is None and wanted.host is None and not wanted.is_of_batches:
             # Batches keep count of their files by state.
             column = "files" if wanted.state is None else wanted.state.value
             of = "true" if wanted.batch is None else "id = :batch"

@@ -215,12 +215,22 @@ class BatchFilter(Struct, frozen=True):
 
 
 class FileFilter(Struct, frozen=True):
-    """Filters of files, of one batch or of all; None is no filter."""
+    """Filters of files, of one batch or of all; None is no filter. Those by the batch's api_code and its first arrival
+    (Unix ms, `received_before` is exclusive) are examined row by row.
+    """
 
     batch: int | None = None
     state: FileState | None = None
     reason: str | None = None
     host: str | None = None
+    api_code: str | None = None
+    received_from: int | None = None
+    received_before: int | None = None
+
+    @property
+    def is_of_batches(self) -> bool:
+        """Return True when a filter is about the file's batch."""
+        return self.api_code is not None or self.received_from is not None or self.received_before is not None
 
 
 class Records(Protocol):
@@ -260,7 +270,8 @@ class Records(Protocol):
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]:
         """Return files. Their order follows the filter: those of a batch by key; those with a reason by host and state;
-        pending ones by host and due time; those in another state that needs attention by host; all others by id."""
+        pending ones by host and due time; those in another state that needs attention by host; all others by id, the
+        newest first when a filter is about their batch."""
 
     async def count(self, wanted: FileFilter) -> int:
         """Count files. Scans what it counts, unless only a batch or a state is given."""

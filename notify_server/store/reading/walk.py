@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-import msgspec
-
 from notify_server.model import FileState, Verdict
 from notify_server.store.reading.cursor import decode_cursor
 from notify_server.store.reading.types import BatchFilter, BatchItem, FileFilter, FileItem
@@ -84,6 +82,19 @@ class Walk:
             self.bounds.append(f"{self.keys[0]} {operator} :{name}")
             self.parameters[name] = value
 
+    def require_batch(self, wanted: FileFilter) -> None:
+        """Require that the batch of a file meets the filters."""
+        conditions = ["its.id = batch"]
+        for name, condition in (
+            ("api_code", "its.api_code = :api_code"),
+            ("received_from", "its.first_received_at >= :received_from"),
+            ("received_before", "its.first_received_at < :received_before"),
+        ):
+            if (value := getattr(wanted, name)) is not None:
+                conditions.append(condition)
+                self.parameters[name] = value
+        self._filtered.append(f"EXISTS (SELECT 1 FROM batch AS its WHERE {conjunction(conditions)})")  # noqa: S608
+
     def start_after(self, cursor: str) -> None:
         """Begin after the row that the cursor names. Raises ValueError when it belongs to another order."""
         self.after = decode_cursor(cursor, [int if key in _INTEGERS else str for key in self.keys])
@@ -144,13 +155,18 @@ def walk_batches(indexes: Indexes, wanted: BatchFilter) -> Walk:
 
 def walk_files(indexes: Indexes, wanted: FileFilter) -> Walk:
     """Choose the index for a page of files."""
-    equal = msgspec.structs.asdict(wanted)
+    equal = {name: getattr(wanted, name) for name in ("batch", "state", "reason", "host")}
     if wanted.batch is not None:
-        return Walk(indexes.file_of_batch, equal)
-    if wanted.reason is not None:
-        return Walk(indexes.file_failing, equal)
-    if wanted.state is FileState.PENDING:
-        return Walk(indexes.file_due, equal | {"state": None})
-    if wanted.state in MISSING:
-        return Walk(indexes.file_missing, equal)
-    return Walk(indexes.file_id, equal)
+        walk = Walk(indexes.file_of_batch, equal)
+    elif wanted.reason is not None:
+        walk = Walk(indexes.file_failing, equal)
+    elif wanted.state is FileState.PENDING:
+        walk = Walk(indexes.file_due, equal | {"state": None})
+    elif wanted.state in MISSING:
+        walk = Walk(indexes.file_missing, equal)
+    else:
+        # By time, the newest are the ones that are looked for.
+        walk = Walk(indexes.file_id, equal, descending=wanted.is_of_batches)
+    if wanted.is_of_batches:
+        walk.require_batch(wanted)
+    return walk

@@ -10,6 +10,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from notify_server.action_log import CALLER
 from notify_server.callbacks.errors import RefusedError, busy, error_response
 from notify_server.errors import StoreUnavailableError
 from notify_server.operations import Prune, Pruned, Recheck, Rechecked, Replayed
@@ -31,6 +32,7 @@ from notify_server.web.admin import Admin
 from notify_server.web.api.expectations import EXPECTATION_ENDPOINTS, MAX_BYTES
 from notify_server.web.api.forward import FORWARD_ENDPOINTS
 from notify_server.web.api.handlers import Api
+from notify_server.web.api.journal import JOURNAL_ENDPOINTS
 from notify_server.web.api.types import (
     BatchFileQuery,
     BatchQuery,
@@ -109,6 +111,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("POST", "/api/v1/prune", Api.prune, body=Prune, answer=Pruned),
     *FORWARD_ENDPOINTS,
     *EXPECTATION_ENDPOINTS,
+    *JOURNAL_ENDPOINTS,
 )
 
 
@@ -145,6 +148,7 @@ class HttpApi:
         log.debug("request", request_id=request_id, method=request.method, path=request.path, remote=request.remote)
         try:
             self._admin.check(request)
+            CALLER.set(self._admin.caller(request))
             return await self._call(_endpoint(endpoints, request.method), request)
         except RefusedError as error:
             refused = error

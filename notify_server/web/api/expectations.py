@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from notify_server.action_log import ActionKind
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config.values import duration
 from notify_server.expect.expectation import ExpectationState, NewExpectation
@@ -124,7 +125,9 @@ def _of_line(place: int, several: bool, error: RefusedError) -> RefusedError:
 
 
 async def delete_expectations(api: Api, query: NamedExpectation) -> ExpectationsDeleted:
-    return ExpectationsDeleted(await api.submissions.delete_named(query.reference, query.api_code))
+    deleted = await api.submissions.delete_named(query.reference, query.api_code)
+    await api.action_log.add(ActionKind.EXPECTATION_DELETE, deleted, reference=query.reference, api_code=query.api_code)
+    return ExpectationsDeleted(deleted)
 
 
 async def expectation(api: Api, id: int) -> ExpectationItem | None:
@@ -132,7 +135,11 @@ async def expectation(api: Api, id: int) -> ExpectationItem | None:
 
 
 async def delete_expectation(api: Api, id: int) -> ExpectationsDeleted | None:
-    return ExpectationsDeleted(1) if await api.submissions.delete(id) else None
+    found = await api.submissions.expectation(id)
+    if found is None or not await api.submissions.delete(id):
+        return None
+    await api.action_log.add(ActionKind.EXPECTATION_DELETE, 1, reference=found.reference, api_code=found.api_code)
+    return ExpectationsDeleted(1)
 
 
 EXPECTATION_ENDPOINTS: tuple[Endpoint, ...] = (

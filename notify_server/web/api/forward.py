@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 
 from msgspec import Meta, Struct
 
+from notify_server.action_log import ActionKind
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config.values import duration
 from notify_server.events.payload import EventType, matching_types
@@ -116,21 +117,33 @@ async def forward_delivery(api: Api, id: int) -> DeliveryDetail | None:
 
 
 async def forward_test(api: Api, name: str) -> ForwardTested:
-    return await known(api.forward.test(name))
+    tested = await known(api.forward.test(name))
+    result = "delivered" if tested.delivered else tested.error
+    await api.action_log.add(ActionKind.TEST_PING, endpoint=name, result=result)
+    return tested
 
 
 async def forward_replay(api: Api, name: str, wanted: ReplayWanted) -> ForwardReplayed:
     since = to_ms(wanted.since)
     assert since is not None
-    return await known(api.forward.replay(name, since, to_ms(wanted.until), dry_run=wanted.dry_run))
+    replayed = await known(api.forward.replay(name, since, to_ms(wanted.until), dry_run=wanted.dry_run))
+    if not wanted.dry_run:
+        period = {"since": wanted.since, "until": wanted.until}
+        times = {bound: at.isoformat() for bound, at in period.items() if at is not None}
+        await api.action_log.add(ActionKind.FORWARD_REPLAY, replayed.deliveries, endpoint=name, **times)
+    return replayed
 
 
 async def forward_stop(api: Api, name: str) -> ForwardChanged:
-    return await known(api.forward.stop(name))
+    changed = await known(api.forward.stop(name))
+    await api.action_log.add(ActionKind.FORWARD_STOP, endpoint=name)
+    return changed
 
 
 async def forward_start(api: Api, name: str) -> ForwardChanged:
-    return await known(api.forward.start(name))
+    changed = await known(api.forward.start(name))
+    await api.action_log.add(ActionKind.FORWARD_START, endpoint=name)
+    return changed
 
 
 FORWARD_ENDPOINTS: tuple[Endpoint, ...] = (

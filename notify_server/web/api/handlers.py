@@ -19,6 +19,8 @@ from notify_server.events.payload import VERDICTS
 from notify_server.forward.service import ForwardService
 from notify_server.model import CircuitState
 from notify_server.operations import (
+    Acknowledge,
+    AcknowledgedCount,
     ActionRefusedError,
     Actions,
     Prune,
@@ -31,6 +33,7 @@ from notify_server.operations import (
 from notify_server.store.bundle import write_bundle
 from notify_server.store.export import csv_header, csv_lines, ndjson_lines
 from notify_server.store.reading.types import (
+    Attention,
     BatchDetail,
     BatchFilter,
     BatchItem,
@@ -97,6 +100,7 @@ class Api:
         self.records = records
         self.forward = forward
         self.submissions = submissions
+        self.action_log = actions.log
         self._actions = actions
         self._runtime = runtime
         self._timeline = timeline
@@ -123,6 +127,9 @@ class Api:
 
     async def totals(self) -> Totals:
         return await self._cache.get("totals", self.records.totals)
+
+    async def attention(self) -> Attention:
+        return await self._cache.get("attention", self.records.attention)
 
     async def series(self, query: SeriesQuery) -> Page[Sample]:
         return Page(list(self._timeline.seconds if query.step == "second" else self._timeline.minutes))
@@ -154,9 +161,8 @@ class Api:
     # --- The record ---
 
     async def batches(self, query: BatchQuery) -> Page[BatchItem]:
-        wanted = BatchFilter(
-            query.verdict, query.api_code, query.batch_id, to_ms(query.received_from), to_ms(query.received_before)
-        )
+        period = to_ms(query.received_from), to_ms(query.received_before)
+        wanted = BatchFilter(query.verdict, query.api_code, query.batch_id, *period, query.acknowledged)
         return await _paged(self.records.batches(wanted, query.cursor, query.limit))
 
     async def batch(self, id: int) -> BatchDetail | None:
@@ -169,7 +175,7 @@ class Api:
         return await _paged(self.records.files(wanted, query.cursor, query.limit))
 
     async def files(self, query: FileQuery) -> Page[FileItem]:
-        wanted = FileFilter(state=query.state, reason=query.reason, host=query.host)
+        wanted = query.filter()
         return await _paged(self.records.files(wanted, query.cursor, query.limit))
 
     async def file(self, id: int) -> FileDetail | None:
@@ -261,6 +267,9 @@ class Api:
 
     async def replay(self, id: int) -> Replayed | None:
         return await self._act(self._actions.replay(id))
+
+    async def acknowledge(self, wanted: Acknowledge) -> AcknowledgedCount | None:
+        return await self._act(self._actions.acknowledge(wanted))
 
     async def prune(self, wanted: Prune) -> Pruned:
         return await self._act(self._actions.prune(wanted))

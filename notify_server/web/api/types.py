@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from notify_server.config import Role
 from notify_server.model import CircuitState, FileState, HostView, Verdict
-from notify_server.operations import Id, ReasonCode, Text, Time
+from notify_server.operations import Id, ReasonCode, Text, Time, to_ms
 from notify_server.store.base import Nodes
-from notify_server.store.reading.types import Cursor, Limit
+from notify_server.store.reading.types import Cursor, FileFilter, Limit
 from notify_server.telemetry.history import Sample
 from notify_server.telemetry.host_rates import HostRate
 
@@ -25,6 +25,7 @@ class BatchQuery(Struct, frozen=True, forbid_unknown_fields=True):
     batch_id: Text | None = None
     received_from: Time | None = None
     received_before: Time | None = None
+    acknowledged: bool | None = None
     cursor: Cursor | None = None
     limit: Limit = 50
 
@@ -44,8 +45,16 @@ class FileQuery(Struct, frozen=True, forbid_unknown_fields=True):
     state: FileState | None = None
     reason: ReasonCode | None = None
     host: Text | None = None
+    api_code: Text | None = None
+    received_from: Time | None = None
+    received_before: Time | None = None
     cursor: Cursor | None = None
     limit: Limit = 50
+
+    def filter(self) -> FileFilter:
+        """Return the filters as the record takes them."""
+        period = to_ms(self.received_from), to_ms(self.received_before)
+        return FileFilter(None, self.state, self.reason, self.host, self.api_code, *period)
 
 
 class ExportQuery(Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 from yarl import URL
 
+from notify_server.action_log import CALLER
 from notify_server.callbacks.errors import RefusedError
 from notify_server.config import Config
 from notify_server.errors import StoreUnavailableError
@@ -77,6 +78,7 @@ class Dashboard:
                 self.admin.check(request, form.get(CSRF_FIELD, "") if form is not None else None)
             elif form is not None:
                 self.admin.check_same_site(request)
+            CALLER.set(f"page {self.admin.address(request)}")
             return await (view.handler(self, request) if form is None else view.handler(self, request, form))
         except RefusedError as error:
             log.info("refused", request_id=request_id, path=request.path, status=error.status, detail=error.message)

@@ -51,6 +51,7 @@ class BatchesPage(Struct, frozen=True, forbid_unknown_fields=True):
     api_code: Text | None = None
     received_from: Text | None = None
     received_before: Text | None = None
+    acknowledged: bool | None = None
     cursor: Cursor | None = None
 
 

@@ -44,7 +44,8 @@ REFRESH_SECONDS = 3
 
 async def overview(dashboard: Dashboard, request: web.Request) -> web.Response:
     totals, now = await dashboard.api.totals(), dashboard.now()
-    incomplete = await dashboard.api.batches(BatchQuery(verdict=Verdict.INCOMPLETE, limit=MAX_ATTENTION))
+    attention = await dashboard.api.attention()
+    incomplete = await dashboard.api.batches(BatchQuery(acknowledged=False, limit=MAX_ATTENTION))
     oldest, waited = None, 0.0
     if totals.oldest_pending_at is not None:
         before = totals.oldest_pending_at + timedelta(milliseconds=1)
@@ -54,12 +55,13 @@ async def overview(dashboard: Dashboard, request: web.Request) -> web.Response:
     hosts = (await dashboard.api.hosts()).items
     unreachable = [host for host in hosts if host.circuit is CircuitState.OPEN and host.pending]
     status = await dashboard.api.status()
-    failing = [group for group in (await dashboard.api.failures()).items if group.reason is not None]
+    failing = [group for group in (await dashboard.api.failures()).items if group.new]
     return dashboard.render(
         request,
         "overview.html",
         current="overview",
         totals=totals,
+        attention=attention,
         process=status,
         pulse=_pulse(status),
         oldest=oldest if waited >= CALM_SECONDS else None,
@@ -82,6 +84,7 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
         api_code=asked.api_code,
         received_from=moment("received_from", asked.received_from),
         received_before=moment("received_before", asked.received_before),
+        acknowledged=asked.acknowledged,
         cursor=asked.cursor,
     )
     found, totals = await dashboard.api.batches(wanted), await dashboard.api.totals()
@@ -92,6 +95,7 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
         asked=wanted,
         found=found,
         totals=totals,
+        new=(await dashboard.api.attention()).batches,
         empty=_is_empty(totals),
         callback=dashboard.callback(request),
     )
@@ -169,17 +173,16 @@ async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
 
 async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
     groups = (await dashboard.api.failures()).items
-    by_reason: dict[str, list[FailureGroup]] = {}
+    by_reason: dict[str | None, list[FailureGroup]] = {}
     for group in groups:
-        if group.reason is not None:
-            by_reason.setdefault(group.reason, []).append(group)
+        by_reason.setdefault(group.reason, []).append(group)
     return dashboard.render(
         request,
         "failures.html",
         current="failures",
         by_reason=by_reason,
         full=len(groups) >= MAX_GROUPS,
-        reported=(await dashboard.api.totals()).upload_failed,
+        new=sum(group.new for group in groups),
     )
 
 
@@ -201,14 +204,24 @@ async def rejections(dashboard: Dashboard, request: web.Request) -> web.Response
     asked = page_query(request, PageQuery)
     found = await dashboard.api.rejections(asked)
     return dashboard.render(
-        request, "rejections.html", current="rejections", asked=asked, found=found, days=dashboard.rejection_days
+        request,
+        "rejections.html",
+        current="rejections",
+        asked=asked,
+        found=found,
+        known=await dashboard.api.records.journal.rejections([each.id for each in found.items]),
+        new=(await dashboard.api.attention()).rejections,
+        days=dashboard.rejection_days,
     )
 
 
 async def rejection(dashboard: Dashboard, request: web.Request) -> web.Response:
     rejection = existing(await dashboard.api.rejection(row_id(request)))
     body = await asyncio.to_thread(readable, rejection.body, rejection.detail)
-    return dashboard.render(request, "rejection.html", current="rejections", rejection=rejection, body=body)
+    known = (await dashboard.api.records.journal.rejections([rejection.id])).get(rejection.id)
+    return dashboard.render(
+        request, "rejection.html", current="rejections", rejection=rejection, body=body, known=known
+    )
 
 
 async def search(dashboard: Dashboard, request: web.Request) -> web.Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from notify_server.web.dashboard import actions, deliveries, expected, pages
+from notify_server.web.dashboard import actions, deliveries, expected, journal, pages
 from notify_server.web.dashboard.dashboard import View
 
 _ENDPOINT = "/ui/deliveries/{name:[A-Za-z0-9_-]{1,64}}"
@@ -30,6 +30,9 @@ VIEWS = (
     View("POST", f"{_ENDPOINT}/replay", deliveries.replay),
     View("POST", f"{_ENDPOINT}/stop", deliveries.stop),
     View("POST", f"{_ENDPOINT}/start", deliveries.start),
+    View("GET", "/ui/acknowledge", journal.confirm_acknowledge),
+    View("POST", "/ui/acknowledge", journal.acknowledge),
+    View("GET", "/ui/actions", journal.actions),
     View("GET", "/docs", pages.docs),
     View("GET", "/ui/login", actions.login_form, open=True),
     View("POST", "/ui/login", actions.login, open=True),
