@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from tests.support import warm
+
 HERE = Path(__file__).parent
 # The folders whose files take longest come first: one that was begun last would be waited for alone.
 ORDER = ("torture", "faults", "store", "e2e", "cli", "forward", "bench", "web", "unit")
@@ -18,6 +20,10 @@ SEED = 20_260_215
 settings.register_profile("fixed", derandomize=True, print_blob=True)
 settings.register_profile("explore", database=DirectoryBasedExampleDatabase(".hypothesis/examples"))
 settings.load_profile("fixed")
+
+
+def pytest_configure() -> None:
+    warm.install()
 
 
 def pytest_report_header() -> str:
