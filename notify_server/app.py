@@ -30,7 +30,7 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.expansion.expander import Expander
 from notify_server.forward.metrics import ForwardMetrics
 from notify_server.forward.news import News
-from notify_server.forward.risk import watch_at_risk
+from notify_server.forward.risk import watches
 from notify_server.forward.sender import Sender
 from notify_server.forward.service import ForwardService
 from notify_server.model import BatchVerdict, FileResult
@@ -196,12 +196,8 @@ async def _forwarding(app: web.Application) -> AsyncIterator[None]:
         sender.compare(row.name for row in waiting)
         return waiting
 
-    tasks = [
-        start_task(
-            watch_at_risk(app[STORE].outbox, config.verify, config.alert.at_risk_after, now, is_cut_off, on_news),
-            "watch for batches at risk",
-        )
-    ]
+    found = watches(app[STORE].outbox, config.verify, config.alert, now, is_cut_off, on_news)
+    tasks = [start_task(watch, name) for name, watch in found]
     if config.forward:
         tasks.append(start_task(metrics.survey(read_waiting), "survey deliveries"))
     yield

@@ -224,9 +224,10 @@ Forward = Annotated[tuple[ForwardEndpoint, ...], AfterValidator(_names_once)]
 
 
 class AlertConfig(Section):
-    """`[alert]`: when people are warned before a verdict."""
+    """`[alert]`: when people are warned. `expiring_before` 0 gives no warnings of files that end."""
 
     at_risk_after: PositiveDuration = 600.0
+    expiring_before: Duration = 86_400.0
 
 
 def shown_address(url: str) -> str:

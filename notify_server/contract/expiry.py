@@ -1,4 +1,4 @@
-"""Reads from a signed address when its signature ends.
+"""Reads from a signed address when its signature ends, and from the flags of a file when its object is deleted.
 
 Each rule follows the query that the vendor's own package writes. The same name has two meanings in two of them:
 `x-oss-expires` is a moment in OSS V2, and a number of seconds in OSS V4.
@@ -7,10 +7,12 @@ Each rule follows the query that the vendor's own package writes. The same name 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from urllib.parse import unquote_plus
 
+# The flag of an object that a lifecycle rule deletes: `deleted_on:YYYY-MM-DD`.
+DELETED_ON = "deleted_on:"
 # A time outside of 2000 to 2100 is a mistake of the signer and is ignored.
 EARLIEST, LATEST = 946_684_800, 4_102_444_800
 
@@ -42,6 +44,17 @@ def is_signed(url: str) -> bool:
     query = _query(url)
     signed = any(query.get(name) for name in _CDN_SIGNATURES) or bool(_ends(query))
     return signed and expiry(url) is None
+
+
+def deletion(flags: Sequence[str]) -> int | None:
+    """Return the moment (Unix ms) at which the day begins (UTC) that a flag `deleted_on` names, None without one."""
+    day = next((flag.removeprefix(DELETED_ON) for flag in flags if flag.startswith(DELETED_ON)), None)
+    if day is None:
+        return None
+    try:
+        return round(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+    except ValueError:
+        return None
 
 
 def _query(url: str) -> dict[str, str]:

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from notify_server.contract.object_key import decode_object_key
 from notify_server.events.texts import reason_text
 from notify_server.model import FileState
+
+T = TypeVar("T")
 
 # A payload is smaller than 20 kB, so that every receiver's default limit lets it pass.
 MAX_BYTES = 20_000
@@ -97,6 +100,23 @@ class BatchData(msgspec.Struct, frozen=True):
     url: str | None = None
 
 
+class EndingFile(msgspec.Struct, frozen=True):
+    """A file that ends soon: `what` is `address` (its signature) or `object` (a lifecycle rule deletes it)."""
+
+    oss_object_name: str
+    source_path: str | None
+    what: Literal["address", "object"]
+    ends_at: datetime
+
+
+class ExpiringData(BatchData, frozen=True, kw_only=True):
+    """`data` of batch.expiring: the files that end soon, the first of them at `ends_at`."""
+
+    ending: list[EndingFile]
+    ending_total: int
+    ends_at: datetime
+
+
 class ExpectationData(msgspec.Struct, frozen=True):
     """`data` of batch.late and batch.short: the submission, and the limit that has passed. `limit` is `notify_within`,
     or `files` for one with too few files. `away_seconds` is for how long no server was ready since the registration:
@@ -136,7 +156,7 @@ DATA_TYPES: dict[EventType, type[msgspec.Struct]] = {
     EventType.BATCH_COMPLETE: BatchData,
     EventType.BATCH_INCOMPLETE: BatchData,
     EventType.BATCH_AT_RISK: BatchData,
-    EventType.BATCH_EXPIRING: BatchData,
+    EventType.BATCH_EXPIRING: ExpiringData,
     EventType.BATCH_LATE: ExpectationData,
     EventType.BATCH_SHORT: ExpectationData,
     EventType.ENDPOINT_FAILING: EndpointData,
@@ -180,6 +200,14 @@ class MissingRow(msgspec.Struct, frozen=True, array_like=True):
     attempts: int
     last_attempt_at: int | None
     vendor_request_id: str | None = None
+
+
+class Ending(NamedTuple):
+    """A file whose address or object ends at a time (Unix ms)."""
+
+    at: int
+    oss_object_name: str
+    what: Literal["address", "object"]
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
@@ -273,11 +301,13 @@ def batch_event(
     cause: str | None = None,
     final_by: int | None = None,
     url: str | None = None,
+    ending: Sequence[Ending] = (),
 ) -> Event:
-    """Return the event of a batch. `missing` holds its first files that are not available; as many of them are listed
-    as a payload has room for.
+    """Return the event of a batch. `missing` holds its first files that are not available, `ending` all that end soon,
+    the first to end first (batch.expiring alone): as many of them are listed as a payload has room for.
     """
     shown = [missing_file(each) for each in missing[:MAX_MISSING]]
+    ends = [_ending_file(each) for each in ending[:MAX_MISSING]]
     while True:
         data = BatchData(
             row.batch_id,
@@ -302,11 +332,24 @@ def batch_event(
             cause,
             url,
         )
+        if ending:
+            first = datetime.fromtimestamp(ending[0].at / 1000, UTC)
+            data = ExpiringData(*msgspec.structs.astuple(data), ending=ends, ending_total=len(ending), ends_at=first)
         payload = encode_payload(kind, now, data)
-        if len(payload) < MAX_BYTES or not shown:
+        if len(payload) < MAX_BYTES or not (shown or ends):
             return Event(new_key(), kind, row.id, row.revision, now, payload)
-        # Keys may be 1,024 characters long: leave out as many as the excess suggests, one at least.
-        shown = shown[: min(len(shown) - 1, len(shown) * MAX_BYTES // len(payload))]
+        shown, ends = _fewer(shown, len(payload)), _fewer(ends, len(payload))
+
+
+def _fewer(listed: list[T], size: int) -> list[T]:
+    """Return the first of the items: keys may be 1,024 characters long. As many are left out as the excess suggests."""
+    return listed[: max(0, min(len(listed) - 1, len(listed) * MAX_BYTES // size))]
+
+
+def _ending_file(ending: Ending) -> EndingFile:
+    key = decode_object_key(ending.oss_object_name)
+    source_path = key.source_path if key is not None else None
+    return EndingFile(ending.oss_object_name, source_path, ending.what, datetime.fromtimestamp(ending.at / 1000, UTC))
 
 
 def plain_event(kind: EventType, data: msgspec.Struct, now: int) -> Event:

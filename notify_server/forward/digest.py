@@ -56,6 +56,16 @@ def _missing_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _ending_lines(language: Language, data: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for file in data["ending"][:MAX_FILES]:
+        name = _plain(file["source_path"] or file["oss_object_name"].rpartition("/")[2])
+        lines.append("- " + text(language, f"line.ending_{file['what']}", name=name, at=_clock(file["ends_at"])))
+    if (more := data["ending_total"] - len(lines)) > 0:
+        lines.append("- " + text(language, "line.more_files", count=more))
+    return [*lines, text(language, "line.do_fetch")]
+
+
 def _advice(language: Language, kind: str, data: Mapping[str, Any]) -> str:
     if kind != "batch.incomplete" or not data["missing"]:
         return text(language, "line.do_wait")
@@ -75,10 +85,14 @@ def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list
         "missing": data.get("missing_total"),
         "expected": data.get("expected_files"),
         "since": _clock(data.get("limit_at")),
-        "zone": _zone(data.get("limit_at")),
+        "ending": data.get("ending_total"),
+        "ends": _clock(data.get("ends_at")),
+        "zone": _zone(data.get("limit_at") or data.get("ends_at")),
     }
     lines = [f"**{_plain(_label(data))}** {_plain(data['api_code'])}", text(language, f"line.{name}", **values)]
-    if "missing" in data and kind != "batch.complete":
+    if kind == "batch.expiring":
+        lines += _ending_lines(language, data)
+    elif "missing" in data and kind != "batch.complete":
         lines += _missing_lines(language, data)
         if kind == "batch.at_risk":
             times = [

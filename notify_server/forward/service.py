@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from notify_server.errors import NotifyServerError
-from notify_server.events.payload import MissingFile, matching_types, utc
+from notify_server.events.payload import Ending, MissingFile, matching_types, utc
 from notify_server.forward.news import News
 from notify_server.forward.sender import Sender
 from notify_server.model import CircuitState, Verdict
@@ -165,6 +165,11 @@ class ForwardService:
     async def of_batch(self, batch: int) -> tuple[BatchGate | None, list[DeliveryRow]]:
         """Return what is known of a batch, and the deliveries of its events."""
         return await self._records.gate_of(batch), await self._records.of_batch(batch)
+
+    async def ending(self, batch: int, seconds: float) -> list[Ending]:
+        """Return the files of a batch whose address or object ends within so many seconds."""
+        now = self._now()
+        return await self._records.ending(batch, now + round(seconds * 1000), now) if seconds else []
 
     # --- Endpoints ---
 

@@ -110,6 +110,7 @@ class Keeper:
             "release_deliveries": self._release_deliveries,
             "record_deliveries": store.outbox.record_deliveries,
             "find_at_risk": store.outbox.find_at_risk,
+            "find_expiring": store.outbox.find_expiring,
             "ping_endpoint": store.outbox.ping_endpoint,
             "replay_deliveries": store.outbox.replay_deliveries,
             "stop_endpoint": store.outbox.stop_endpoint,

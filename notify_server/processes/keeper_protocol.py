@@ -125,6 +125,7 @@ VERBS = {
     "release_deliveries": Verb(tuple[list[int]], None),
     "record_deliveries": Verb(tuple[list[DeliveryResult], int], list[Notice]),
     "find_at_risk": Verb(tuple[int, list[int], int], int),
+    "find_expiring": Verb(tuple[int, int], int),
     "ping_endpoint": Verb(tuple[str, int], int | None),
     "replay_deliveries": Verb(tuple[str, int, int, int, bool], int),
     "stop_endpoint": Verb(tuple[str, str | None, int], bool),

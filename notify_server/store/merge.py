@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from notify_server.model import FileResult, FileState, ReportedStatus
@@ -39,6 +40,8 @@ class Merge:
         self.delta: Counter[FileState] = Counter()
         self.replaced: list[tuple[int, NewFile]] = []
         self.restarted: list[int] = []
+        # When the first of the addresses that were added or replaced ends.
+        self.ends_at: int | None = None
         # The later entry of a key counts, as if it had been delivered later.
         self.files: dict[str, NewFile] = {}
         for file in expansion.files:
@@ -65,6 +68,8 @@ class Merge:
             if known.state is FileState.PENDING:
                 self.restarted.append(known.id)
         self.delta.update(file.state for file in added.values())
+        touched = chain(added.values(), (file for _, file in self.replaced))
+        self.ends_at = min((file.expires_at for file in touched if file.expires_at is not None), default=None)
         return list(added.values())
 
     def _probes_again(self, known: Known, file: NewFile) -> bool:
@@ -97,6 +102,7 @@ class Merge:
         return (
             *(self.batch, *counts, None if last else item.id, last, item.received_at, self.reopens, item.id),
             self.probed_again_at,
+            self.ends_at,
         )
 
 

@@ -167,6 +167,11 @@ class Outbox(Protocol):
         verdict.
         """
 
+    async def find_expiring(self, until: int, now: int) -> int:
+        """Write batch.expiring of the batches with files that end after `now` and by `until`, once for each: pending
+        ones and available ones whose address or object ends. Return how many batches were looked at.
+        """
+
     async def ping_endpoint(self, endpoint: str, now: int) -> int | None:
         """Write test.ping for the endpoint alone; return the delivery's id, None when there is no such endpoint."""
 

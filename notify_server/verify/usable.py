@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from notify_server.config import UsableConfig
-from notify_server.contract.expiry import is_signed
+from notify_server.contract.expiry import DELETED_ON, is_signed
 from notify_server.contract.object_key import decode_object_key
 from notify_server.model import Evidence, Reason
 
@@ -93,7 +93,7 @@ def flags(
         if accepted:
             found += _remarks(key, evidence, rules)
     if (day := deleted_on(evidence)) is not None:
-        found.append(f"deleted_on:{day}")
+        found.append(DELETED_ON + day)
     if url.startswith("http:"):
         found.append("plain_http")
     if "?" in url and is_signed(url):

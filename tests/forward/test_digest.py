@@ -11,7 +11,7 @@ import pytest
 from notify_server.events.payload import BatchRow, EndpointData, EventType, PingData, batch_event, plain_event
 from notify_server.events.texts import LANGUAGES, Language, _messages, reason_text
 from notify_server.forward.digest import compose, recovered
-from tests.forward.test_payload import AT, MISSING, row, sample
+from tests.forward.test_payload import AT, ENDING, MISSING, row, sample
 
 
 def payload(kind: EventType, batch: BatchRow | None = None, **more: Any) -> dict[str, Any]:
@@ -53,6 +53,25 @@ def test_digest_in_chinese_keeps_the_code() -> None:
     assert "共 7 个文件，缺失 2 个" in message.markdown
     assert "（http_404）" in message.markdown
     assert "处理办法：" in message.markdown
+
+
+def test_digest_of_files_that_expire_soon_says_when_and_what_to_do() -> None:
+    message = compose("en", [payload(EventType.BATCH_EXPIRING)])
+    first, second = (time.strftime("%m-%d %H:%M", time.localtime(each.at / 1000)) for each in ENDING)
+    which, summary, *files, advice = message.markdown.split("\n")
+    assert message.title == "Files of 1 batch expire soon"
+    assert which == "**20261127-0001** rent.dcentralize.room.add"
+    assert summary.startswith(f"2 of 7 files expire soon, the first at {first} (UTC")
+    assert files == [
+        f"- /upload/2026/11/livingro: the URL expires at {first}",
+        f"- c.jpg: the storage deletes the object at {second}",
+    ]
+    assert advice == (
+        "What to do: fetch the files before then, or have the platform deliver the batch again with new URLs."
+    )
+    in_chinese = compose("zh", [payload(EventType.BATCH_EXPIRING)])
+    assert in_chinese.title == "1 个批次的文件即将失效"
+    assert "处理办法：请在此之前取走文件" in in_chinese.markdown
 
 
 def test_digest_shows_five_batches_by_batch_id() -> None:

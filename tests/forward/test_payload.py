@@ -15,6 +15,7 @@ from notify_server.events.payload import (
     DATA_TYPES,
     MAX_BYTES,
     BatchRow,
+    Ending,
     EndpointData,
     Event,
     EventType,
@@ -62,6 +63,9 @@ MISSING = [
 ]
 
 
+ENDING = [Ending(AT + 3_600_000, KEY, "address"), Ending(AT + 43_200_000, "c.jpg", "object")]
+
+
 def sample(kind: EventType) -> Event:
     match kind:
         case EventType.BATCH_COMPLETE:
@@ -74,8 +78,10 @@ def sample(kind: EventType) -> Event:
                           next_attempt_at=AT + 60_000)  # fmt: skip
             waiting = [MissingRow(7, KEY, FileState.PENDING, "timeout", None, 3, AT - 1_000)]
             event = batch_event(kind, pending, waiting, AT, cause="age", final_by=AT + 3_600_000)
-        case EventType.BATCH_INCOMPLETE | EventType.BATCH_EXPIRING:
+        case EventType.BATCH_INCOMPLETE:
             event = batch_event(kind, row(), MISSING, AT)
+        case EventType.BATCH_EXPIRING:
+            event = batch_event(kind, row(), MISSING, AT, ending=ENDING)
         case EventType.BATCH_LATE | EventType.BATCH_SHORT:
             at = utc(AT)
             assert at is not None

@@ -34,7 +34,8 @@ PROMISED = {
 ADDED = {
     "notification": "files, request_id, traceparent",
     "batch": "available, blocked, expanding, files, last_notification, pending, probed_again_at, unavailable,"
-    " upload_failed, revision, last_event, last_verdict, at_risk_at, retrying, acknowledged_at, acknowledgement",
+    " upload_failed, revision, last_event, last_verdict, at_risk_at, retrying, acknowledged_at, acknowledgement,"
+    " ends_at, expiring_at",
     "forward": "batch",
     "attempt": "url",
     "rejection": "request_id",

@@ -482,3 +482,27 @@ async def test_rechecked_files_of_a_group_can_be_watched(client: Client, site: S
         html = await answer.text()
     assert "1 file queued." in html
     assert f'href="/ui/files?state=pending&amp;host={HOST}"' in html
+
+
+async def test_files_that_end_soon_are_shown_on_their_batch_and_their_page(store: SqliteStore, client: Client) -> None:
+    key = "8ZAFUPII49GQN2AB/IMAGE/-1203985127/L3VwbG9hZC8yMDI2LzExL2xpdmluZ3Jv"
+    ends = NOW + 3_600_000
+    await take_in(
+        store, finished("a", expires_at=ends), finished(key), finished("later", expires_at=NOW + 9 * 86_400_000)
+    )
+    files = {file.oss_object_name: file for file in await claim(store)}
+    # NOW is 08:53 on 2025-10-09.
+    await store.record([found(files[key], flags='["deleted_on:2025-10-10"]')], NOW)
+    shown = await page(client, "/ui/batches/1")
+    assert "2 of 3 files expire soon" in shown
+    assert re.search(r" a The URL expires .* /upload/2026/11/livingro The storage deletes the object ", shown)
+    assert "Fetch the files before then" in shown
+    assert "The URL expires" in await page(client, f"/ui/files/{files['a'].id}")
+    assert "The storage deletes the object" in await page(client, f"/ui/files/{files[key].id}")
+    assert "Fetch the files before then" not in await page(client, f"/ui/files/{files['later'].id}")
+
+
+@pytest.mark.parametrize("sections", [{"alert": {"expiring_before": 0}}])
+async def test_warning_of_files_that_end_can_be_turned_off(store: SqliteStore, client: Client) -> None:
+    await take_in(store, finished("a", expires_at=NOW + 3_600_000))
+    assert "expire soon" not in await page(client, "/ui/batches/1")

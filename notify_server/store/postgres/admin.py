@@ -14,9 +14,9 @@ from notify_server.config import without_secrets
 from notify_server.errors import NotifyServerError, StoreRefusedError
 from notify_server.model import Delivery, Restart
 from notify_server.store.limits import clamp
+from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.journal import PostgresJournal
 from notify_server.store.postgres.node import INBOX, WORK
-from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.schema import check_whole, schema_version
 from notify_server.store.postgres.session import (
     Connection,

@@ -14,8 +14,8 @@ from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
 from notify_server.store.merge import Known, Merge, columns, distinct_batches
+from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expecting import lock_matching, match_batches
-from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import (
     EXPANDING,
     LOCK_KEY,
@@ -166,9 +166,9 @@ async def _add(connection: Connection, merges: Sequence[Merge], batches: dict[tu
     files = [merge.settle(()) for merge in merges]
     rows = []
     for merge in merges:
-        _, *counts, _, notification, _ = merge.batch_row()
-        rows.append((merge.expansion.batch_id, merge.expansion.api_code, *counts, notification))
-    for id, batch_id, api_code in await connection.fetch(SQL["batches_insert"], *arrays(rows, 11)):
+        _, *counts, _, notification, _, ends_at = merge.batch_row()
+        rows.append((merge.expansion.batch_id, merge.expansion.api_code, *counts, notification, ends_at))
+    for id, batch_id, api_code in await connection.fetch(SQL["batches_insert"], *arrays(rows, 12)):
         batches[batch_id, api_code] = id
     for merge in merges:
         merge.batch = batches[merge.expansion.batch_id, merge.expansion.api_code]
@@ -192,7 +192,7 @@ async def _merge(connection: Connection, merges: Sequence[Merge], now: int) -> N
         await connection.execute(SQL["files_replace"], *arrays(rows, 9))
         await connection.execute(SQL["leases_restart"], [id for merge in merges for id in merge.restarted])
     await _add_files(connection, added, now)
-    await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 12))
+    await connection.execute(SQL["batches_expanded"], *arrays([merge.batch_row() for merge in merges], 13))
 
 
 async def _add_files(connection: Connection, files: Sequence[tuple[int, NewFile]], now: int) -> None:

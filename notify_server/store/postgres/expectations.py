@@ -21,8 +21,8 @@ from notify_server.expect.expectation import (
 )
 from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, to_row
 from notify_server.store.outbox import NewEvent
+from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expecting import SQL, judge_batches, lock_matching, read_clock, write_matches
-from notify_server.store.postgres.outbox import Events
 from notify_server.store.postgres.session import Connection, arrays, transact
 
 T = TypeVar("T")

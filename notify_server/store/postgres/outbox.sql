@@ -37,6 +37,7 @@ RETURNING id, key;
 -- name: had_problem
 SELECT DISTINCT batch, endpoint FROM forward
 WHERE batch = ANY($1::bigint[]) AND endpoint = ANY($2::text[])
+    AND (SELECT type FROM event WHERE event.id = forward.event) <> 'batch.expiring'
     AND (state = 'delivered' OR state = 'pending' AND claimed_by IS NOT NULL);
 
 -- A delivery that is under way is left: its outcome decides.
@@ -286,13 +287,14 @@ WHERE id = ANY($1::bigint[]) AND state <> 'pending';
 -- name: open_problems
 SELECT event.payload
 FROM (
-    SELECT max(event) AS event FROM forward
-    WHERE endpoint = $1 AND state = 'delivered' AND batch IS NOT NULL
-    GROUP BY batch
+    SELECT max(forward.event) AS event FROM forward
+    JOIN event ON event.id = forward.event AND event.type <> 'batch.expiring'
+    WHERE endpoint = $1 AND state = 'delivered' AND forward.batch IS NOT NULL
+    GROUP BY forward.batch
 ) AS newest
 JOIN event ON event.id = newest.event
 JOIN batch ON batch.id = event.batch
-WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short', 'batch.expiring')
+WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short')
     AND (
         batch.verdict <> 'complete'
         OR EXISTS (SELECT FROM expectation WHERE expectation.batch = batch.id AND expectation.state = 'short')

@@ -119,6 +119,12 @@ FROM (
     LIMIT :limit
 ) AS found;
 
+-- name: ending
+SELECT json_agg(json_build_array(oss_object_name, expires_at, flags))
+FROM file
+WHERE batch = :id AND state IN ('pending', 'available') AND (expires_at > :now OR flags LIKE '%"deleted_on:%')
+    AND (SELECT ends_at IS NOT NULL OR expiring_at IS NOT NULL FROM batch WHERE id = :id);
+
 -- name: at_risk
 SELECT json_build_array(
     (SELECT min(next_attempt_at) FROM file WHERE batch = :id AND state = 'pending'),

@@ -134,18 +134,18 @@ UPDATE batch SET expanding = NULL WHERE id = $1;
 -- name: batches_insert
 INSERT INTO batch (
     batch_id, api_code, first_received_at, last_received_at, deliveries, files, pending, available, unavailable,
-    blocked, upload_failed, expanding, last_notification
+    blocked, upload_failed, expanding, last_notification, ends_at
 )
 SELECT
     batch_id, api_code, received_at, received_at, CASE WHEN last THEN 1 ELSE 0 END,
     pending + available + unavailable + blocked + upload_failed,
-    pending, available, unavailable, blocked, upload_failed, expanding, notification
+    pending, available, unavailable, blocked, upload_failed, expanding, notification, ends_at
 FROM unnest(
     $1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
-    $9::boolean[], $10::bigint[], $11::bigint[]
+    $9::boolean[], $10::bigint[], $11::bigint[], $12::bigint[]
 ) WITH ORDINALITY AS fresh (
     batch_id, api_code, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at,
-    notification, place
+    notification, ends_at, place
 )
 ORDER BY place
 RETURNING id, batch_id, api_code;
@@ -176,16 +176,17 @@ SET files = files + merged.pending + merged.available + merged.unavailable + mer
     deliveries = deliveries + CASE WHEN merged.last THEN 1 ELSE 0 END,
     last_notification = merged.notification,
     probed_again_at = merged.probed_again_at,
+    ends_at = least(batch.ends_at, merged.ends_at),
     first_received_at = least(first_received_at, merged.received_at),
     last_received_at = greatest(last_received_at, merged.received_at),
     completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,
     verdict = CASE WHEN merged.reopens THEN 'pending' ELSE verdict END
 FROM unnest(
     $1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::boolean[],
-    $9::bigint[], $10::boolean[], $11::bigint[], $12::bigint[]
+    $9::bigint[], $10::boolean[], $11::bigint[], $12::bigint[], $13::bigint[]
 ) AS merged (
     id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification,
-    probed_again_at
+    probed_again_at, ends_at
 )
 WHERE batch.id = merged.id;
 

@@ -313,3 +313,8 @@ def arrays(rows: Sequence[tuple[Any, ...]], columns: int) -> list[list[Any]]:
 def strip_nul(text: str) -> str:
     """Replace the characters that PostgreSQL cannot store in a text: NUL and lone surrogates."""
     return re.sub("[\0\ud800-\udfff]", "\ufffd", text)
+
+
+def row_count(status: str) -> int:
+    """Return the number of rows in a command tag such as `DELETE 3`."""
+    return int(status.rpartition(" ")[2])

@@ -24,12 +24,13 @@ from notify_server.store.limits import clamp
 from notify_server.store.merge import first_of_each
 from notify_server.store.postgres.backlog import Backlog
 from notify_server.store.postgres.claims import Claims
+from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expansion import ExpansionLock, write_expansions
 from notify_server.store.postgres.expectations import PostgresExpectations
 from notify_server.store.postgres.inbox import Inbox
 from notify_server.store.postgres.journal import PostgresJournal
 from notify_server.store.postgres.node import INBOX, PROBES, ROLES, WORK, Node, Peers
-from notify_server.store.postgres.outbox import Events, PostgresOutbox
+from notify_server.store.postgres.outbox import PostgresOutbox
 from notify_server.store.postgres.pool import POOL_SIZE, Pool
 from notify_server.store.postgres.pooler import check_sessions
 from notify_server.store.postgres.schema import migrate

@@ -11,10 +11,11 @@ from notify_server.store.base import rejection_gone, valid_ids
 from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
 from notify_server.store.merge import by_batch, settled_by_batch
 from notify_server.store.postgres import journal
+from notify_server.store.postgres.ends import note_deletions
+from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expansion import write_settled, write_verdicts
 from notify_server.store.postgres.expecting import SQL as EXPECTATION_SQL
-from notify_server.store.postgres.outbox import Events
-from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, strip_nul
+from notify_server.store.postgres.session import LOCK_KEY, LOCK_SPACE, PRUNING, Connection, arrays, row_count, strip_nul
 from notify_server.store.sql import load_queries
 
 SQL = load_queries("postgres")
@@ -178,6 +179,7 @@ async def write_results(
         for r in current
     ]  # fmt: skip
     await connection.execute(SQL["record_files"], *arrays(outcomes, 18), MAX_ATTEMPT_ROWS)
+    await note_deletions(connection, current)
     settled = settled_by_batch(current)
     await events.note_retrying(
         connection, {r.file.batch for r in current if r.state is FileState.PENDING and r.reason is not None}
@@ -239,13 +241,8 @@ async def prune(connection: Connection, events: Events, completed_before: int, r
         if states := gone[batch]:
             counts = [states[state] for state in _SETTLED]
             await connection.execute(SQL["prune_counted"], batch, states.total(), *counts)
-    deleted += _count(await connection.execute(SQL["prune_notifications"], completed_before, limit))
-    deleted += _count(await connection.execute(EXPECTATION_SQL["prune_unmatched"], completed_before, limit))
-    deleted += _count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
+    deleted += row_count(await connection.execute(SQL["prune_notifications"], completed_before, limit))
+    deleted += row_count(await connection.execute(EXPECTATION_SQL["prune_unmatched"], completed_before, limit))
+    deleted += row_count(await connection.execute(SQL["prune_rejections"], rejected_before, limit))
     deleted += await events.prune_plain(connection, rejected_before, limit)
     return deleted + await journal.prune(connection, completed_before, rejected_before, limit)
-
-
-def _count(status: str) -> int:
-    """Return the number of rows in a command tag such as `DELETE 3`."""
-    return int(status.rpartition(" ")[2])

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from notify_server.events.payload import MAX_MISSING, MissingFile, MissingRow, missing_file, utc
+from notify_server.events.payload import MAX_MISSING, Ending, MissingFile, MissingRow, missing_file, utc
 from notify_server.model import Verdict
+from notify_server.store.ends import FileRow, judge
 from notify_server.store.outbox import DeliveryState
 from notify_server.store.sql import load_with_macros
 
@@ -181,6 +182,10 @@ class OutboxRecords:
         """Return what is known of the batch with this id."""
         found = await self._list(list[tuple[Any, ...]], "gate_of", id=batch)
         return await self._gate(found[0]) if found else None
+
+    async def ending(self, batch: int, until: int, now: int) -> list[Ending]:
+        """Return the files of the batch that end after `now` and by `until`, the first to end first."""
+        return judge(await self._list(list[FileRow], "ending", id=batch, now=now), until, now).ending
 
     async def _gate(self, row: tuple[Any, ...]) -> BatchGate:
         id, batch_id, api_code, verdict, revision, files, available, unavailable, blocked, *rest = row

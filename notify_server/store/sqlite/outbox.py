@@ -12,6 +12,7 @@ from notify_server.events.payload import (
     MAX_MISSING,
     SUPERSEDING,
     BatchRow,
+    Ending,
     EventType,
     MissingRow,
     PingData,
@@ -36,6 +37,7 @@ from notify_server.store.outbox import (
 )
 from notify_server.store.outbox_health import after_results
 from notify_server.store.sql import load_queries
+from notify_server.store.sqlite.ends import any_near, write_expiring
 from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.sqlite.expecting import judge_batches
 from notify_server.store.sqlite.writer import Writer
@@ -97,22 +99,6 @@ class SqliteOutbox:
         """Note that an attempt at a file of these batches failed."""
         if batches:
             connection.execute(SQL["retrying"], (_json(list(batches)),))
-
-    @staticmethod
-    def prune_batch(connection: sqlite3.Connection, batch: int) -> int:
-        """Delete the events of a batch with their deliveries, and its expectations; return how many rows."""
-        names = ("prune_attempts_of", "prune_forwards_of", "prune_events_of")
-        expectations = connection.execute(EXPECTATION_SQL["prune_of"], (batch,)).rowcount
-        return expectations + sum(connection.execute(SQL[name], (batch,)).rowcount for name in names)
-
-    @staticmethod
-    def prune_plain(connection: sqlite3.Connection, before: int, limit: int) -> int:
-        """Delete events of no batch; return how many rows."""
-        ids = _json([id for (id,) in connection.execute(SQL["prune_plain"], (before, limit)).fetchall()])
-        if ids == "[]":
-            return 0
-        names = ("prune_plain_attempts", "prune_plain_forwards", "prune_plain_events")
-        return sum(connection.execute(SQL[name], (ids,)).rowcount for name in names)
 
     def _url(self, batch: int) -> str | None:
         return None if self._public_url is None else f"{self._public_url}/ui/batches/{batch}"
@@ -278,6 +264,20 @@ class SqliteOutbox:
         )
         self.write_event(connection, NewEvent(event, row.api_code))
 
+    async def find_expiring(self, until: int, now: int) -> int:
+        def write(connection: sqlite3.Connection) -> int:
+            return write_expiring(
+                connection, until, now, lambda row, ending: self._expiring(connection, row, ending, now)
+            )
+
+        return await self._writer.transaction(write) if await self._writer.read(lambda c: any_near(c, until)) else 0
+
+    def _expiring(self, connection: sqlite3.Connection, row: BatchRow, ending: Sequence[Ending], now: int) -> None:
+        event = batch_event(
+            EventType.BATCH_EXPIRING, row, _missing(connection, row), now, url=self._url(row.id), ending=ending
+        )
+        self.write_event(connection, NewEvent(event, row.api_code))
+
     async def ping_endpoint(self, endpoint: str, now: int) -> int | None:
         if endpoint not in {each.name for each in self._subscriptions}:
             return None
@@ -344,6 +344,22 @@ class SqliteOutbox:
         return await self._writer.read(
             lambda connection: [row for (row,) in connection.execute(SQL["open_problems"], (endpoint,)).fetchall()]
         )
+
+
+def prune_batch(connection: sqlite3.Connection, batch: int) -> int:
+    """Delete the events of a batch with their deliveries, and its expectations; return how many rows."""
+    names = ("prune_attempts_of", "prune_forwards_of", "prune_events_of")
+    expectations = connection.execute(EXPECTATION_SQL["prune_of"], (batch,)).rowcount
+    return expectations + sum(connection.execute(SQL[name], (batch,)).rowcount for name in names)
+
+
+def prune_plain(connection: sqlite3.Connection, before: int, limit: int) -> int:
+    """Delete events of no batch; return how many rows."""
+    ids = _json([id for (id,) in connection.execute(SQL["prune_plain"], (before, limit)).fetchall()])
+    if ids == "[]":
+        return 0
+    names = ("prune_plain_attempts", "prune_plain_forwards", "prune_plain_events")
+    return sum(connection.execute(SQL[name], (ids,)).rowcount for name in names)
 
 
 def _json(value: object) -> str:

@@ -34,6 +34,7 @@ INSERT INTO forward (event, endpoint, batch, next_attempt_at) VALUES (?, ?, ?, ?
 -- name: had_problem
 SELECT 1 FROM forward
 WHERE batch = :batch AND endpoint = :endpoint
+    AND (SELECT type FROM event WHERE event.id = forward.event) <> 'batch.expiring'
     AND (state = 'delivered' OR state = 'pending' AND id IN (SELECT value FROM json_each(:sending)))
 LIMIT 1;
 
@@ -191,17 +192,19 @@ UPDATE forward
 SET state = 'pending', attempts = 0, next_attempt_at = ?, delivered_at = NULL
 WHERE id = ?;
 
--- Of each batch the newest delivered event, if it is a problem and the batch is not complete.
+-- Of each batch the newest delivered event, if it is a problem and the batch is not complete. That files end soon is a
+-- warning, which nothing ends.
 -- name: open_problems
 SELECT CAST(event.payload AS BLOB)
 FROM (
-    SELECT max(event) AS event FROM forward
-    WHERE endpoint = ? AND state = 'delivered' AND batch IS NOT NULL
-    GROUP BY batch
+    SELECT max(forward.event) AS event FROM forward
+    JOIN event ON event.id = forward.event AND event.type <> 'batch.expiring'
+    WHERE endpoint = ? AND state = 'delivered' AND forward.batch IS NOT NULL
+    GROUP BY forward.batch
 ) AS newest
 JOIN event ON event.id = newest.event
 JOIN batch ON batch.id = event.batch
-WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short', 'batch.expiring')
+WHERE event.type IN ('batch.incomplete', 'batch.at_risk', 'batch.late', 'batch.short')
     AND (
         batch.verdict <> 'complete'
         OR EXISTS (SELECT 1 FROM expectation WHERE expectation.batch = batch.id AND expectation.state = 'short')

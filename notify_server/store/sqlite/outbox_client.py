@@ -41,6 +41,10 @@ class SqliteOutboxClient:
         found: int = await self._call("find_at_risk", received_before, waits, now)
         return found
 
+    async def find_expiring(self, until: int, now: int) -> int:
+        found: int = await self._call("find_expiring", until, now)
+        return found
+
     async def ping_endpoint(self, endpoint: str, now: int) -> int | None:
         delivery: int | None = await self._call("ping_endpoint", endpoint, now)
         return delivery

@@ -78,7 +78,7 @@ CROSS JOIN batch ON batch.batch_id = wanted.batch_id AND batch.api_code = wanted
 -- name: batch_expanded
 WITH merged (
     id, pending, available, unavailable, blocked, upload_failed, expanding, last, received_at, reopens, notification,
-    probed_again_at
+    probed_again_at, ends_at
 ) AS (VALUES :rows)
 UPDATE batch
 SET files = files + merged.pending + merged.available + merged.unavailable + merged.blocked + merged.upload_failed,
@@ -91,6 +91,7 @@ SET files = files + merged.pending + merged.available + merged.unavailable + mer
     deliveries = deliveries + merged.last,
     last_notification = merged.notification,
     probed_again_at = merged.probed_again_at,
+    ends_at = coalesce(min(batch.ends_at, merged.ends_at), batch.ends_at, merged.ends_at),
     first_received_at = min(first_received_at, merged.received_at),
     last_received_at = max(last_received_at, merged.received_at),
     completed_at = CASE WHEN merged.reopens THEN NULL ELSE completed_at END,

@@ -26,9 +26,10 @@ from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_R
 from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
 from notify_server.store.sql import expand_rows, load_queries
 from notify_server.store.sqlite import journal
+from notify_server.store.sqlite.ends import note_deletions
 from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.sqlite.expecting import match_batches
-from notify_server.store.sqlite.outbox import SqliteOutbox
+from notify_server.store.sqlite.outbox import SqliteOutbox, prune_batch, prune_plain
 
 T = TypeVar("T")
 
@@ -217,6 +218,7 @@ def write_results(
     files = msgspec.json.encode([result.file.id for result in results]).decode()
     connection.execute(SQL["attempts_trim"], {"files": files, "others": MAX_ATTEMPT_ROWS - 1})
 
+    note_deletions(connection, results)
     settled = settled_by_batch(results)
     for chunk_of_batches in _chunks(by_batch(settled)):
         _insert(connection, "record_batches", chunk_of_batches)
@@ -256,7 +258,7 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
         connection.execute(SQL["prune_counted"], (len(files), *(gone[state] for state in _SETTLED), batch))
         deleted += rows
         if connection.execute(SQL["prune_batch"], (batch,)).rowcount:
-            deleted += 1 + SqliteOutbox.prune_batch(connection, batch)
+            deleted += 1 + prune_batch(connection, batch)
         if deleted >= limit:
             break
     parameters = {"before": completed_before, "limit": limit}
@@ -264,7 +266,7 @@ def prune(connection: sqlite3.Connection, completed_before: int, rejected_before
     deleted += connection.execute(EXPECTATION_SQL["prune_unmatched"], (completed_before, limit)).rowcount
     parameters = {"before": rejected_before, "limit": limit}
     deleted += connection.execute(SQL["prune_rejections"], parameters).rowcount
-    deleted += SqliteOutbox.prune_plain(connection, rejected_before, limit)
+    deleted += prune_plain(connection, rejected_before, limit)
     return deleted + journal.prune(connection, completed_before, rejected_before, limit)
 
 

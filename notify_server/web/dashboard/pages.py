@@ -14,7 +14,9 @@ from yarl import URL
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
 from notify_server.contract.object_key import decode_object_key
+from notify_server.events.payload import utc
 from notify_server.model import CircuitState, FileState, Verdict
+from notify_server.store.ends import end_of
 from notify_server.store.outbox import DeliveryState
 from notify_server.store.reading.types import BatchItem, FailureGroup, FileDetail, FileItem, Found, Totals
 from notify_server.web.api.endpoints import NO_SUCH_ID
@@ -38,6 +40,8 @@ MAX_PICTURES = 60
 MAX_REPORTED = 20
 # Causes that a batch at risk is explained with.
 MAX_CAUSES = 4
+# Files that end soon, on the page of their batch.
+MAX_ENDING_SHOWN = 5
 # Refresh interval of pages that show something unsettled.
 REFRESH_SECONDS = 3
 
@@ -116,6 +120,7 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
     files = existing(await dashboard.api.batch_files(id, query))
     reported = await _reported(dashboard, request, batch)
     gate, sent = await dashboard.api.forward.of_batch(id)
+    ending = await dashboard.api.forward.ending(id, dashboard.expiring_before)
     submissions = await dashboard.api.submissions.of_batch(id)
     waiting = any(each.state is DeliveryState.PENDING for each in sent)
     return dashboard.render(
@@ -134,6 +139,8 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         causes=Counter((each.reason, each.state) for each in gate.missing if each.reason).most_common(MAX_CAUSES)
         if gate is not None and gate.provisional
         else [],
+        ending=[(each.oss_object_name, each.what, utc(each.at)) for each in ending[:MAX_ENDING_SHOWN]],
+        ending_total=len(ending),
         submissions=submissions,
         sent=sent,
         latest={each.endpoint: each for each in sent},
@@ -164,11 +171,21 @@ async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
         report=text_for_platform(texts_for(request), [file])
         if file.state in (FileState.UNAVAILABLE, FileState.UPLOAD_FAILED)
         else None,
+        ending=_ending(file, dashboard.now(), dashboard.expiring_before),
         slowest=max((attempt.total_ms for attempt in file.requests), default=0.0),
         due=file.next_attempt_at is not None and file.next_attempt_at.timestamp() * 1000 <= dashboard.now(),
         rechecking=rechecking,
         refresh=REFRESH_SECONDS if waiting else 0,
     )
+
+
+def _ending(file: FileDetail, now: int, seconds: float) -> tuple[str, datetime | None] | None:
+    """Return what of a file that is pending or available ends within so many seconds, and when."""
+    if file.state not in (FileState.PENDING, FileState.AVAILABLE) or not seconds:
+        return None
+    expires_at = None if file.expires_at is None else round(file.expires_at.timestamp() * 1000)
+    end = end_of(file.oss_object_name, expires_at, file.flags or (), now)
+    return (end.what, utc(end.at)) if end is not None and end.at <= now + seconds * 1000 else None
 
 
 async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
