@@ -97,17 +97,25 @@ class AcknowledgedCount(Struct, frozen=True):
 
 
 class Prune(Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of a prune: batches completed and rejections received before a time; by default those of [retention]."""
+    """Bounds of a prune: batches completed and rejections received before a time; by default those of [retention].
+    With `dry_run` the rows are only counted.
+    """
 
     completed_before: Time | None = None
     rejections_before: Time | None = None
+    dry_run: bool = False
 
 
 class Pruned(Struct, frozen=True):
-    """The number of deleted rows. `more` is true when some are left."""
+    """The number of deleted rows. `more` is true when some are left. With `dry_run` no row is deleted, and `batches`,
+    `files` and `rejections` are the numbers to be deleted.
+    """
 
     rows: int
     more: bool = False
+    batches: int | None = None
+    files: int | None = None
+    rejections: int | None = None
 
 
 class Replayed(Struct, frozen=True):
@@ -247,6 +255,9 @@ class Actions:
             rejections = self._now() - round(self._retention.rejections * 1000)
         else:
             completed, rejections = to_ms(wanted.completed_before) or 0, to_ms(wanted.rejections_before) or 0
+        if wanted.dry_run:
+            found = await self._records.prunable(completed, rejections)
+            return Pruned(0, batches=found.batches, files=found.files, rejections=found.rejections)
         rows, deadline, more = 0, time.monotonic() + ACTION_SECONDS, False
         while not more and (deleted := await self._store.prune(completed, rejections, ACTION_ROWS)):
             rows += deleted

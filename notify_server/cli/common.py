@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from notify_server.errors import NotifyServerError
 
@@ -13,15 +14,28 @@ if TYPE_CHECKING:
     import ssl
 
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from notify_server.config import Config
 
 T = TypeVar("T")
 
+# Set by `notify-server --verbose`.
+VERBOSE: ContextVar[bool] = ContextVar("verbose", default=False)
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 # Wide enough for a row to be one line if there is no terminal to fit into.
 PIPE_WIDTH = 200
+
+
+class Column(NamedTuple):
+    """A column of a table, and its rank among those that a narrow terminal leaves out: None is always shown."""
+
+    heading: str
+    rank: int | None = None
+    right: bool = False
 
 
 class UsageError(NotifyServerError):
@@ -54,6 +68,46 @@ def output() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=False, highlight=False)
+
+
+def new_table(**options: Any) -> Table:
+    """Return a table without lines, which reads the same on a terminal, in a pipe, and pasted into a message."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", **options)
+
+
+def print_fitted(columns: Sequence[Column], rows: Sequence[Sequence[Text]], caption: str | None) -> None:
+    """Print rows with every cell whole and on one line. Where the terminal is too narrow, leave out columns, those of
+    the lowest rank first, but none of rank None.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    console = output()
+    widths = [
+        max(cell_len(text) for text in (column.heading, *(row[index].plain for row in rows)))
+        for index, column in enumerate(columns)
+    ]
+    kept = list(range(len(columns)))
+    droppable = sorted((column.rank, index) for index, column in enumerate(columns) if column.rank is not None)
+    for _, index in droppable:
+        if sum(widths[each] + 2 for each in kept) - 2 <= console.width:
+            break
+        kept.remove(index)
+    table = new_table(caption=caption, caption_justify="left")
+    for each in kept:
+        table.add_column(columns[each].heading, justify="right" if columns[each].right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[each] for each in kept))
+    # A line wider than the terminal is wrapped by it, and copied whole.
+    needed = sum(widths[each] + 2 for each in kept)
+    Console(width=max(console.width, needed), soft_wrap=True, highlight=False).print(table)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun: 1 file, 2 files."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -13,10 +13,9 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
-from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, output, read_config, until_signal
+from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, new_table, output, read_config, until_signal
 from notify_server.config import LogConfig
 from notify_server.config.values import store_url
 from notify_server.errors import NotifyServerError, StoreUnavailableError
@@ -154,7 +153,7 @@ class _Lines:
 
 
 def _show(report: Report) -> None:
-    table = Table()
+    table = new_table()
     table.add_column("table")
     for heading in ("rows", "in the copy"):
         table.add_column(heading, justify="right")

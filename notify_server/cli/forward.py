@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 
-from rich.table import Table
 from rich.text import Text
 
 from notify_server.cli.acting import confirm
-from notify_server.cli.common import EXIT_FAILED, output, printable
+from notify_server.cli.common import EXIT_FAILED, new_table, output, printable
 from notify_server.cli.listing import local, moment, print_json
 from notify_server.cli.source import Remote, Source, SourceError
 from notify_server.forward.service import (
@@ -43,7 +42,7 @@ async def list_endpoints(source: Source, *, as_json: bool) -> int:
         for item in items:
             print_json(item)
     else:
-        table = Table()
+        table = new_table()
         for heading in ("name", "kind", "target", "state", "pending", "last success", "why"):
             table.add_column(heading, overflow="fold", justify="right" if heading == "pending" else "left")
         for item in items:

@@ -13,7 +13,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from notify_server.cli.common import EXIT_FAILED, UsageError, output, printable
+from notify_server.cli.common import EXIT_FAILED, Column, UsageError, new_table, output, print_fitted, printable
 from notify_server.cli.source import Remote, Source, SourceError
 from notify_server.config.values import duration
 from notify_server.model import FileState, Verdict
@@ -23,6 +23,8 @@ from notify_server.store.reading.types import BatchDetail, BatchFilter, BatchIte
 T = TypeVar("T")
 Item = TypeVar("Item")
 PAGE = 500
+# Batches that are looked at to find the one that is named.
+MAX_NAMED = 10
 STATE_STYLES = {
     FileState.PENDING: "yellow",
     FileState.AVAILABLE: "green",
@@ -97,41 +99,86 @@ async def batches(
         for batch in found:
             print_json(batch)
         return 0
-    table = Table(caption=f"the latest {limit:,}: --limit shows more" if more else None, caption_justify="left")
-    table.add_column("batch_id", overflow="fold")
-    table.add_column("api_code", overflow="fold")
-    for heading in ("verdict", "files", "available", "pending", "missing", "received"):
-        table.add_column(heading, justify="left" if heading in ("verdict", "received") else "right", no_wrap=True)
-    for batch in found:
-        missing = batch.unavailable + batch.blocked + batch.upload_failed
-        table.add_row(
+    columns = (
+        Column("batch_id"),
+        Column("verdict"),
+        Column("missing", 7, right=True),
+        Column("id", 6, right=True),
+        Column(f"received ({datetime.now().astimezone():%Z})", 5),
+        Column("files", 4, right=True),
+        Column("available", 3, right=True),
+        Column("pending", 2, right=True),
+        Column("api_code", 1),
+    )
+    rows = [
+        (
             Text(printable(batch.batch_id)),
-            Text(printable(batch.api_code)),
             Text(batch.verdict, VERDICT_STYLES[batch.verdict]),
-            f"{batch.files:,}",
-            f"{batch.available:,}",
-            f"{batch.pending:,}" if batch.pending else "",
-            Text(f"{missing:,}", "red") if missing else "",
-            local(batch.first_received_at),
+            Text(f"{missing:,}" if missing else "", "red"),
+            Text(str(batch.id)),
+            Text(f"{batch.first_received_at.astimezone():%Y-%m-%d %H:%M}"),
+            Text(f"{batch.files:,}"),
+            Text(f"{batch.available:,}"),
+            Text(f"{batch.pending:,}" if batch.pending else ""),
+            Text(printable(batch.api_code)),
         )
-    output().print(table)
+        for batch in found
+        for missing in [batch.unavailable + batch.blocked + batch.upload_failed]
+    ]
+    print_fitted(columns, rows, f"the latest {limit:,}: --limit shows more" if more else None)
     return 0
 
 
-async def find_batch(source: Source, batch_id: str, api_code: str | None) -> BatchItem:
-    """Return the batch of this batch_id. Raises SourceError when there is none, UsageError when there are several."""
-    page = await source.records.batches(BatchFilter(batch_id=batch_id, api_code=api_code), None, 10)
-    if not page.items:
-        raise SourceError(f'there is no batch "{printable(batch_id)}": `notify-server batches` lists them')
-    if len(page.items) > 1:
-        codes = ", ".join(printable(batch.api_code) for batch in page.items)
+async def find_batch(source: Source, named: str, api_code: str | None) -> BatchItem:
+    """Return the batch of this batch_id; else of this row id; else of the batch_id that begins so. Raises SourceError
+    when there is none, UsageError when there are several.
+    """
+    page = await source.records.batches(BatchFilter(batch_id=named, api_code=api_code), None, MAX_NAMED)
+    found: list[BatchItem] = page.items
+    if not found and named.isascii() and named.isdecimal() and (batch := await source.records.batch(int(named))):
+        found = [batch]
+    if not found:
+        beginning = (await source.records.search(named, MAX_NAMED)).batches
+        found = [batch for batch in beginning if batch.batch_id.startswith(named)]
+    found = [batch for batch in found if api_code in (None, batch.api_code)]
+    if not found:
+        raise SourceError(f'there is no batch "{printable(named)}": `notify-server batches` lists them')
+    if len(found) > 1 and len({batch.batch_id for batch in found}) == 1:
+        codes = ", ".join(printable(batch.api_code) for batch in found)
         raise UsageError(f"there are several with this batch_id: name one of {codes} with --api-code")
-    return page.items[0]
+    if len(found) > 1:
+        ids = ", ".join(printable(batch.batch_id) for batch in found[:3]) + (", …" if len(found) > 3 else "")
+        raise UsageError(f'several batch_ids begin with "{printable(named)}": {ids}: name one of them')
+    return found[0]
+
+
+async def find_file(source: Source, named: str, batch: int | None) -> int:
+    """Return the row id of the file: `named` is that id, or its key, or with a batch the beginning of its key. Raises
+    SourceError when there is none, UsageError when there are several.
+    """
+    if named.isascii() and named.isdecimal() and await source.records.file(int(named)) is not None:
+        return int(named)
+    if batch is None:
+        found = [
+            file for file in (await source.records.search(named, MAX_NAMED)).files if file.oss_object_name == named
+        ]
+    else:
+        found = []
+        async for files in _pages(lambda cursor: source.records.files(FileFilter(batch=batch), cursor, PAGE)):
+            if whole := [file for file in files if file.oss_object_name == named]:
+                return whole[0].id
+            found += [file for file in files if file.oss_object_name.startswith(named)]
+    if not found:
+        raise SourceError(f'there is no file "{printable(named)}": `notify-server show BATCH` lists those of a batch')
+    if len(found) > 1:
+        ids = ", ".join(str(file.id) for file in found[:5]) + (", …" if len(found) > 5 else "")
+        raise UsageError(f'several files are called "{printable(named)}": name one by its row id: {ids}')
+    return found[0].id
 
 
 async def show(
     source: Source,
-    batch_id: str,
+    named: str,
     api_code: str | None,
     state: FileState | None,
     limit: int,
@@ -140,7 +187,7 @@ async def show(
     as_json: bool,
 ) -> int:
     """Show a batch and its files: by default those that are not available. Returns 1 when it is incomplete."""
-    item = await find_batch(source, batch_id, api_code)
+    item = await find_batch(source, named, api_code)
     batch = await source.records.batch(item.id)
     if batch is None:
         raise SourceError("the batch has just been deleted")
@@ -178,6 +225,7 @@ def _batch_head(batch: BatchDetail) -> Table:
     for name, value in (
         ("batch", Text(printable(batch.batch_id))),
         ("api_code", Text(printable(batch.api_code))),
+        ("id", Text(str(batch.id))),
         ("verdict", Text(batch.verdict, VERDICT_STYLES[batch.verdict])),
         (f"{batch.files:,} files", summary),
         ("received", Text(f"{local(batch.first_received_at)}, deliveries: {batch.deliveries:,}")),
@@ -189,7 +237,7 @@ def _batch_head(batch: BatchDetail) -> Table:
 
 
 def _files_table(files: Sequence[FileItem], caption: str | None) -> Table:
-    table = Table(caption=caption, caption_justify="left")
+    table = new_table(caption=caption, caption_justify="left")
     for heading in ("id", "state", "reason", "tries"):
         table.add_column(heading, justify="right" if heading in ("id", "tries") else "left", no_wrap=True)
     table.add_column("oss_object_name", overflow="fold", ratio=2)
@@ -215,7 +263,7 @@ async def rejections(source: Source, limit: int, *, as_json: bool) -> int:
         for rejection in found:
             print_json(rejection)
         return 0
-    table = Table(caption=f"the latest {limit:,}: --limit shows more" if more else None, caption_justify="left")
+    table = new_table(caption=f"the latest {limit:,}: --limit shows more" if more else None, caption_justify="left")
     for heading in ("id", "received", "from", "code", "bytes"):
         table.add_column(heading, justify="right" if heading in ("id", "bytes") else "left", no_wrap=True)
     table.add_column("detail", overflow="fold")

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
+from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
 from notify_server.cli.commands import configuration, forward, installation, record, simulation, submissions
-from notify_server.cli.common import EXIT_USAGE
+from notify_server.cli.common import EXIT_USAGE, VERBOSE
 from notify_server.cli.options import ClickUsageError, ConfigOption
+
+# The words of typer for a number that is none, or out of bounds.
+PLAIN_NUMBERS = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+}
 
 app = typer.Typer(
     name="notify-server",
@@ -20,6 +30,8 @@ app = typer.Typer(
     no_args_is_help=False,
     add_completion=True,
     pretty_exceptions_enable=False,
+    # Rich would read [brackets] in a help text as markup.
+    rich_markup_mode=None,
 )
 
 
@@ -36,8 +48,10 @@ def default(
     show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show which record a command uses.")] = False,
 ) -> None:
     """Without a command, serve."""
+    VERBOSE.set(verbose)
     context.obj = config
     if context.invoked_subcommand is None:
         serve(config)
@@ -105,4 +119,10 @@ def _usage_problem(error: Any) -> str:
     near = getattr(error, "possibilities", None)
     if near:
         return f"{error.message}. Did you mean {near[0]}?"
-    return " ".join(str(error.format_message()).split())
+    text = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
+    for wording, plain in PLAIN_NUMBERS.items():
+        text = text.replace(wording, plain)
+    if (choice := re.search(r"'([^']*)' is not one of (.*)\.$", text)) is None:
+        return text
+    meant = get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), 1)
+    return f"{text} Did you mean {meant[0]}?" if meant else text

@@ -9,14 +9,25 @@ from pathlib import Path
 
 import structlog
 
-from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, UsageError, read_config, until_signal
-from notify_server.cli.source import Source, reading
+from notify_server.cli.common import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    VERBOSE,
+    UsageError,
+    config_file,
+    read_config,
+    until_signal,
+)
+from notify_server.cli.servers import running_servers
+from notify_server.cli.source import NoRecordError, Source, reading
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError
 
+MAX_SERVERS = 3
+
 
 def run(config_path: Path | None, url: str | None, work: Callable[[Config, Source], Awaitable[int]]) -> None:
-    """Run `work` on the record, print on standard error which one that is, and exit with the result."""
+    """Run `work` on the record and exit with the result. With --verbose, print which record it is."""
     config = read_config(config_path)
     # Informational messages of the store are for daemons; warnings and errors are shown.
     structlog.configure(
@@ -26,7 +37,10 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
 
     async def do() -> int:
         async with reading(config, url) as source:
-            print(f"reading {source.name}", file=sys.stderr)
+            if VERBOSE.get():
+                print(f"using {source.name}", file=sys.stderr)
+            if not source.served:
+                _name_other_servers(config_path, url)
             return await work(config, source)
 
     stopped_by: list[int] = []
@@ -43,5 +57,14 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
         code = EXIT_USAGE
     except (NotifyServerError, OSError) as error:
         print(f"notify_server: {error}", file=sys.stderr)
+        if isinstance(error, NoRecordError):
+            _name_other_servers(config_path, url)
         code = EXIT_FAILED
     raise SystemExit(code)
+
+
+def _name_other_servers(config_path: Path | None, url: str | None) -> None:
+    """Without a configuration that was named or is here, the record is perhaps not the one that was meant."""
+    if config_file(config_path) is None and url is None:
+        for server in running_servers()[:MAX_SERVERS]:
+            print(f"note: {server.advice}", file=sys.stderr)

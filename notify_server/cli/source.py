@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from notify_server.action_log import CALLER, COMMAND_AGENT
-from notify_server.cli.common import trust_only
+from notify_server.cli.common import UsageError, trust_only
 from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
@@ -36,6 +36,7 @@ from notify_server.store.reading.types import (
     FileDetail,
     FileFilter,
     FileItem,
+    Found,
     Page,
     RejectionDetail,
     RejectionItem,
@@ -63,6 +64,10 @@ class SourceError(NotifyServerError):
     """The record or a part of it is not available; the text says why, and what to do."""
 
 
+class NoRecordError(SourceError):
+    """There is no record where the configuration says."""
+
+
 def user_name() -> str:
     """Return the user who runs this command, for the log of actions."""
     try:
@@ -81,6 +86,8 @@ class Readable(Protocol):
     async def batches(self, wanted: BatchFilter, cursor: str | None, limit: int) -> Page[BatchItem]: ...
 
     async def batch(self, id: int) -> BatchDetail | None: ...
+
+    async def search(self, text: str, limit: int) -> Found: ...
 
     async def files(self, wanted: FileFilter, cursor: str | None, limit: int) -> Page[FileItem]: ...
 
@@ -164,8 +171,10 @@ class Remote:
                 yield response
         except aiohttp.ClientPayloadError as error:
             raise SourceError(f"{self.url}: the answer broke off and is incomplete") from error
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise UsageError("--url: must start with http:// or https://, like http://127.0.0.1:8080") from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
-            raise SourceError(f"{self.url}: no daemon answers there ({error or type(error).__name__})") from error
+            raise SourceError(f"{self.url}: the server does not respond ({error or type(error).__name__})") from error
 
     def _check(self, status: int, answer: bytes) -> None:
         """Raise SourceError with the daemon's message unless the call succeeded."""
@@ -245,6 +254,10 @@ class Remote:
     async def file(self, id: int) -> FileDetail | None:
         return await self.ask(FileDetail, "GET", f"files/{id}")
 
+    async def search(self, text: str, limit: int) -> Found:
+        found = await self._have(Found, "search", q=text)
+        return Found(found.batches[:limit], found.files[:limit])
+
     async def failures(self, limit: int) -> list[FailureGroup]:
         return (await self._have(Page[FailureGroup], "failures")).items[:limit]
 
@@ -310,18 +323,22 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
         if url is not None:
             remote = Remote(url, await _token(config, is_ours=_is_here(url)))
             stack.push_async_callback(remote.close)
-            yield Source(f"the daemon at {remote.url}", remote, remote, served=True)
+            yield Source(f"the server at {remote.url}", remote, remote, served=True)
             return
         if config.store.is_postgres:
             yield await _on_postgres(config, stack)
             return
         path = config.store.path
         running = holder(path)
+        if not path.exists():
+            raise NoRecordError(
+                f"no database at {path}: run this where the server runs, or use --config FILE or --url http://HOST:8080"
+            )
         await check_record(path, running)
         records = SqliteRecords(path)
         stack.push_async_callback(records.close)
         if running is None:
-            yield Source(f"{path}, no daemon has it open", records, None, served=False)
+            yield Source(f"{path} (no server running)", records, None, served=False)
             return
         certificate = config.server.ssl_certificate
         daemon = Remote(
@@ -330,7 +347,7 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
             trust_only(certificate) if certificate else None,
         )
         stack.push_async_callback(daemon.close)
-        yield Source(f"{path}, which process {running} has", records, daemon, served=True)
+        yield Source(f"{path} (server running, pid {running})", records, daemon, served=True)
 
 
 async def _token(config: Config, *, is_ours: bool) -> str | None:
@@ -358,9 +375,9 @@ async def _on_postgres(config: Config, stack: contextlib.AsyncExitStack) -> Sour
     stack.push_async_callback(desk.close)
     records = await PostgresRecords.open(config.store.url)
     stack.push_async_callback(records.close)
-    servers = f"which {', '.join(desk.servers)} {'has' if len(desk.servers) == 1 else 'share'}"
+    servers = f"servers running: {', '.join(desk.servers)}" if desk.servers else "no server running"
     return Source(
-        f"{config.store.place}, {servers if desk.servers else 'no daemon has it open'}",
+        f"{config.store.place} ({servers})",
         records,
         None,
         served=bool(desk.servers),

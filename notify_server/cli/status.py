@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from notify_server.cli.common import output, printable
+from notify_server.cli.common import new_table, output, printable
 from notify_server.cli.source import Source, SourceError
 from notify_server.model import CircuitState, FileState
 from notify_server.store.reading.types import Totals
@@ -77,13 +77,13 @@ def _screen(source: Source, look: Look) -> RenderableType:
         if nodes.callbacks != 1 or nodes.probes != 1:
             here = " and ".join(look.status.roles)
             parts.append(Text(f"servers: {nodes.callbacks} take callbacks, {nodes.probes} probe; this one: {here}"))
-    counts = Table(title="the record", title_justify="left")
+    counts = new_table(title="totals", title_justify="left")
     counts.add_column("")
     for heading in ("all", "pending", "complete", "incomplete"):
         counts.add_column(heading, justify="right")
     numbers = (totals.batches, totals.batches_pending, totals.batches_complete, totals.batches_incomplete)
     counts.add_row("batches", *(f"{number:,}" for number in numbers))
-    files = Table()
+    files = new_table()
     for heading in ("files", *FileState):
         files.add_column(heading, justify="right")
     files.add_row(f"{totals.files:,}", *(f"{getattr(totals, state.value):,}" for state in FileState))
@@ -93,12 +93,12 @@ def _screen(source: Source, look: Look) -> RenderableType:
     if totals.oldest_pending_at is not None:
         parts.append(Text(f"the oldest batch without a verdict was received {local(totals.oldest_pending_at)}"))
     if totals.rejections:
-        parts.append(Text(f"{totals.rejections:,} refused bodies are kept: `notify-server rejections`"))
+        parts.append(Text(f"{totals.rejections:,} rejected notifications are kept: `notify-server rejections`"))
     return Group(*parts)
 
 
 def _now(sample: Sample | None) -> Table:
-    table = Table(title="the last second", title_justify="left")
+    table = new_table(title="the last second", title_justify="left")
     for heading in ("acks", "ack p99 ms", "refused", "requests", "failed", "probe p99 ms", "backlog", "in flight"):
         table.add_column(heading, justify="right")
     if sample is not None:
@@ -112,7 +112,7 @@ def _now(sample: Sample | None) -> Table:
 
 def _hosts_table(hosts: Sequence[Host]) -> Table:
     more = len(hosts) - MAX_HOSTS_SHOWN
-    table = Table(
+    table = new_table(
         title="hosts", title_justify="left", caption=f"and {more:,} more" if more > 0 else None, caption_justify="left"
     )
     table.add_column("host", overflow="fold")

@@ -16,10 +16,9 @@ from typing import Any, BinaryIO, Literal, cast
 
 import msgspec
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from notify_server.cli.common import EXIT_FAILED, UsageError, output, printable
+from notify_server.cli.common import EXIT_FAILED, UsageError, new_table, output, printable
 from notify_server.cli.listing import milliseconds, print_json
 from notify_server.cli.source import Remote, Source, SourceError
 from notify_server.store.export import safe_cell
@@ -127,7 +126,7 @@ def _write(results: Iterator[Reconciled], shape: Format) -> Counter[Result]:
     columns = Reconciled.__struct_fields__
     if shape == "csv":
         print(",".join(columns), end="\r\n")
-    table = Table()
+    table = new_table()
     for column in columns:
         numbers = column in ("line", "files", "listed", "available")
         table.add_column(column, overflow="fold", justify="right" if numbers else "left")

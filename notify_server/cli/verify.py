@@ -25,7 +25,7 @@ from rich.text import Text
 
 from notify_server.cli.address_queue import AddressQueue, Outcome
 from notify_server.cli.addresses import AddressFile, Entry, InputError
-from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, output, printable, read_config, until_signal
+from notify_server.cli.common import EXIT_FAILED, EXIT_USAGE, new_table, output, printable, read_config, until_signal
 from notify_server.clock import unix_ms
 from notify_server.config import Config, LogConfig
 from notify_server.errors import NotifyServerError
@@ -129,7 +129,7 @@ class Report:
         print(self._summary(entered, stopped), file=sys.stdout if self._table else sys.stderr)
 
     def _rows(self) -> Table:
-        table = Table(title="Not available", title_justify="left")
+        table = new_table(title="Not available", title_justify="left")
         for heading in ("state", "reason"):
             table.add_column(heading, no_wrap=True)
         table.add_column("address", overflow="fold")

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
@@ -52,7 +53,9 @@ def receivers_named(names: str) -> list[Behaviour]:
     """Return the behaviours of these names, with commas between them. Raises ValueError."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in BEHAVIOURS]:
-        raise ValueError(f"--receivers: {unknown[0]} is unknown: there are {', '.join(BEHAVIOURS)}")
+        near = get_close_matches(unknown[0], BEHAVIOURS, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(BEHAVIOURS)}"
+        raise ValueError(f"--receivers: {unknown[0]} is not a receiver, {remedy}")
     return [BEHAVIOURS[name] for name in dict.fromkeys(wanted)]
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import struct
@@ -31,7 +32,7 @@ from notify_server.cli.listing import moment
 from notify_server.store.reading.types import BatchDetail, BatchItem, FileItem, RejectionItem, Totals
 from notify_server.store.sql import load_migrations
 from notify_server.web.api.types import Host, Status
-from tests.support.cli import running
+from tests.support.cli import on_terminal, running
 from tests.support.daemon import Daemon, Finished, clean_environment, run_command
 from tests.support.notification import batch_body, failed, finished
 from tests.support.origin import Answer, Origin
@@ -87,7 +88,7 @@ async def fill(daemon: Daemon, origin: Origin) -> None:
 
 
 async def command(daemon: Daemon, *arguments: str) -> Finished:
-    return await run_command(*arguments, cwd=daemon.folder)
+    return await run_command("--verbose", *arguments, cwd=daemon.folder)
 
 
 def lines(end: Finished, kind: type[Any]) -> list[Any]:
@@ -112,12 +113,12 @@ async def test_the_record_is_shown_the_same_from_the_file_and_over_the_api(tmp_p
         for arguments in asked:
             file, remote = await asyncio.gather(
                 command(daemon, *arguments),
-                run_command(*arguments, "--url", url, cwd=tmp_path / "..", environ=environ),
+                run_command("--verbose", *arguments, "--url", url, cwd=tmp_path / "..", environ=environ),
             )
             assert (file.code, file.stdout) == (remote.code, remote.stdout), arguments
             assert file.stdout
-            assert file.stderr == f"reading {daemon.database}, which process {daemon.pid} has\n"
-            assert remote.stderr == f"reading the daemon at {url}\n"
+            assert file.stderr == f"using {daemon.database} (server running, pid {daemon.pid})\n"
+            assert remote.stderr == f"using the server at {url}\n"
 
 
 async def test_what_is_printed_as_json_is_what_the_types_say(tmp_path: Path, origin: Origin) -> None:
@@ -160,7 +161,7 @@ async def test_tables_are_for_people_and_harmless_to_terminals(tmp_path: Path, o
         assert "Every file is available." in good.stdout
         assert "api_code" in refused.stdout
         assert "the latest 1: --limit shows more" in batches.stdout
-        assert "refused bodies are kept" in status.stdout and "circuit" in status.stdout
+        assert "rejected notifications are kept" in status.stdout and "circuit" in status.stdout
         for end in (bad, good, refused, batches, status):
             assert "\x1b" not in end.stdout
 
@@ -174,12 +175,12 @@ async def test_a_slip_is_told_in_a_line(tmp_path: Path, origin: Origin) -> None:
             (["show", "both"], 2, "there are several with this batch_id: name one of two, one with --api-code"),
             (["batches", "--since", "soon"], 2, '"soon" is not a time: write 2026-11-23T08:00:00Z, 2026-11-23'),
             (["recheck"], 2, "name files with --file, --batch or --reason"),
-            (["recheck", "--file", "4711", "--yes"], 1, "there is no such file or batch"),
+            (["recheck", "--file", "4711", "--yes"], 1, 'there is no file "4711": `notify-server show BATCH` lists'),
             (["recheck", "--file", "1", "--reason", "http_410", "-y"], 1, "file: name it alone, without batch"),
-            (["recheck", "--reason", "http_410"], 2, "confirmation needs a terminal: add --yes"),
-            (["replay", "4711"], 1, "rejection 4711: is not there, it may have been replayed"),
+            (["recheck", "--reason", "http_410"], 2, "not a terminal: add --yes to confirm"),
+            (["replay", "4711"], 1, "rejection 4711: there is none; it may have been processed"),
             (["export", "-o", "/nowhere/x.csv"], 2, "/nowhere/x.csv: cannot be written (No such file or directory)"),
-            (["batches", "--url", nowhere], 1, f"notify_server: {nowhere}: no daemon answers there"),
+            (["batches", "--url", nowhere], 1, f"notify_server: {nowhere}: the server does not respond"),
             (["batches", "--url", origin.url("")], 1, f"{origin.url('')}: answers 200, and not as a notify_server"),
         ]
         for (arguments, code, said), end in zip(
@@ -194,8 +195,8 @@ async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tm
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
-        assert (dry.code, dry.stdout) == (0, "2 files would be checked again\n")
-        assert f"acting through the daemon at {daemon.callback.removesuffix('/notify')}" in dry.stderr
+        assert (dry.code, dry.stdout) == (0, "2 files would be rechecked (dry run)\n")
+        assert f"acting through the server at {daemon.callback.removesuffix('/notify')}" in dry.stderr
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--reason", "http_410", "--yes", "--json")
         assert (end.code, end.stdout) == (0, '{"files":1}\n')
@@ -203,7 +204,7 @@ async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tm
         assert daemon.files("bad")["gone"]["state"] == "available"
         (id,) = (row["id"] for name, row in daemon.files("bad").items() if name == "gone")
         end = await command(daemon, "recheck", "--file", str(id), "-y")
-        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
+        assert (end.code, end.stdout) == (0, "1 file queued for recheck\n")
         await daemon.verdict("bad", number=3)
 
 
@@ -215,9 +216,9 @@ async def test_what_is_asked_for_anew_on_the_file_is_asked_for_when_a_daemon_run
         assert await daemon.terminate() == 0
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
-        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again, as soon as a daemon runs\n")
+        assert (end.code, end.stdout) == (0, "1 file queued for recheck: the server checks it when it runs\n")
         assert end.stderr.splitlines() == [
-            f"reading {daemon.database}, no daemon has it open",
+            f"using {daemon.database} (no server running)",
             "acting through this command, on the file itself",
         ]
         assert daemon.files("bad")["gone"]["state"] == "pending"
@@ -244,11 +245,11 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(tmp_path: Path, 
         end = await command(daemon, "replay", *ids)
         assert end.code == 1
         assert [line.partition(",")[0] for line in end.stdout.splitlines()] == [
-            f"rejection {ids[0]}: taken as delivery 1", f"rejection {ids[1]}: taken as delivery 2"
+            f"rejection {ids[0]}: accepted as delivery 1", f"rejection {ids[1]}: accepted as delivery 2"
         ]  # fmt: skip
         assert "it is still refused: batch_id" in end.stderr.splitlines()[-1]
         again = await command(daemon, "replay", "--json", ids[0])
-        assert json.loads(again.stdout)["problem"] == "is not there, it may have been replayed"
+        assert json.loads(again.stdout)["problem"] == "there is none; it may have been processed"
         end = await command(daemon, "prune", "--rejections", "0s", "--yes")
         assert (end.code, end.stdout) == (0, "1 rows deleted\n")
         kept = await command(daemon, "prune", "--yes", "--json")
@@ -269,7 +270,7 @@ async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tm
             run_command("status", "--json", cwd=tmp_path, environ=wrong),
             run_command("batches", "--url", daemon.callback.removesuffix("/notify"), cwd=tmp_path / ".."),
         )
-        assert right.stdout == "2 files would be checked again\n"
+        assert right.stdout == "2 files would be rechecked (dry run)\n"
         assert (refused.code, refused.stdout) == (1, "")
         assert "this is not the admin_token: set NOTIFY_SERVER__AUTH__ADMIN_TOKEN to the server's" in refused.stderr
         # The file can be read all the same.
@@ -291,7 +292,7 @@ async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tm
         assert status.code == 0 and "the activity of the daemon is unknown" in status.stdout
         assert refused.code == 1
         assert "[server] port is 0: name the address from the daemon's log with --url" in refused.stderr
-        assert (named.code, named.stdout) == (0, "2 files are queued to be checked again\n")
+        assert (named.code, named.stdout) == (0, "2 files queued for recheck\n")
 
 
 async def test_the_daemon_s_own_certificate_is_trusted_and_no_other(tmp_path: Path, origin: Origin) -> None:
@@ -325,7 +326,10 @@ async def test_the_daemon_s_own_certificate_is_trusted_and_no_other(tmp_path: Pa
 async def test_where_there_is_no_record_it_is_said_and_none_is_made(tmp_path: Path, arguments: list[str]) -> None:
     end = await run_command(*arguments, cwd=tmp_path)
     assert (end.code, end.stdout) == (1, "")
-    assert end.stderr == ("notify_server: data/notify.db: there is no record: start the daemon, or name its database\n")
+    assert end.stderr.splitlines()[0] == (
+        "notify_server: no database at data/notify.db: run this where the server runs, "
+        "or use --config FILE or --url http://HOST:8080"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,13 +360,112 @@ async def test_a_record_of_another_version_is_refused_with_what_to_do(tmp_path: 
 async def test_who_has_read_enough_ends_an_export_quietly(tmp_path: Path) -> None:
     async with started(tmp_path) as daemon:
         await daemon.settle("large", [failed(f"{n:04}{'x' * 900}") for n in range(2000)])
-        async with running("export", cwd=tmp_path) as process:
+        async with running("--verbose", "export", cwd=tmp_path) as process:
             assert process.stdout is not None and process.stderr is not None
             assert (await process.stdout.readline()).startswith(b"id,batch,")
             process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
             said = await process.stderr.read()
             assert await process.wait() == 1
-            assert said == f"reading {daemon.database}, which process {daemon.pid} has\n".encode()
+            assert said == f"using {daemon.database} (server running, pid {daemon.pid})\n".encode()
+
+
+async def test_a_batch_is_named_by_its_id_a_unique_beginning_or_its_row(tmp_path: Path, origin: Origin) -> None:
+    ids = ["8ed951a4eb258fb770426b15b00bf05d.139.32350384699553898", "8ed9aa00.1", "1"]
+    async with started(tmp_path) as daemon:
+        for id in ids:
+            await daemon.settle(id, [finished(origin.url("/gone"), name=f"key/{id}"), failed(f"other/{id}")])
+        rows = {row["batch_id"]: row["id"] for row in daemon.sql("SELECT id, batch_id FROM batch")}
+        url = ["--url", daemon.callback.removesuffix("/notify")]
+        for named, meant in [
+            (ids[0], ids[0]),
+            ("8ed95", ids[0]),
+            ("8ed9aa", ids[1]),
+            ("1", "1"),
+            (str(rows[ids[1]]), ids[1]),
+        ]:
+            shown = await command(daemon, "show", named, "--json")
+            assert json.loads(shown.stdout)["batch"]["batch_id"] == meant, named
+        environ = clean_environment(NOTIFY_SERVER__AUTH__ADMIN_TOKEN=(tmp_path / "admin_token").read_text().strip())
+        remote, several, exported, by_key, by_beginning, terminal = await asyncio.gather(
+            run_command("show", "8ed95", "--json", *url, cwd=tmp_path, environ=environ),
+            command(daemon, "show", "8ed9"),
+            command(daemon, "export", "--batch", "8ed95"),
+            command(daemon, "recheck", "--file", f"key/{ids[0]}", "--dry-run"),
+            command(daemon, "recheck", "--batch", "8ed95", "--file", "key/", "--dry-run", "--json"),
+            on_terminal("batches", cwd=tmp_path, columns=80),
+        )
+        assert json.loads(remote.stdout)["batch"]["id"] == rows[ids[0]]
+        assert several.code == 2 and 'several batch_ids begin with "8ed9": ' in several.stderr
+        assert f"key/{ids[0]}" in exported.stdout and f"key/{ids[1]}" not in exported.stdout
+        assert by_key.stdout == "1 file would be rechecked (dry run)\n"
+        assert json.loads(by_beginning.stdout)["files"] == 1
+        # A terminal of 80 columns shows the ids whole, each on a line with its verdict.
+        code, screen = terminal
+        assert code == 0
+        for id in ids:
+            assert re.search(rf"^{re.escape(id)} +\S*incomplete", screen, re.MULTILINE), screen
+
+
+async def test_prune_counts_first_and_a_dry_run_changes_nothing(tmp_path: Path, origin: Origin) -> None:
+    async with started(tmp_path) as daemon:
+        await fill(daemon, origin)
+        files = daemon.value("SELECT sum(files) FROM batch")
+        everything = ("prune", "--completed", "0s", "--rejections", "0s")
+        dry = await command(daemon, *everything, "--dry-run")
+        assert dry.stdout.startswith(f"4 batches ({files} files) and 2 rejections would be deleted: ")
+        counted = await command(daemon, *everything, "--dry-run", "--json")
+        assert json.loads(counted.stdout) == {"batches": 4, "files": files, "rejections": 2}
+        id = daemon.value("SELECT max(id) FROM rejection")
+        replay = await command(daemon, "replay", str(id), "--dry-run")
+        assert replay.code == 0 and "would be processed again" in replay.stdout
+        assert daemon.value("SELECT count(*) FROM batch") == 4 and daemon.value("SELECT count(*) FROM rejection") == 2
+        async with Terminal(*everything, cwd=tmp_path) as terminal:
+            await terminal.shows(f"Delete 4 batches ({files} files) and 2 rejections: ".encode())
+            terminal.type(b"y\n")
+            assert await terminal.ends() == 0
+        assert daemon.value("SELECT count(*) FROM batch") == 0
+
+
+async def test_recheck_of_failed_files_says_that_the_platform_must_deliver_them(tmp_path: Path) -> None:
+    async with started(tmp_path) as daemon:
+        await daemon.settle("lost", [failed("a"), failed("b")])
+        end = await command(daemon, "recheck", "--batch", "lost", "--yes")
+        assert (end.code, end.stdout) == (
+            0,
+            "Nothing to recheck: 2 files reported FAILED by the platform; have it deliver them again.\n",
+        )
+
+
+async def test_without_a_configuration_a_server_with_another_one_is_named(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = tmp_path / "config.toml"
+    config.write_text(f'[server]\nport = 0\n[store]\nurl = "sqlite:///{tmp_path}/notify.db"\n')
+    # As a service manager runs it: its parent is no Python program.
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "notify_server", "--config", config.name),
+        cwd=tmp_path,
+        env=clean_environment(),
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert process.stderr is not None
+        await process.stderr.readuntil(b"ready for notifications")
+        batches, doctor, named = await asyncio.gather(
+            run_command("batches", cwd=elsewhere),
+            run_command("doctor", "--json", cwd=elsewhere),
+            run_command("batches", "--config", str(config), cwd=elsewhere),
+        )
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        await process.communicate()
+    advice = f"is a server: to see its record, `cd {tmp_path}` and run this again with --config config.toml"
+    assert batches.code == 1
+    assert any(line.startswith("note: process ") and line.endswith(advice) for line in batches.stderr.splitlines())
+    (finding,) = (each for each in json.loads(doctor.stdout)["findings"] if each["check"] == "daemon")
+    assert finding["level"] == "warning" and "another server runs here" in finding["text"]
+    assert (named.code, named.stderr) == (0, "")
 
 
 async def test_an_export_is_written_to_the_file_that_is_named(tmp_path: Path, origin: Origin) -> None:
@@ -475,7 +578,7 @@ async def test_the_status_goes_on_until_it_is_stopped_and_leaves_the_terminal_as
 async def test_an_action_is_asked_about_first(tmp_path: Path, origin: Origin) -> None:
     async def asked(daemon: Daemon, typed: bytes | None) -> int:
         async with Terminal("recheck", "--batch", "bad", cwd=daemon.folder) as terminal:
-            await terminal.shows(b"Check 1 files again? [y/N] ")
+            await terminal.shows(b"Recheck 1 file? [y/N] ")
             if typed is None:
                 terminal.process.send_signal(signal.SIGINT)
             else:

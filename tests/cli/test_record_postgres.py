@@ -64,7 +64,7 @@ async def eventually(url: str, query: str) -> None:
 
 
 async def command(daemon: Daemon, *arguments: str) -> Finished:
-    return await run_command(*arguments, cwd=daemon.folder)
+    return await run_command("--verbose", *arguments, cwd=daemon.folder)
 
 
 async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
@@ -97,14 +97,14 @@ async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
                 assert (own.code, own.stdout) == (remote.code, remote.stdout), arguments
             assert own.stdout
             assert re.fullmatch(
-                rf"reading {re.escape(without_secrets(url))}, which \S+:{daemon.pid} has\n", own.stderr
+                rf"using {re.escape(without_secrets(url))} \(servers running: \S+:{daemon.pid}\)\n", own.stderr
             ), own.stderr
         for arguments in (["show", "bad"], ["show", "good"], ["batches"], ["rejections"], ["status"]):
             end = await command(daemon, *arguments)
             assert end.code == (1 if arguments == ["show", "bad"] else 0)
             assert "\x1b" not in end.stdout
         assert re.fullmatch(
-            rf"{re.escape(without_secrets(url))}, which \S+:{daemon.pid} has", end.stdout.splitlines()[0]
+            rf"{re.escape(without_secrets(url))} \(servers running: \S+:{daemon.pid}\)", end.stdout.splitlines()[0]
         )
         assert "search_path" not in end.stdout + end.stderr
 
@@ -116,7 +116,7 @@ async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once
         await fill(daemon, origin, url)
         before = await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node")
         dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
-        assert (dry.code, dry.stdout) == (0, "2 files would be checked again\n")
+        assert (dry.code, dry.stdout) == (0, "2 files would be rechecked (dry run)\n")
         assert dry.stderr.splitlines()[-1] == "acting through this command, on the database itself"
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--reason", "http_410", "--yes", "--json")
@@ -124,7 +124,7 @@ async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once
         assert (await daemon.verdict("bad", number=2))["available"] == 2
         ((id,),) = await fetch(url, "SELECT id FROM file WHERE oss_object_name = 'gone' AND state = 'available'")
         end = await command(daemon, "recheck", "--file", str(id), "-y")
-        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
+        assert (end.code, end.stdout) == (0, "1 files queued for recheck\n")
         await daemon.verdict("bad", number=3)
         # Whoever did it was no node: nobody's share of the work was less for it.
         assert before == (await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node"))
@@ -140,7 +140,7 @@ async def test_what_is_in_flight_when_it_is_asked_for_anew_is_not_taken_for_the_
         await daemon.deliver("slow", [origin.url("/slow")])
         await origin.reached(1, "/slow")
         end = await command(daemon, "recheck", "--batch", "slow", "-y")
-        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again\n")
+        assert (end.code, end.stdout) == (0, "1 files queued for recheck\n")
         gate.set()
         assert (await daemon.verdict("slow"))["verdict"] == "complete"
         assert origin.count["/slow"] == 2
@@ -164,7 +164,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         end = await command(daemon, "replay", *ids)
         assert end.code == 1
         assert [line.partition(",")[0] for line in end.stdout.splitlines()] == [
-            f"rejection {ids[0]}: taken as delivery 1", f"rejection {ids[1]}: taken as delivery 2"
+            f"rejection {ids[0]}: accepted as delivery 1", f"rejection {ids[1]}: accepted as delivery 2"
         ]  # fmt: skip
         assert "it is still refused: batch_id" in end.stderr.splitlines()[-1]
         again = await command(daemon, "replay", "--json", ids[0])
@@ -175,7 +175,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         assert (kept.code, kept.stdout) == (0, '{"rows":0}\n')
         if not runs:
             status = await command(daemon, "status", "--once")
-            assert status.stdout.startswith(f"{without_secrets(url)}, no daemon has it open\n")
+            assert status.stdout.startswith(f"{without_secrets(url)} (no server running)\n")
             assert await fetch(url, "SELECT count(*) FROM batch") == [(0,)]
             await daemon.start()
         assert (await daemon.verdict("x"))["available"] == 2
@@ -188,7 +188,7 @@ async def test_without_a_server_it_is_asked_for_as_soon_as_one_runs(tmp_path: Pa
         assert await daemon.terminate() == 0
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
-        assert (end.code, end.stdout) == (0, "1 files are queued to be checked again, as soon as a daemon runs\n")
+        assert (end.code, end.stdout) == (0, "1 files queued for recheck, as soon as a daemon runs\n")
         await daemon.start()
         assert (await daemon.verdict("bad"))["available"] == 2
         rows = await fetch(url, "SELECT count(*) FROM batch WHERE completed_at IS NOT NULL")

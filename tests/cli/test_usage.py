@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from notify_server.cli.main import app
 from tests.support.daemon import clean_environment, run_command
 
 
@@ -25,6 +31,19 @@ from tests.support.daemon import clean_environment, run_command
         (["recheck", "--reason", "http_40", "--yes"],
          "Invalid value for '--reason': http_40 is not a reason: http_ is followed by the three digits of a status, "
          "like http_404"),
+        (["batches", "--verdict", "complet"],
+         "Invalid value for '--verdict': 'complet' is not one of 'pending', 'complete', 'incomplete'. "
+         "Did you mean complete?"),
+        (["recheck", "--state", "availble"],
+         "Invalid value for '--state': 'availble' is not one of 'pending', 'available', 'unavailable', 'blocked', "
+         "'upload_failed'. Did you mean available?"),
+        (["export", "--format", "cvs"],
+         "Invalid value for '--format': 'cvs' is not one of 'csv', 'ndjson'. Did you mean csv?"),
+        (["events", "--types", "batch.complet"],
+         "Invalid value for '--types': batch.complet is not a type of event, did you mean batch.complete?"),
+        (["simulate", "--receivers", "steady,stedy"], "--receivers: stedy is not a receiver, did you mean steady?"),
+        (["batches", "--limit", "0"], "Invalid value for '--limit': must be at least 1"),
+        (["replay", "first"], "Invalid value for 'ID': must be a whole number"),
         (["verify"], "Name addresses, or a list of them with --file."),
     ],
 )  # fmt: skip
@@ -46,6 +65,27 @@ async def test_a_shell_completes_the_commands_and_their_options(tmp_path: Path) 
     assert await completed("notify-server ver") == ["verify"]
     assert await completed("notify-server config s") == ["show"]
     assert await completed("notify-server doctor --js") == ["--json"]
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with its name and object, groups included."""
+    yield names, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *names, name)
+
+
+def test_help_keeps_its_brackets_and_shows_the_types_that_people_know() -> None:
+    program = typer.main.get_command(app)
+    for names, command in commands(program):
+        shown = command.get_help(command.make_context("notify-server", [], resilient_parsing=True))
+        words = re.sub(r"\s+", " ", shown)
+        assert not re.search(r"<\w+|[{}]|>=|list\[", shown), (names, shown)
+        docstring = re.sub(r"\s+", " ", inspect.getdoc(command.callback) or "")
+        for section in re.findall(r"\[\w+\]", docstring):
+            assert section in words, names
+    assert "[retention]" in typer.main.get_command(app).commands["prune"].get_help(  # type: ignore[attr-defined]
+        program.make_context("notify-server", [], resilient_parsing=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from notify_server.store.base import Engine
+from notify_server.store.reading.types import Prunable
 from tests.store.backends import Backend, Row
 from tests.store.builders import (
     NOW,
@@ -44,6 +45,15 @@ async def complete(store: Engine, batch_id: str, files: int, *, at: int, request
     await take_in(store, *(finished(str(n)) for n in range(files)), batch_id=batch_id, now=at, received_at=at)
     results = [found(file, requests=(request(),) * requests) for file in await claim(store, now=at)]
     await store.record(results, at)
+
+
+async def test_what_would_be_pruned_is_counted_by_the_same_bounds(store: Engine, backend: Backend) -> None:
+    await complete(store, "old", 3, at=NOW)
+    await complete(store, "new", 2, at=NOW + 1)
+    await store.reject(rejection(received_at=NOW))
+    records = await backend.records()
+    assert await records.prunable(NOW + 1, NOW) == Prunable(1, 3, 0)
+    assert await records.prunable(NOW + 2, NOW + 1) == Prunable(2, 5, 1)
 
 
 async def test_there_is_nothing_to_prune_in_an_empty_store(store: Engine) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from notify_server.cli.options import ConfigOption, JsonOption
+from notify_server.cli.options import Commands, ConfigOption, JsonOption
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command("check")

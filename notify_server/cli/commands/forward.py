@@ -8,16 +8,18 @@ import typer
 
 from notify_server.cli.options import (
     ApiCodeOption,
+    Commands,
     ConfigOption,
     DryRunOption,
     JsonOption,
     LimitOption,
+    TypesOption,
     UrlOption,
     YesOption,
 )
 
-app = typer.Typer()
-endpoints = typer.Typer()
+app = Commands()
+endpoints = Commands()
 EndpointArgument = Annotated[str, typer.Argument(metavar="NAME", help="The endpoint's name.", show_default=False)]
 
 
@@ -94,7 +96,7 @@ def events(
     config: ConfigOption = None,
     url: UrlOption = None,
     after: Annotated[int | None, typer.Option(min=0, metavar="ID", help="Events after this id.")] = None,
-    types: Annotated[str, typer.Option(metavar="TYPES", help='Types, such as "batch.*,endpoint.failing".')] = "*",
+    types: TypesOption = "*",
     api_code: ApiCodeOption = None,
     limit: LimitOption = 100,
     follow: Annotated[

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from notify_server.cli.options import ClickUsageError, ConfigOption, JsonOption
+from notify_server.cli.options import ClickUsageError, Commands, ConfigOption, JsonOption
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
 def verify(
-    urls: Annotated[list[str] | None, typer.Argument(metavar="URL...", help="Addresses.", show_default=False)] = None,
+    urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Addresses.", show_default=False)] = None,
     file: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,9 @@ import typer
 
 from notify_server.cli.options import (
     ApiCodeOption,
+    BatchArgument,
+    BatchOption,
+    Commands,
     ConfigOption,
     DryRunOption,
     HostOption,
@@ -21,7 +24,7 @@ from notify_server.cli.options import (
 )
 from notify_server.model import FileState, Verdict
 
-app = typer.Typer()
+app = Commands()
 ExportFormat = Literal["csv", "ndjson"]
 
 
@@ -32,7 +35,7 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Show it once, also on a terminal.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show current activity and totals; on a terminal every second until Ctrl-C (exit status 130)."""
+    """Show live status, refreshed every second (Ctrl-C stops, exit status 130), and totals."""
     from notify_server.cli import session
     from notify_server.cli import status as status_command
 
@@ -43,7 +46,9 @@ def status(
 def batches(
     config: ConfigOption = None,
     url: UrlOption = None,
-    verdict: Annotated[Verdict | None, typer.Option(help="Only batches with this verdict.")] = None,
+    verdict: Annotated[
+        Verdict | None, typer.Option(metavar="VERDICT", help=f"Only batches with this verdict: {', '.join(Verdict)}.")
+    ] = None,
     api_code: ApiCodeOption = None,
     since: Annotated[
         str | None, typer.Option(metavar="TIME", help='Only those received since: RFC 3339, a date, or "2h" ago.')
@@ -52,7 +57,7 @@ def batches(
     limit: LimitOption = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List batches, the latest first."""
+    """List batches, newest first."""
     from notify_server.cli import listing, session
 
     session.run(
@@ -64,7 +69,7 @@ def batches(
 
 @app.command()
 def show(
-    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="The batch_id.", show_default=False)],
+    batch: BatchArgument,
     config: ConfigOption = None,
     url: UrlOption = None,
     api_code: ApiCodeOption = None,
@@ -79,7 +84,7 @@ def show(
     session.run(
         config,
         url,
-        lambda _, source: listing.show(source, batch_id, api_code, state, limit, every=every, as_json=as_json),
+        lambda _, source: listing.show(source, batch, api_code, state, limit, every=every, as_json=as_json),
     )
 
 
@@ -90,7 +95,7 @@ def rejections(
     limit: LimitOption = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List refused bodies that were kept, the latest first."""
+    """List rejected notifications, newest first."""
     from notify_server.cli import listing, session
 
     session.run(config, url, lambda _, source: listing.rejections(source, limit, as_json=as_json))
@@ -100,8 +105,10 @@ def rejections(
 def export(
     config: ConfigOption = None,
     url: UrlOption = None,
-    form: Annotated[ExportFormat, typer.Option("--format", help="CSV is safe to open in a spreadsheet.")] = "csv",
-    batch_id: Annotated[str | None, typer.Option("--batch", metavar="BATCH", help="Only this batch.")] = None,
+    form: Annotated[
+        ExportFormat, typer.Option("--format", metavar="FORMAT", help="csv, safe to open in a spreadsheet, or ndjson.")
+    ] = "csv",
+    batch: BatchOption = None,
     api_code: ApiCodeOption = None,
     state: StateOption = None,
     reason: ReasonOption = None,
@@ -110,19 +117,19 @@ def export(
         Path | None, typer.Option("--output", "-o", metavar="PATH", help="The file to write. Default: standard output.")
     ] = None,
 ) -> None:
-    """Write files with all their columns, as a stream."""
+    """Export files as CSV or NDJSON."""
     from notify_server.cli import listing, session
 
     session.run(
         config,
         url,
-        lambda _, source: listing.export(source, batch_id, api_code, state, reason, host, form, target),
+        lambda _, source: listing.export(source, batch, api_code, state, reason, host, form, target),
     )
 
 
 @app.command()
 def bundle(
-    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="The batch_id.", show_default=False)],
+    batch: BatchArgument,
     target: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="The ZIP file to write.")],
     config: ConfigOption = None,
     url: UrlOption = None,
@@ -138,7 +145,7 @@ def bundle(
     session.run(
         config,
         url,
-        lambda _, source: bundle_command.bundle(source, batch_id, api_code, target, with_secrets=with_secrets),
+        lambda _, source: bundle_command.bundle(source, batch, api_code, target, with_secrets=with_secrets),
     )
 
 
@@ -146,23 +153,32 @@ def bundle(
 def recheck(
     config: ConfigOption = None,
     url: UrlOption = None,
-    file: Annotated[int | None, typer.Option(min=1, metavar="ID", help="This file, by its id.")] = None,
-    batch_id: Annotated[str | None, typer.Option("--batch", metavar="BATCH", help="Files of this batch.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="One file: its row id, its oss_object_name, or with --batch a beginning of that."
+        ),
+    ] = None,
+    batch: BatchOption = None,
     api_code: ApiCodeOption = None,
     reason: ReasonOption = None,
     host: HostOption = None,
     states: Annotated[
         list[FileState] | None,
-        typer.Option("--state", help="Only files in these states. Default: all that are not available."),
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="Only files in this state; may be repeated. Default: pending, unavailable and blocked.",
+        ),
     ] = None,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check files again at once: one, those of a batch, or those that fail for a reason. Confirms the number first."""
+    """Recheck files now: one file, a batch, or all that fail for a reason. Shows the count and asks first."""
     from notify_server.cli import acting, session
 
-    chosen = acting.RecheckSelection(file, batch_id, api_code, reason, host, states, dry_run)
+    chosen = acting.RecheckSelection(file, batch, api_code, reason, host, states, dry_run)
     session.run(
         config,
         url,
@@ -172,15 +188,18 @@ def recheck(
 
 @app.command()
 def replay(
-    ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, help="Rejections, by id.", show_default=False)],
+    ids: Annotated[list[int], typer.Argument(metavar="ID", min=1, help="Rejections, by id.", show_default=False)],
     config: ConfigOption = None,
     url: UrlOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Accept refused bodies, after the limits or this program have changed."""
+    """Process rejected notifications again, after the limits or this program have changed."""
     from notify_server.cli import acting, session
 
-    session.run(config, url, lambda config, source: acting.replay(config, source, ids, as_json=as_json))
+    session.run(
+        config, url, lambda config, source: acting.replay(config, source, ids, dry_run=dry_run, as_json=as_json)
+    )
 
 
 @app.command()
@@ -193,14 +212,17 @@ def prune(
     refused: Annotated[
         str | None, typer.Option("--rejections", metavar="TIME", help="Rejections received before.")
     ] = None,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete data older than the retention, as a daemon does by itself. Confirms the numbers first."""
+    """Delete data older than [retention], as the server does by itself. Shows the counts and asks first."""
     from notify_server.cli import acting, session
 
     session.run(
         config,
         url,
-        lambda config, source: acting.prune(config, source, completed, refused, yes=yes, as_json=as_json),
+        lambda config, source: acting.prune(
+            config, source, completed, refused, dry_run=dry_run, yes=yes, as_json=as_json
+        ),
     )

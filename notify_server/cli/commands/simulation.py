@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from notify_server.cli.options import ConfigOption
+from notify_server.cli.options import ClickUsageError, Commands, ConfigOption
 
-app = typer.Typer()
+app = Commands()
 
 
 def _planted(text: str, **limits: Any) -> Any:
@@ -48,21 +48,32 @@ def simulate(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --own-daemon: the directory, instead of a temporary one.")
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.0, help="Posts a second; 0 is as fast as they are acked.")] = 0.0,
-    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the verdicts after the last ack.")] = 120,
+    rate: Annotated[
+        float, typer.Option(min=0.0, metavar="N", help="Posts a second; 0 is as fast as they are acked.")
+    ] = 0.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to wait for the verdicts after the last ack.")
+    ] = 120,
     settle: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait once only missing files are left, which are being retried.")
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="SECONDS",
+            help="Seconds to wait once only missing files are left, which are being retried.",
+        ),
     ] = 10,
-    batches: Annotated[int, _planted("Batches.", min=1)] = 20,
-    files: Annotated[int, _planted("Files in a batch.", min=1)] = 50,
-    seed: Annotated[int | None, _planted("Repeats an earlier run. Default: random, and shown.")] = None,
+    batches: Annotated[int, _planted("Number of batches.", min=1, metavar="N")] = 20,
+    files: Annotated[int, _planted("Files in a batch.", min=1, metavar="N")] = 50,
+    seed: Annotated[int | None, _planted("Repeats an earlier run. Default: random, and shown.", metavar="N")] = None,
     missing: Annotated[float, _share("Share of files that are not there.")] = 0.05,
     slow: Annotated[float, _share("Share of files that answer late.")] = 0.05,
     refuse_head: Annotated[float, _share("Share of files that refuse HEAD.")] = 0.1,
     fail_first: Annotated[float, _share("Share of files that answer 500 or 503 at first.")] = 0.05,
     failed: Annotated[float, _share("Share of files reported as FAILED.")] = 0.05,
     redelivered: Annotated[float, _share("Share of batches that are delivered twice.")] = 0.2,
-    slow_seconds: Annotated[float, _planted("How late slow files and receivers answer.", min=0.0)] = 1,
+    slow_seconds: Annotated[
+        float, _planted("How late slow files and receivers answer.", min=0.0, metavar="SECONDS")
+    ] = 1,
     receivers: Annotated[
         str, _planted("Receivers of events, with --own-daemon.", metavar="NAMES")
     ] = "steady,down,slow,fails-first,false-ok,gone",
@@ -90,5 +101,5 @@ def simulate(
         behaviours = receivers_named(receivers)
         options = Options(config, url, store, own_daemon, keep, rate, slow_seconds, timeout, settle, behaviours)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise ClickUsageError(str(error)) from None
     run(plan, options)

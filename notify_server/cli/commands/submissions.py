@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from notify_server.cli.options import ApiCodeOption, ConfigOption, UrlOption
+from notify_server.cli.options import ApiCodeOption, Commands, ConfigOption, UrlOption
 
-app = typer.Typer()
+app = Commands()
 FileOption = Annotated[
     str,
     typer.Option(

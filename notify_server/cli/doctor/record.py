@@ -22,6 +22,7 @@ from notify_server.cli.doctor.findings import (
     schema_finding,
     warning,
 )
+from notify_server.cli.servers import running_servers
 from notify_server.store.admin_token import token_file
 from notify_server.store.sql import load_migrations, load_queries, unfinished
 from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS, copied_from
@@ -112,7 +113,11 @@ def filesystem(path: Path, mounts: str) -> tuple[str, list[str]]:
 def check_daemon(subject: Subject) -> Iterator[Finding]:
     path = subject.config.store.path
     process = holder(path)
-    yield ok("daemon", f"process {process} has {path} open" if process else f"no daemon has {path} open")
+    others = [] if process or subject.file is not None else running_servers()
+    if others:
+        yield warning("daemon", f"no server has {path} open, but another server runs here", others[0].advice)
+    else:
+        yield ok("daemon", f"process {process} has {path} open" if process else f"no server has {path} open")
 
 
 def check_database(subject: Subject) -> Iterator[Finding]:

@@ -191,3 +191,9 @@ FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit) 
 
 -- name: rejection
 SELECT :rejection_item, body FROM rejection WHERE id = :id;
+
+-- name: prunable
+SELECT
+    (SELECT count(*) FROM batch WHERE completed_at < :completed_before AND expanding IS NULL),
+    (SELECT coalesce(sum(files), 0)::bigint FROM batch WHERE completed_at < :completed_before AND expanding IS NULL),
+    (SELECT count(*) FROM rejection WHERE received_at < :rejected_before);

@@ -30,6 +30,7 @@ from notify_server.store.reading.types import (
     Found,
     HostBacklog,
     Page,
+    Prunable,
     RejectionDetail,
     RejectionItem,
     Totals,
@@ -173,6 +174,11 @@ class QueriedRecords(ABC):
     async def rejected_body(self, id: int) -> bytes | None:
         row = await self._get("rejection", id=id)
         return None if row is None else row[1]
+
+    async def prunable(self, completed_before: int, rejected_before: int) -> Prunable:
+        row = await self._get("prunable", completed_before=completed_before, rejected_before=rejected_before)
+        assert row is not None
+        return Prunable(*row)
 
     async def search(self, text: str, limit: int) -> Found:
         if not self._can_hold(text):

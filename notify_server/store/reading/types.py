@@ -233,6 +233,14 @@ class FileFilter(Struct, frozen=True):
         return self.api_code is not None or self.received_from is not None or self.received_before is not None
 
 
+class Prunable(Struct, frozen=True):
+    """The numbers of batches, of their files, and of rejections that a prune would delete."""
+
+    batches: int
+    files: int
+    rejections: int
+
+
 class Records(Protocol):
     """Reads the record. Every call raises StoreUnavailableError when the record cannot be read now or in time, and
     ValueError for a cursor that it did not return."""
@@ -293,6 +301,9 @@ class Records(Protocol):
 
     async def rejected_body(self, id: int) -> bytes | None:
         """Return the body of a rejection as received."""
+
+    async def prunable(self, completed_before: int, rejected_before: int) -> Prunable:
+        """Count what `Store.prune` would delete, by the same bounds. Scans what it counts."""
 
     async def ended_sessions(self) -> list[str]:
         """Return the log-ins that were ended and would not have ended by themselves long ago."""
