@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from yarl import URL
 
-from notify_server.cli.common import EXIT_FAILED, new_table, output, read_config, trust_only, until_signal
+from notify_server.cli.common import EXIT_FAILED, output, read_config, trust_only, until_signal
 from notify_server.cli.own_daemon import Daemon, own_daemon, while_alive
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError
@@ -202,7 +202,7 @@ def show(report: Report, plan: Plan, console: Console) -> int:
 
 def _kinds_table(comparison: Comparison, plan: Plan) -> Table:
     retried = comparison.batches.retried > 0 or any(tally.retried for tally in comparison.files.values())
-    table = new_table(title=f"{plan.batches * plan.files:,} files in {plan.batches:,} batches", title_justify="left")
+    table = Table(title=f"{plan.batches * plan.files:,} files in {plan.batches:,} batches", title_justify="left")
     table.add_column("planted")
     for heading in ("files", "as expected", *(["still being retried"] if retried else []), "different"):
         table.add_column(heading, justify="right")
@@ -242,7 +242,7 @@ def _figures(report: Report, plan: Plan) -> Table:
 
 
 def _forwarded_table(forwarded: Sequence[ForwardTally]) -> Table:
-    table = new_table(title="Forwarded verdicts", title_justify="left")
+    table = Table(title="Forwarded verdicts", title_justify="left")
     table.add_column("receiver")
     for heading in ("batches", "as expected", "requests"):
         table.add_column(heading, justify="right")
@@ -258,7 +258,7 @@ def _forwarded_table(forwarded: Sequence[ForwardTally]) -> Table:
 def _differences_table(comparison: Comparison) -> Table:
     shown = len(comparison.differences)
     title = f"The first {shown} differences" if shown == MAX_DIFFERENCES else "Differences"
-    table = new_table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("key", overflow="fold", ratio=1)
     for heading in ("planted", "expected", "state", "reason"):
         table.add_column(heading, overflow="fold")
@@ -273,7 +273,7 @@ async def _show_queries(views: RecordViews, record: Path, console: Console) -> N
     for query in QUERIES:
         console.print(Text(f'\nsqlite3 {shlex.quote(str(record))} "{query}"', "bold cyan"), soft_wrap=True)
         columns, rows = await views.first_rows(query, 5)
-        table = new_table()
+        table = Table()
         # On a narrow terminal the id or key in the first column is cut, so that a row stays one line.
         rest = sum(max(len(str(cell)) for cell in cells) for cells in list(zip(columns, *rows, strict=True))[1:])
         for index, column in enumerate(columns):

@@ -294,7 +294,7 @@ async def test_what_a_killed_daemon_left_is_read(tmp_path: Path) -> None:
     before = (tmp_path / "notify.db-wal").read_bytes()
     seen = await examine(tmp_path)
     assert seen.code == 0
-    assert "no daemon" in seen.worst("daemon").text
+    assert "no server" in seen.worst("daemon").text
     assert seen.worst("database").level is Level.OK
     assert (tmp_path / "notify.db-wal").read_bytes() == before
 
