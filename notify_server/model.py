@@ -248,7 +248,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `content_length` is the length of the whole object, also for an answer to a ranged GET.
     `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
     `shortage` is true when this machine had no port or descriptor left, so that nothing was sent; `crowded` when as
-    many requests as allowed were under way to the address, which is `remote_addr` then.
+    many requests as allowed were under way to the address, which is `remote_addr` then, or as many look-ups of names.
     `vendor_request_id` and `vendor_code` are the storage vendor's id of the request and code of its error; `headers`
     are further header fields, by their name in lower case. `sniffed` is the media type that the first bytes show.
     """

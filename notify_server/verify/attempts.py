@@ -324,6 +324,12 @@ class Attempts:
             address.not_before = max(address.not_before, now + CROWDED_SECONDS)
             self._slots.give_back([flight])
             return
+        if item.crowded:
+            # Too many names of its zone, or of zones that keep silent, are looked up already.
+            host.pause(now + CROWDED_SECONDS + self._chance())
+            self._slots.rest(host, host.rest_until)
+            self._slots.give_back([flight])
+            return
         if self.capacity.lower(now, len(self._flights)):
             log.warning("this machine is short of ports or descriptors: fewer files are probed at a time")
         host.pause(now + SHORTAGE_SECONDS)

@@ -812,7 +812,7 @@ async def test_connections_kept_to_many_hosts_never_crowd_out_new_ones(concurren
     async with serving(well_behaved, listener=listener) as origin, probing(concurrency=concurrency) as prober:
         for start in range(0, len(hosts), 100):
             requests = [
-                prober.request(f"http://{host}:{origin.port}/x", timeout=1.0) for host in hosts[start : start + 100]
+                prober.request(f"http://{host}:{origin.port}/x", timeout=10.0) for host in hosts[start : start + 100]
             ]
             found = await prober.ask_all(requests)
             assert Counter(evidence.failure for evidence in found) == {None: 100}

@@ -196,6 +196,27 @@ async def test_a_name_that_does_not_exist_spends_its_schedule_though_no_other_na
         assert daemon.count(CUT_OFF) == 0
 
 
+async def test_a_zone_whose_name_server_keeps_silent_does_not_hold_up_the_look_ups_of_others(tmp_path: Path) -> None:
+    """Row 99: the time of a look-up that has not begun is charged to no file."""
+    async with Network(PUBLIC) as network, Origin(PUBLIC, PORT) as origin:
+        for number in range(160):
+            network.names.on(f"n{number}.silent.test", SILENT)
+        good = [f"files{number}.test" for number in range(100)]
+        for name in good:
+            network.names.on(name, [PUBLIC])
+        async with Daemon(tmp_path, guarded(connect_timeout="3s"), prefix=network.prefix) as daemon:
+            await daemon.deliver("silent", [f"http://n{number}.silent.test:{PORT}/" for number in range(160)])
+            await network.names.asked_for("n0.silent.test")
+            files = await daemon.settle("good", [f"http://{name}:{PORT}/" for name in good])
+            assert {(row["state"], row["reason"], row["attempts"]) for row in files.values()} == {
+                ("available", None, 1)
+            }
+            assert len(origin.hits) == 100
+            # The silent zone's files are charged once they have been looked up themselves.
+            waiting = daemon.value("SELECT count(*) FROM file WHERE attempts = 0 AND state = 'pending'")
+            assert waiting > 0
+
+
 async def test_the_one_name_that_is_not_answered_for_spends_its_schedule(tmp_path: Path) -> None:
     """Row 80: where other names are looked up all the time, it is that name's own fault."""
     async with Network(PUBLIC) as network, Origin(PUBLIC, PORT) as origin:
