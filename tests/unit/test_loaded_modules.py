@@ -40,7 +40,10 @@ def test_a_prober_loads_nothing_of_the_daemons() -> None:
     allowed = {
         "processes",
         "processes.prober",
+        "processes.prober_handle",
         "processes.prober_headers",
+        "processes.prober_names",
+        "processes.prober_places",
         "processes.prober_protocol",
         "processes.sniffing",
         "processes.frames",
