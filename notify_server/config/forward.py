@@ -254,7 +254,7 @@ def warnings(endpoints: tuple[UrlEndpoint | BotEndpoint | CommandEndpoint, ...],
             lines.append(f"forward[{number}].url: is not https, so payloads of {each.name} can be read on the way")
         if isinstance(each, BotEndpoint) and each.bot in _BOT_SECRETS and each.secret is None and not each.keyword:
             lines.append(
-                f"forward[{number}].secret: none, and no keyword: so the {each.bot} robot must allow "
+                f"forward[{number}].secret: none, and no keyword, so the {each.bot} robot must allow "
                 "this server's IP address"
             )
         if isinstance(each, BotEndpoint):

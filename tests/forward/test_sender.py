@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from standardwebhooks import Webhook
 from structlog.testing import capture_logs
 
 from notify_server.forward.sender import Sender
+from notify_server.model import DueFile
 from notify_server.store.sqlite.store import SqliteStore
 from tests.forward.conftest import Receiver, Send, Time, until
 from tests.store.builders import claim, failed, finished, found, missing, take_in
@@ -182,22 +184,35 @@ async def test_last_word_of_a_batch_arrives_once_and_in_order_after_an_outage(
 ) -> None:
     receiver.answer(500)
     sender = await send(endpoint(receiver, events=["batch.*"]))
-    await take_in(store, finished("k"), now=time())
-    (file,) = await claim(store, now=time())
-    await store.record([missing(file)], time())
+    files: dict[str, DueFile] = {}
+    for batch in ("a", "b", "c"):
+        await take_in(store, finished("k"), batch_id=batch, now=time())
+        (files[batch],) = await claim(store, now=time())
+        await store.record([missing(files[batch])], time())
     sender.wake()
-    await until(lambda: _attempts(store, 1))
-    for outcome in (found, missing, found):
-        await store.recheck([file.id], time())
-        (file,) = await claim(store, now=time())
-        await store.record([outcome(file)], time())
-    time.at += 3_600_000
+    await receiver.reached(1)
+    # The verdicts of "a" change three times during the hour, that of "b" once.
+    for minutes, changes in ((5, {"a": found, "b": found}), (30, {"a": missing}), (25, {"a": found})):
+        time.at += minutes * 60_000
+        sender.wake()
+        await store.recheck([files[batch].id for batch in changes], time())
+        for file in await claim(store, now=time()):
+            batch = next(name for name, each in files.items() if each.id == file.id)
+            await store.record([changes[batch](file)], time())
     receiver.answer(200)
     before = len(receiver.hits)
-    sender.wake()
-    await settled(store, "superseded", "superseded", "superseded", "delivered")
-    (last,) = receiver.hits[before:]
-    assert (last.payload["data"]["revision"], last.payload["type"]) == (4, "batch.complete")
+
+    async def settled_all() -> bool:
+        # The circuit rests, and what was in flight as the hour passed is due later.
+        time.at += 60_000
+        sender.wake()
+        return Counter(await states(store)) == {"delivered": 3, "superseded": 4}
+
+    await until(settled_all)
+    last = [hit.payload for hit in receiver.hits[before:]]
+    assert sorted((each["data"]["batch_id"], each["data"]["revision"], each["type"]) for each in last) == [
+        ("a", 4, "batch.complete"), ("b", 2, "batch.complete"), ("c", 1, "batch.incomplete"),
+    ]  # fmt: skip
 
 
 async def test_newer_event_waits_for_the_one_that_is_under_way(
