@@ -302,7 +302,8 @@ def _watch_probing(metrics: Metrics, pool: Verifier | None, links: Sequence[Prob
 async def _web(app: web.Application) -> AsyncIterator[None]:
     config, store, metrics, pool = app[CONFIG], app[STORE], app[METRICS], app[POOL]
     wall, now = app[CLOCKS]
-    app[CALLBACK] = CallbackRoute(config.server, Callback(config, store, metrics, now, wall, app[TRACING]))
+    callback = Callback(config, store, metrics, now, wall, app[TRACING], app[ADMIN].token)
+    app[CALLBACK] = CallbackRoute(config.server, callback)
     app[HEALTH] = Health(
         store,
         metrics,

@@ -22,6 +22,7 @@ from notify_server.callbacks.delivery import DeliveryReader
 from notify_server.callbacks.errors import RefusedError, busy, forget_frames, late, refusal_of, too_large
 from notify_server.callbacks.response import AckForm, Answer
 from notify_server.config import Config
+from notify_server.contract.probe_body import Seen, genuine_check, proof
 from notify_server.contract.trace_context import TraceParent, parse_traceparent
 from notify_server.model import Delivery, Rejection
 from notify_server.store.base import Store
@@ -78,7 +79,9 @@ class Callback:
         now: Callable[[], int],
         wall: Callable[[], int],
         tracing: Tracing | None = None,
+        admin_token: bytes | None = None,
     ) -> None:
+        self._admin_token, self._wall = admin_token, wall
         self._server, self._auth = config.server, config.auth
         self._loop = asyncio.get_running_loop()
         self._access = Access(config.server, config.auth, self._loop.time)
@@ -135,7 +138,8 @@ class Callback:
         try:
             delivery = self._reader.read(exchange.headers, body, request_id, exchange.caller, exchange.parent)
         except Exception as error:
-            self.refuse(exchange, refusal_of(error, exchange.about), body)
+            if not self._answer_check(exchange, body):
+                self.refuse(exchange, refusal_of(error, exchange.about), body)
             return
         accepted = asyncio.ensure_future(self._store.accept(delivery))
         accepted.add_done_callback(partial(self._committed, exchange, delivery))
@@ -179,6 +183,25 @@ class Callback:
             raise busy("too much is waiting to be verified, send it again later")
         if length > server.body_limit_bytes:
             raise too_large(server.body_limit_bytes)
+
+    def _answer_check(self, exchange: Exchange, body: bytes) -> bool:
+        """Answer a check of `doctor --from` with what this server saw of it; False for any other body. Only bodies that
+        are no notification come here, so notifications do not pay for it.
+        """
+        if self._admin_token is None or (check := genuine_check(body, self._admin_token, self._wall())) is None:
+            return False
+        headers = exchange.headers
+        forwarded_for, forwarded = (", ".join(headers.getall(name, ())) for name in ("X-Forwarded-For", "Forwarded"))
+        seen = Seen(
+            proof(self._admin_token, check.nonce),
+            exchange.caller,
+            forwarded_for,
+            forwarded,
+            headers.get("X-Forwarded-Proto", ""),
+        )
+        log.info("answered a check by doctor", **exchange.about, remote=exchange.caller)
+        self._loop.call_soon(self._answer, exchange, Answer.with_data(exchange.about["request_id"], seen))
+        return True
 
     def _committed(self, exchange: Exchange, delivery: Delivery, accepted: asyncio.Future[int]) -> None:
         if (error := accepted.exception()) is not None:

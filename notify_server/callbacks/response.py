@@ -8,6 +8,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import NamedTuple, Self
 
+import msgspec
 from aiohttp import web
 
 from notify_server.callbacks.errors import RefusedError, error_body
@@ -37,6 +38,13 @@ class Answer(NamedTuple):
         fields = {"Content-Type": "application/json; charset=utf-8"}
         fields |= {name: value for name, value in refused.headers.items() if name != "Connection"}
         return cls(refused.status, fields, _head(refused.status, fields, len(body), int(time.time())), body, closes)
+
+    @classmethod
+    def with_data(cls, request_id: str, data: object) -> Self:
+        """Return a 200 in the platform's form with data."""
+        body = msgspec.json.encode({"request_id": request_id, "code": "000", "msg": "成功", "data": data})
+        fields = {"Content-Type": "application/json; charset=utf-8"}
+        return cls(200, fields, _head(200, fields, len(body), int(time.time())), body)
 
     def written(self, *, closes: bool) -> bytes:
         """Return all of its bytes, with a header that the connection is closed when it is."""

@@ -168,7 +168,7 @@ def _with_endpoint_secret(tables: Tables) -> Tables:
         )
     for finding in look(endpoint_checks(Subject(checked(tables), None, None))):
         if finding.level is not Level.OK:
-            print(f"   note: {printable('; '.join(filter(None, (finding.text, finding.mend))))}")
+            print(f"   note: {printable('; '.join(filter(None, (finding.text, finding.remedy))))}")
     return tables
 
 

@@ -321,7 +321,7 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
     """
     async with contextlib.AsyncExitStack() as stack:
         if url is not None:
-            remote = Remote(url, await _token(config, is_ours=_is_here(url)))
+            remote = Remote(url, await admin_token(config, is_ours=_is_here(url)))
             stack.push_async_callback(remote.close)
             yield Source(f"the server at {remote.url}", remote, remote, served=True)
             return
@@ -343,14 +343,14 @@ async def reading(config: Config, url: str | None) -> AsyncIterator[Source]:
         certificate = config.server.ssl_certificate
         daemon = Remote(
             config.server.local_url,
-            await _token(config, is_ours=True),
+            await admin_token(config, is_ours=True),
             trust_only(certificate) if certificate else None,
         )
         stack.push_async_callback(daemon.close)
         yield Source(f"{path} (server running, pid {running})", records, daemon, served=True)
 
 
-async def _token(config: Config, *, is_ours: bool) -> str | None:
+async def admin_token(config: Config, *, is_ours: bool) -> str | None:
     """Return the configured admin_token; without one that of the record, which only its own server is sent."""
     if config.auth.admin_token is not None:
         return config.auth.admin_token.get_secret_value()

@@ -63,8 +63,8 @@ class Admin:
         token = configured.get_secret_value() if configured is not None else own_token
         if not token:
             raise ValueError("there is no admin_token")
-        self._token = token.encode()
-        self._key = hmac.digest(self._token, b"notify_server log-in", hashlib.sha256)
+        self.token = token.encode()
+        self._key = hmac.digest(self.token, b"notify_server log-in", hashlib.sha256)
         self._trusted = config.server.trusted_proxies
         self._secure = config.server.ssl_certificate is not None
         self._logins = RateLimit(LOGINS_A_SECOND)
@@ -140,7 +140,7 @@ class Admin:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return None
-        return hmac.compare_digest(credentials.strip().encode("utf-8", "surrogatepass"), self._token)
+        return hmac.compare_digest(credentials.strip().encode("utf-8", "surrogatepass"), self.token)
 
     @staticmethod
     def _check_not_embedded(request: web.Request) -> None:
@@ -168,7 +168,7 @@ class Admin:
         """Return True and set the session cookie if this is the admin_token. Raises RefusedError (429) when the source
         has tried too often."""
         peer = self._admit(request)
-        if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._token):
+        if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self.token):
             log.warning("log-in refused", remote=peer)
             return False
         self._start_session(request, peer, response)

@@ -218,7 +218,7 @@ async def test_nothing_starts_on_a_copy_that_is_not_finished(tmp_path: Path, pat
         )
         assert all(line_of(end).endswith(told) for end in refused)
         (finding,) = [each for each in json.loads(doctor.stdout)["findings"] if each["check"] == "schema"]
-        assert (doctor.code, finding["level"], finding["mend"]) == (1, "problem", told.partition(": ")[2])
+        assert (doctor.code, finding["level"], finding["remedy"]) == (1, "problem", told.partition(": ")[2])
     # Nor is it a source.
     assert line_of(await copy(url, tmp_path / "other.db")).endswith(told)
     assert not (tmp_path / "other.db").exists()

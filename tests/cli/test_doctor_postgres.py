@@ -135,7 +135,7 @@ async def test_a_pooler_is_named_and_transaction_mode_is_a_problem(
         seen = await examine(tmp_path)
     if mode == "transaction":
         assert "transaction mode" in seen.worst("database").text
-        assert "pool_mode = session" in (seen.worst("database").mend or "")
+        assert "pool_mode = session" in (seen.worst("database").remedy or "")
     else:
         assert seen.worst("pooler").text == "a connection pooler, in session mode"
     assert seen.worst("database").level is level
@@ -183,7 +183,7 @@ async def test_a_database_that_cannot_be_had_is_a_problem_and_its_password_is_no
         seen = await run_doctor(tmp_path)
     finding = seen.worst("database")
     assert (seen.code, finding.level) == (1, Level.PROBLEM)
-    assert said in finding.text and "[store] url" in (finding.mend or "")
+    assert said in finding.text and "[store] url" in (finding.remedy or "")
     assert not any("geheim" in str(each) for found in seen.findings.values() for each in found)
 
 

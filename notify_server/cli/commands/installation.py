@@ -52,12 +52,26 @@ def doctor(
         str | None,
         typer.Option(metavar="NAME", help="A host whose name must resolve. Default: those in allowed_hosts."),
     ] = None,
+    public: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="URL",
+            help="Also try the address that the platform posts to, as registered: TLS, proxy, path, token. Sends "
+            "test.ping to every [[forward]].",
+        ),
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --from: also check this file, by the server's rules.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find problems of this installation and say how to fix them. Changes nothing. Exits 1 on a problem."""
+    """Check this installation and say how to fix what is wrong. Stores nothing. Exits 1 on a problem."""
     from notify_server.cli.doctor.run import run
 
-    run(config, host, as_json=as_json)
+    if picture is not None and public is None:
+        raise ClickUsageError("--picture: add --from URL, the address that the platform posts to.")
+    run(config, host, public, picture, as_json=as_json)
 
 
 @app.command()

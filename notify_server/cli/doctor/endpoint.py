@@ -27,7 +27,7 @@ def check_listen(subject: Subject) -> Iterator[Finding]:
         yield ok("listen", f"{', '.join(server.hosts)}, any free port")
         return
     place = ", ".join(f"{host}:{server.port}" for host in server.hosts)
-    mend = "free the port, or set [server] host and port"
+    remedy = "free the port, or set [server] host and port"
     local = server.local_host
     try:
         answer = _ask_healthz(local, server.port, tls=server.ssl_certificate is not None)
@@ -36,17 +36,17 @@ def check_listen(subject: Subject) -> Iterator[Finding]:
             for each in bind_sockets(server.hosts, server.port):
                 each.close()
         except OSError as error:
-            yield problem("listen", f"{place} cannot be listened on ({error.strerror or error})", mend)
+            yield problem("listen", f"{place} cannot be listened on ({error.strerror or error})", remedy)
         else:
             yield ok("listen", f"{place} is free")
     except (OSError, http.client.HTTPException) as error:
         text = f"{place}: what listens there does not answer ({getattr(error, 'strerror', None) or error})"
-        yield problem("listen", text, f"if it is a notify_server, look at its log; else {mend}")
+        yield problem("listen", text, f"if it is a notify_server, look at its log; else {remedy}")
     else:
         if answer == (200, b"ok\n"):
             yield ok("listen", f"{place}: a notify_server runs there, and answers /healthz")
         else:
-            yield problem("listen", f"{place} is in use by another program", mend)
+            yield problem("listen", f"{place} is in use by another program", remedy)
 
 
 def _ask_healthz(host: str, port: int, *, tls: bool) -> tuple[int, bytes]:
@@ -80,13 +80,13 @@ def check_certificate(subject: Subject) -> Iterator[Finding]:
         )
         return
     now, until = datetime.now(UTC), leaf.not_valid_after_utc
-    mend = "renew it, and restart the server"
+    remedy = "renew it, and restart the server"
     if now > until:
-        yield problem("certificate", f"{server.ssl_certificate}: expired on {until:%Y-%m-%d}", mend)
+        yield problem("certificate", f"{server.ssl_certificate}: expired on {until:%Y-%m-%d}", remedy)
     elif now < (since := leaf.not_valid_before_utc):
         yield problem("certificate", f"{server.ssl_certificate}: not valid before {since:%Y-%m-%d}", "check the clock")
     elif until - now < CERTIFICATE_SOON:
-        yield warning("certificate", f"{server.ssl_certificate}: expires on {until:%Y-%m-%d}", mend)
+        yield warning("certificate", f"{server.ssl_certificate}: expires on {until:%Y-%m-%d}", remedy)
     else:
         yield ok("certificate", f"{server.ssl_certificate}: valid until {until:%Y-%m-%d}")
 

@@ -30,19 +30,19 @@ class Finding(NamedTuple):
     check: str
     level: Level
     text: str
-    mend: str | None = None
+    remedy: str | None = None
 
 
 def ok(check: str, text: str) -> Finding:
     return Finding(check, Level.OK, text)
 
 
-def warning(check: str, text: str, mend: str) -> Finding:
-    return Finding(check, Level.WARNING, text, mend)
+def warning(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, Level.WARNING, text, remedy)
 
 
-def problem(check: str, text: str, mend: str) -> Finding:
-    return Finding(check, Level.PROBLEM, text, mend)
+def problem(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, Level.PROBLEM, text, remedy)
 
 
 @dataclass(frozen=True)

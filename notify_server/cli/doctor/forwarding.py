@@ -89,8 +89,8 @@ def _answer(endpoint: UrlEndpoint | BotEndpoint, url: URL, connected: socket.soc
         sent = connection.getresponse().getheader("Date")
         skew = time() - parsedate_to_datetime(sent).timestamp() if sent else None
     except (http.client.HTTPException, ValueError) as error:
-        mend = f"check which program listens there, and correct {endpoint.place} url"
-        yield problem(CHECK, f"{reached}, and does not speak HTTP ({type(error).__name__})", mend)
+        remedy = f"check which program listens there, and correct {endpoint.place} url"
+        yield problem(CHECK, f"{reached}, and does not speak HTTP ({type(error).__name__})", remedy)
         return
     finally:
         connection.close()
@@ -98,5 +98,5 @@ def _answer(endpoint: UrlEndpoint | BotEndpoint, url: URL, connected: socket.soc
         yield ok(CHECK, reached if skew is None else f"{reached}; its clock agrees")
         return
     text = f"{reached}; this clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} its clock"
-    mend = "synchronise both with NTP: receivers refuse signatures that are 5 minutes off"
-    yield (problem if abs(skew) > MAX_SKEW_SECONDS else warning)(CHECK, text, mend)
+    remedy = "synchronise both with NTP: receivers refuse signatures that are 5 minutes off"
+    yield (problem if abs(skew) > MAX_SKEW_SECONDS else warning)(CHECK, text, remedy)

@@ -21,16 +21,16 @@ DESCRIPTORS_OWN = 64
 
 def check_dns(subject: Subject) -> Iterator[Finding]:
     verify = subject.config.verify
-    mend = "name a working resolver in /etc/resolv.conf"
+    remedy = "name a working resolver in /etc/resolv.conf"
     try:
         servers = re.findall(r"^\s*nameserver\s+(\S+)", Path("/etc/resolv.conf").read_text("utf-8", "replace"), re.M)
     except OSError as error:
-        yield warning("dns", f"/etc/resolv.conf cannot be read ({error.strerror})", mend)
+        yield warning("dns", f"/etc/resolv.conf cannot be read ({error.strerror})", remedy)
     else:
         if servers:
             yield ok("dns", f"name servers: {', '.join(servers)}")
         else:
-            yield warning("dns", "/etc/resolv.conf names no name server", mend)
+            yield warning("dns", "/etc/resolv.conf names no name server", remedy)
     guard = Guard([], verify.allowed_networks, [])
     hosts = [subject.host] if subject.host else [host for host in verify.allowed_hosts if not host.startswith("*")]
     for host in hosts:
@@ -38,7 +38,7 @@ def check_dns(subject: Subject) -> Iterator[Finding]:
             addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            yield problem("dns", f"{host} does not resolve ({reason})", f"check the name, or {mend}")
+            yield problem("dns", f"{host} does not resolve ({reason})", f"check the name, or {remedy}")
             continue
         refused = sorted(address for address in addresses if guard.check_address(address, 443) is not None)
         if refused:

@@ -49,13 +49,15 @@ def check_libcurl() -> Iterator[Finding]:
     version, features, tls, ares = info[1], info[4], info[5], info[9]
     asynchronous = f"c-ares {ares}" if ares else "threaded"
     resolver = asynchronous if features & pycurl.VERSION_ASYNCHDNS else "blocking"
-    mend = "pip install --force-reinstall pycurl, whose wheel contains libcurl"
+    remedy = "pip install --force-reinstall pycurl, whose wheel contains libcurl"
     if not features & pycurl.VERSION_SSL:
-        yield problem("libcurl", f"libcurl {version} has no TLS: no https address can be checked", mend)
+        yield problem("libcurl", f"libcurl {version} has no TLS: no https address can be checked", remedy)
     if not features & pycurl.VERSION_IPV6:
-        yield warning("libcurl", f"libcurl {version} has no IPv6", mend)
+        yield warning("libcurl", f"libcurl {version} has no IPv6", remedy)
     if resolver == "blocking":
-        yield warning("libcurl", f"libcurl {version} looks names up one by one: a slow look-up delays all files", mend)
+        yield warning(
+            "libcurl", f"libcurl {version} looks names up one by one: a slow look-up delays all files", remedy
+        )
     ipv6 = "IPv6, " if features & pycurl.VERSION_IPV6 else ""
     yield ok("libcurl", f"libcurl {version}, {tls or 'no TLS'}, {ipv6}resolver {resolver}")
 
@@ -79,13 +81,13 @@ def check_clock() -> Iterator[Finding]:
     now = time.time()
     installed = Path(notify_server.__file__).stat().st_mtime
     shown = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    mend = "set the clock, and keep it set: `timedatectl set-ntp true`, or chrony"
+    remedy = "set the clock, and keep it set: `timedatectl set-ntp true`, or chrony"
     if now < installed - 86_400:
-        yield problem("clock", f"{shown} is before this program was installed", mend)
+        yield problem("clock", f"{shown} is before this program was installed", remedy)
         return
     synchronised = _synchronised()
     if synchronised is False:
-        yield warning("clock", f"{shown}, not synchronised: signed callbacks are refused when it is off", mend)
+        yield warning("clock", f"{shown}, not synchronised: signed callbacks are refused when it is off", remedy)
     else:
         yield ok("clock", f"{shown}{', synchronised' if synchronised else ''}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -15,18 +16,25 @@ from rich.text import Text
 from notify_server.cli.common import EXIT_FAILED, config_file, output, printable
 from notify_server.cli.doctor import endpoint, forwarding, probing, programs, record
 from notify_server.cli.doctor.findings import Check, Finding, Level, Subject
+from notify_server.cli.doctor.public import public_checks
 from notify_server.config import load_config
 from notify_server.errors import ConfigError
 
 # The time limit of a check; all of them run at the same time.
 CHECK_SECONDS = 5.0
+# That of those which go through the public address, receivers and stores.
+PUBLIC_SECONDS = 60.0
 UNKNOWN = "run it again; if that does not help, check it by hand"
 COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 
 
-def run(config_path: Path | None, host: str | None, *, as_json: bool) -> None:
-    """Run all checks and print the findings. Exits 1 when there is a problem. Changes nothing."""
+def run(config_path: Path | None, host: str | None, public: str | None, picture: str | None, *, as_json: bool) -> None:
+    """Run all checks and print the findings. Exits 1 when there is a problem. Stores nothing."""
     findings = examine(config_path, host)
+    if public is not None:
+        with contextlib.suppress(ConfigError):
+            config = load_config(config_path)
+            findings += look(public_checks(config, config_path, public, picture), PUBLIC_SECONDS)
     if as_json:
         shown = [finding._asdict() for finding in findings]
         print(
@@ -93,7 +101,7 @@ def _count(findings: Iterable[Finding], level: Level) -> int:
     return sum(finding.level is level for finding in findings)
 
 
-def look(checks: Mapping[str, Check]) -> list[Finding]:
+def look(checks: Mapping[str, Check], seconds: float = CHECK_SECONDS) -> list[Finding]:
     """Run the checks at the same time; return their findings in the given order."""
     found: dict[str, list[Finding]] = {}
 
@@ -110,10 +118,10 @@ def look(checks: Mapping[str, Check]) -> list[Finding]:
     threads = [threading.Thread(target=one, args=item, daemon=True) for item in checks.items()]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + CHECK_SECONDS
+    deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late = f"not finished within {CHECK_SECONDS:g} seconds"
+    late = f"not finished within {seconds:g} seconds"
     return [finding for name in checks for finding in found.get(name, [Finding(name, Level.WARNING, late, UNKNOWN)])]
 
 
@@ -123,8 +131,8 @@ def _show(findings: list[Finding]) -> None:
     for finding in findings:
         line = Text.assemble((f"{finding.level:<8} ", COLOURS[finding.level]), f"{finding.check:<{width}}  ")
         console.print(line + Text(printable(finding.text)), soft_wrap=True)
-        if finding.mend:
-            console.print(Text(f"{'':9}{'':{width}}  -> {printable(finding.mend)}"), soft_wrap=True)
+        if finding.remedy:
+            console.print(Text(f"{'':9}{'':{width}}  -> {printable(finding.remedy)}"), soft_wrap=True)
     problems, warnings = _count(findings, Level.PROBLEM), _count(findings, Level.WARNING)
     console.print(
         Text(
