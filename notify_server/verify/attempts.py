@@ -226,7 +226,9 @@ class Attempts:
             key=file.oss_object_name,
             usable=self._config.usable,
         )
-        if outcome is not policy.AVAILABLE and item.status in policy.EXPIRED_STATUS and self._has_ended(file, at):
+        if outcome is policy.PLAIN or outcome is policy.AVAILABLE:
+            return outcome
+        if item.status in policy.EXPIRED_STATUS and self._has_ended(file, at):
             return EXPIRED
         if isinstance(outcome, policy.NextRequest) and now >= flight.deadline:
             if outcome.method == flight.ask.method:

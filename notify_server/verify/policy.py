@@ -16,7 +16,7 @@ import msgspec
 from notify_server.config import HostSettings, UsableConfig
 from notify_server.model import Evidence, FileState, Reason, Target, http_reason
 from notify_server.verify.guard import printable_url
-from notify_server.verify.usable import problem, wants_look
+from notify_server.verify.usable import is_plain, problem, wants_look
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Servers that refuse HEAD, or addresses signed for GET only, answer HEAD with these; the file may well be there.
@@ -54,7 +54,7 @@ class Conclusion(msgspec.Struct, frozen=True, gc=False):
     does not.
 
     `led_to` is the refused address of a redirect, in a form that is safe to show. `busy` means that the host asked for
-    fewer requests: no attempt is charged to the file.
+    fewer requests: no attempt is charged to the file. `plain` is that of PLAIN.
     """
 
     state: FileState
@@ -62,6 +62,7 @@ class Conclusion(msgspec.Struct, frozen=True, gc=False):
     final: bool = False
     led_to: str | None = None
     busy: bool = False
+    plain: bool = False
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -72,6 +73,8 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
 
 AVAILABLE = Conclusion(FileState.AVAILABLE)
+# The same of an answer about which no rule of `usable` has anything to say: it is not judged again for its flags.
+PLAIN = Conclusion(FileState.AVAILABLE, plain=True)
 
 
 def first(target: Target, settings: HostSettings) -> NextRequest:
@@ -99,6 +102,8 @@ def judge(
     """
     status = evidence.status
     accepted = is_accepted(ask, evidence, settings)
+    if accepted and usable is not None and usable.sniff != "all" and is_plain(key, evidence, usable):
+        return PLAIN
     wrong = (
         problem(key, evidence, usable, accepted=accepted, method=ask.method)
         if usable is not None and status is not None

@@ -22,7 +22,7 @@ def attempt_row(
     sent_at: int,
 ) -> AttemptRow:
     """Return the row of one request."""
-    if outcome is policy.AVAILABLE:
+    if isinstance(outcome, policy.Conclusion) and outcome.state is FileState.AVAILABLE:
         reason: str | None = None
     elif item.failure is not None:
         reason = item.failure
@@ -97,8 +97,8 @@ def flags_of(
     """Return the flags of a file as a JSON list, None without any."""
     if item is None or item.status is None:
         return None
-    accepted = conclusion is policy.AVAILABLE or policy.is_accepted(ask, item, settings)
-    found = flags(file.oss_object_name, file.target_url, item, usable, accepted=accepted, method=ask.method)
+    accepted = conclusion.state is FileState.AVAILABLE or policy.is_accepted(ask, item, settings)
+    found = flags(file, item, usable, accepted=accepted, method=ask.method, plain=conclusion.plain)
     if usable.expired == "flag" and file.expires_at is not None and now >= file.expires_at:
         found = (Reason.EXPIRED.value, *found)
     return msgspec.json.encode(found).decode() if found else None

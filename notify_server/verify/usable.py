@@ -16,10 +16,11 @@ from typing import NamedTuple
 from notify_server.config import UsableConfig
 from notify_server.contract.expiry import DELETED_ON, is_signed
 from notify_server.contract.object_key import decode_object_key
-from notify_server.model import Evidence, Reason
+from notify_server.model import DueFile, Evidence, Reason
 
 # Vendors' defaults for objects that were stored without a type.
 OCTET_STREAM = frozenset({"application/octet-stream", "binary/octet-stream"})
+_UNTYPED = ("application/octet", "binary/octet")
 # Smaller than this, an object is likelier a message than a picture.
 DOUBTFUL_BYTES = 1024
 # x-oss-ec: the Referer is empty, on the blacklist, or not on the whitelist.
@@ -58,8 +59,6 @@ def media_types(key: str, rules: UsableConfig) -> Sequence[str]:
 
 def problem(key: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str) -> Problem | None:
     """Return the first contradiction that is to fail the file."""
-    if accepted and _is_plain(key, evidence, rules):
-        return None
     for found in _problems(key, evidence, rules, accepted=accepted, method=method):
         if rules.action(found.reason) == "fail":
             return found
@@ -70,22 +69,20 @@ def wants_look(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
     """Return True if the first bytes of the object are to decide, because the headers of an accepted answer do not."""
     if rules.sniff == "off" or rules.not_media == "off" or evidence.sniffed is not None:
         return False
-    if rules.sniff == "doubtful" and _is_plain(key, evidence, rules):
-        return False
     type, length = _type(evidence), evidence.content_length
     doubtful = not type or type in OCTET_STREAM or (length is not None and 0 < length < DOUBTFUL_BYTES)
     return (doubtful or rules.sniff == "all") and bool(media_types(key, rules))
 
 
 def flags(
-    key: str, url: str, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str
+    file: DueFile, evidence: Evidence, rules: UsableConfig, *, accepted: bool, method: str, plain: bool
 ) -> tuple[str, ...]:
-    """Return what is remarkable and no reason to fail, in a fixed order."""
+    """Return what is remarkable and no reason to fail, in a fixed order. `plain` is the result of `is_plain`."""
     found: list[str] = []
-    headers = evidence.headers or _NONE
-    untyped = evidence.content_type is None or evidence.content_type.startswith(("application/octet", "binary/octet"))
-    if accepted and not untyped and _is_plain(key, evidence, rules):
-        if _is_attachment(headers):
+    key, url = file.oss_object_name, file.target_url
+    type, headers = evidence.content_type, evidence.headers or _NONE
+    if plain and type is not None and not type.startswith(_UNTYPED):
+        if "content-disposition" in headers and _is_attachment(headers):
             found.append("attachment")
     else:
         problems = _problems(key, evidence, rules, accepted=accepted, method=method)
@@ -96,14 +93,16 @@ def flags(
         found.append(DELETED_ON + day)
     if url.startswith("http:"):
         found.append("plain_http")
-    if "?" in url and is_signed(url):
+    if file.expires_at is None and "?" in url and is_signed(url):
         found.append("signed")
     return tuple(found)
 
 
 def deleted_on(evidence: Evidence) -> str | None:
     """Return the day (UTC, YYYY-MM-DD) on which a lifecycle rule deletes the object, as OSS and S3 announce it."""
-    headers = evidence.headers or _NONE
+    headers = evidence.headers
+    if not headers:
+        return None
     announced = headers.get("x-oss-expiration") or headers.get("x-amz-expiration")
     if not announced or (match := _EXPIRY_DATE(announced)) is None:
         return None
@@ -113,7 +112,7 @@ def deleted_on(evidence: Evidence) -> str | None:
         return None
 
 
-def _is_plain(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
+def is_plain(key: str, evidence: Evidence, rules: UsableConfig) -> bool:
     """Return True for the usual good answer, in which no rule can find anything, at the least cost."""
     if rules.expect or evidence.sniffed is not None:
         return False

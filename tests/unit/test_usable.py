@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from notify_server.config import HostSettings, UsableConfig
-from notify_server.model import Evidence, FileState, Reason, Target
+from notify_server.contract.expiry import expiry
+from notify_server.model import DueFile, Evidence, FileState, Reason, Target
 from notify_server.processes.prober_headers import error_code, has_xml, read_headers
 from notify_server.processes.sniffing import sniff
 from notify_server.simulator.answers import RecordedAnswer, load_answers
@@ -58,8 +60,15 @@ def play(
         found = policy.judge(ask, item, SETTINGS, GUARD.follow, last=last, key=key, usable=rules)
         if isinstance(found, policy.Conclusion):
             accepted = policy.is_accepted(ask, item, SETTINGS)
-            shown = flags(key, url, item, rules, accepted=accepted, method=ask.method) if rules is not None else ()
-            return found, item, shown, methods
+            file = DueFile(1, 1, "files.example.com", url, 0, key, expiry(url))
+            if rules is None:
+                return found, item, (), methods
+            shown, careful = (
+                flags(file, item, rules, accepted=accepted, method=ask.method, plain=plain)
+                for plain in (found.plain, False)
+            )
+            assert shown == careful
+            return msgspec.structs.replace(found, plain=False), item, shown, methods
         ask = found
 
 
