@@ -235,7 +235,8 @@ class Remote:
 
     async def export(self, wanted: FileFilter, form: str) -> AsyncGenerator[bytes, None]:
         """Yield files as the daemon exports them, in pieces."""
-        query = {"format": form, **msgspec.structs.asdict(wanted)}
+        period = {name: _iso(getattr(wanted, name)) for name in ("received_from", "received_before")}
+        query = {"format": form, "bom": "false", **msgspec.structs.asdict(wanted), **period}
         async with self._request("GET", "export", query) as response:
             if response.status != 200:
                 self._check(response.status, await response.read())

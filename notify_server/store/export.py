@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -32,9 +33,17 @@ def safe_cell(value: object) -> object:
     return value
 
 
-def csv_header() -> bytes:
-    """Return the header line."""
-    return (",".join(COLUMNS) + "\r\n").encode()
+def csv_header(*, bom: bool = False) -> bytes:
+    """Return the header line. With `bom` a byte order mark precedes it: Excel takes a file without one for the local
+    encoding, which on a Chinese Windows is GBK.
+    """
+    return (b"\xef\xbb\xbf" if bom else b"") + (",".join(COLUMNS) + "\r\n").encode()
+
+
+def file_name(parts: Iterable[str | None], extension: str) -> str:
+    """Return the name of an export after what it holds: `b-20261123-unavailable.csv`; `files.csv` when it is all."""
+    named = [re.sub(r"[^\w.-]+", "_", part)[:80].strip("._") for part in parts if part]
+    return ("-".join(part for part in named if part)[:200] or "files") + f".{extension}"
 
 
 def csv_lines(files: Iterable[FileItem]) -> bytes:

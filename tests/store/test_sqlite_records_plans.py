@@ -16,7 +16,7 @@ import pytest
 
 from notify_server.model import FileState, Verdict
 from notify_server.store.reading import queries, walk
-from notify_server.store.reading.types import BatchFilter, FileFilter, Page
+from notify_server.store.reading.types import BatchFiles, BatchFilter, FileFilter, Page
 from notify_server.store.sql import load_queries
 from notify_server.store.sqlite.database import connect
 from notify_server.store.sqlite.records import SqliteRecords
@@ -124,7 +124,8 @@ async def databases(
     paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Observed, Observed]]:
     monkeypatch.setattr(walk, "MAX_SCANNED_ROWS", 10)
-    monkeypatch.setattr(queries, "MAX_SEARCHED_BATCHES", 20)
+    for bound in ("BATCHES", "FILES", "NOTIFICATIONS"):
+        monkeypatch.setattr(queries, f"MAX_SEARCHED_{bound}", 20)
     small, large = map(Observed, paths)
     yield small, large
     for records in (small, large):
@@ -230,6 +231,9 @@ ONE_THING: dict[str, NextRequest] = {
     "search": lambda records: records.search("batch 7", 5),
     "search for a key": lambda records: records.search("k001", 5),
     "search in vain": lambda records: records.search("nowhere", 5),
+    "files of a batch by size": lambda records: records.batch_files(BatchFiles(7, text="k", sort="size")),
+    "reasons of a batch": lambda records: records.batch_reasons(7, 5),
+    "api_codes": lambda records: records.api_codes(5),
     "count of a batch": lambda records: records.count(FileFilter(batch=7)),
     "count of a batch by state": lambda records: records.count(FileFilter(batch=7, state=FileState.BLOCKED)),
     "count of a batch by reason": lambda records: records.count(FileFilter(batch=7, reason="timeout")),
@@ -254,6 +258,7 @@ WALKS: list[tuple[NextRequest, str]] = [
         lambda records: records.failures(5),
         r"SEARCH file USING COVERING INDEX file_(failing \(reason|missing \(state)",
     ),
+    (lambda records: records.search("0" * 8 + "-0000" * 3 + "-" + "0" * 12, 5), r"(SEARCH|SCAN) (batch|file)"),
     (lambda records: records.attention(), r"SCAN batch USING INDEX batch_attention"),
     (lambda records: records.backlog(5), r"SCAN file USING INDEX file_due"),
     (lambda records: records.count(FileFilter()), r"SCAN batch$"),

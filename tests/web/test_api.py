@@ -702,11 +702,15 @@ class Counted:
 
 
 async def test_files_are_exported_as_csv_and_ndjson_by_each_filter(filled: Filled) -> None:
+    names: list[str] = []
+
     async def exported(**parameters: Any) -> list[dict[str, str]]:
         answer = await filled.daemon.get("/api/v1/export", params=parameters)
         assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
-        assert answer.headers["Content-Disposition"] == 'attachment; filename="files.csv"'
-        return list(csv.DictReader(io.StringIO(answer.body.decode(), newline="")))
+        # Without a byte order mark Excel takes it for the local encoding.
+        assert answer.body.startswith(b"\xef\xbb\xbf") is (parameters.get("bom") != "false")
+        names.append(answer.headers["Content-Disposition"].removeprefix("attachment; filename*=UTF-8''"))
+        return list(csv.DictReader(io.StringIO(answer.body.decode("utf-8-sig"), newline="")))
 
     everything = await exported()
     assert len(everything) == 9
@@ -716,6 +720,13 @@ async def test_files_are_exported_as_csv_and_ndjson_by_each_filter(filled: Fille
     assert len(await exported(reason="http_404")) == 2
     assert len(await exported(host="elsewhere.test")) == 1
     assert await exported(batch=4711) == []
+    assert await exported(api_code="nowhere", bom="false") == []
+    of_code = [row for row in everything if row["api_code"] == everything[0]["api_code"]]
+    found = await exported(api_code=everything[0]["api_code"], received_from="2001-01-01T00:00:00Z")
+    assert sorted(row["id"] for row in found) == sorted(row["id"] for row in of_code)
+    assert names[:5] == [
+        "files.csv", f"{filled.incomplete['batch_id']}.csv", "available.csv", "http_404.csv", "elsewhere.test.csv",
+    ]  # fmt: skip
     answer = await filled.daemon.get("/api/v1/export", params={"format": "ndjson", "reason": "http_410"})
     assert answer.headers["Content-Type"] == "application/x-ndjson"
     (line,) = answer.body.splitlines()

@@ -45,6 +45,7 @@ class PostgresRecords(QueriedRecords):
     dialect = "postgres"
     queries = QUERIES
     indexes = INDEXES
+    part_of = "strpos"
 
     def __init__(self, url: str) -> None:
         """Use `open` instead."""

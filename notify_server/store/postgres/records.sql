@@ -54,6 +54,16 @@ SELECT json_build_object(
 )
 FROM batch;
 
+-- name: api_codes
+WITH RECURSIVE known (api_code) AS (
+    SELECT min(api_code) FROM batch
+    UNION ALL
+    SELECT (SELECT min(batch.api_code) FROM batch WHERE batch.api_code > known.api_code)
+    FROM known
+    WHERE known.api_code IS NOT NULL
+)
+SELECT json_agg(api_code) FROM (SELECT api_code FROM known LIMIT :limit) AS first WHERE api_code IS NOT NULL;
+
 -- name: attention
 SELECT json_build_object(
     'batches', (
@@ -79,6 +89,24 @@ FROM (
     LIMIT :limit
 ) AS found;
 
+-- name: batches_containing
+SELECT json_agg(:batch_item)
+FROM (
+    SELECT * FROM (SELECT * FROM batch ORDER BY id DESC LIMIT :most) AS newest
+    WHERE strpos(batch_id, :text) > 0
+    LIMIT :limit
+) AS found;
+
+-- name: batches_of_request
+SELECT json_agg(:batch_item)
+FROM (
+    SELECT batch.*
+    FROM (SELECT batch_id, api_code, request_id FROM notification ORDER BY id DESC LIMIT :most) AS newest
+    JOIN batch ON batch.batch_id = newest.batch_id AND batch.api_code = newest.api_code
+    WHERE newest.request_id = :text
+    LIMIT :limit
+) AS found;
+
 -- name: batch
 SELECT :batch_item, last_notification, CASE WHEN verdict = 'incomplete' AND acknowledged_at >= completed_at THEN acknowledgement END
 FROM batch WHERE id = :id;
@@ -101,6 +129,28 @@ FROM (
     ORDER BY :found_order
 ) AS shown;
 
+-- name: batch_files
+SELECT (
+    SELECT json_agg(:file_item)
+    FROM (
+        SELECT found.*, batch.batch_id, batch.api_code
+        FROM (SELECT * FROM file WHERE :conditions ORDER BY :order LIMIT :limit OFFSET :offset) AS found
+        JOIN batch ON batch.id = found.batch
+        ORDER BY :order
+    ) AS shown
+), (SELECT count(*) FROM file WHERE :conditions);
+
+-- name: batch_reasons
+SELECT json_agg(json_build_object('reason', reason, 'files', files))
+FROM (
+    SELECT reason, count(*) AS files
+    FROM file
+    WHERE batch = :batch AND reason IS NOT NULL
+    GROUP BY reason
+    ORDER BY files DESC, reason
+    LIMIT :limit
+) AS counted;
+
 -- name: file
 SELECT :file_item
 FROM (
@@ -119,10 +169,29 @@ SELECT json_agg(:file_item)
 FROM (
     SELECT file.*, latest.batch_id, latest.api_code
     FROM (SELECT id, batch_id, api_code FROM batch ORDER BY id DESC LIMIT :batches) AS latest
-    CROSS JOIN LATERAL (SELECT * FROM file WHERE file.batch = latest.id AND file.oss_object_name = :text) AS file
+    CROSS JOIN LATERAL (
+        SELECT * FROM file
+        WHERE file.batch = latest.id AND file.oss_object_name >= :text
+            AND (CAST(:beyond AS text) IS NULL OR file.oss_object_name < :beyond)
+        ORDER BY file.oss_object_name
+        LIMIT 1
+    ) AS file
     ORDER BY latest.id DESC
     LIMIT :limit
 ) AS found;
+
+-- name: files_containing
+SELECT json_agg(:file_item)
+FROM (
+    SELECT found.*, batch.batch_id, batch.api_code
+    FROM (
+        SELECT * FROM (SELECT * FROM file ORDER BY id DESC LIMIT :most) AS newest
+        WHERE target_url = :text OR strpos(oss_object_name, :text) > 0 OR strpos(oss_object_name, :source) > 0
+        LIMIT :limit
+    ) AS found
+    JOIN batch ON batch.id = found.batch
+    ORDER BY found.id DESC
+) AS shown;
 
 -- name: attempts
 SELECT json_agg(
@@ -188,6 +257,9 @@ SELECT json_agg(key) FROM nonce WHERE key >= :first AND key < :end;
 -- name: rejections
 SELECT json_agg(:rejection_item)
 FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit) AS found;
+
+-- name: rejections_of_request
+SELECT json_agg(:rejection_item) FROM (SELECT * FROM rejection WHERE request_id = :text LIMIT :limit) AS found;
 
 -- name: rejection
 SELECT :rejection_item, body FROM rejection WHERE id = :id;

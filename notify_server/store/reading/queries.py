@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from notify_server.contract.source_path import encoded_beginning
 from notify_server.store.base import MAX_ID, SESSION_PREFIX
 from notify_server.store.reading.cursor import UNKNOWN_CURSOR, decode_cursor, encode_cursor
 from notify_server.store.reading.evidence import EvidenceRecords
@@ -20,6 +21,7 @@ from notify_server.store.reading.types import (
     AttemptItem,
     Attention,
     BatchDetail,
+    BatchFiles,
     BatchFilter,
     BatchItem,
     DeliveryItem,
@@ -29,13 +31,15 @@ from notify_server.store.reading.types import (
     FileItem,
     Found,
     HostBacklog,
+    Numbered,
     Page,
     Prunable,
+    ReasonCount,
     RejectionDetail,
     RejectionItem,
     Totals,
 )
-from notify_server.store.reading.walk import Indexes, Walk, walk_batches, walk_files
+from notify_server.store.reading.walk import Indexes, Walk, conjunction, walk_batches, walk_files
 from notify_server.store.sql import load_with_macros
 
 T = TypeVar("T")
@@ -45,6 +49,17 @@ Item = TypeVar("Item", BatchItem, FileItem)
 READ_SECONDS = 5.0
 # A search for a key looks into this many batches, the newest.
 MAX_SEARCHED_BATCHES = 200_000
+# What no index finds is looked for among the newest of each kind only.
+MAX_SEARCHED_FILES = 100_000
+MAX_SEARCHED_NOTIFICATIONS = 50_000
+MIN_PART = 4
+MAX_API_CODES = 200
+REQUEST_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# The columns that the files of a batch can be sorted by.
+SORTS = {
+    "key": "oss_object_name", "state": "state", "reason": "reason", "attempts": "attempts",
+    "next": "next_attempt_at", "size": "content_length",
+}  # fmt: skip
 TOO_MUCH = "that is too much to read at once: narrow it down"
 CLOSED = "the record is closed"
 
@@ -67,6 +82,8 @@ class QueriedRecords(ABC):
     dialect: str
     queries: Mapping[str, str]
     indexes: Indexes
+    # The function that gives the place of a part in a text, 0 when it is not there.
+    part_of: str
 
     @cached_property
     def outbox(self) -> OutboxRecords:
@@ -183,10 +200,53 @@ class QueriedRecords(ABC):
     async def search(self, text: str, limit: int) -> Found:
         if not self._can_hold(text):
             return Found([], [])
-        return Found(
-            await self._list(BatchItem, "batches_beginning", **self._prefix_range(text), limit=limit),
-            await self._list(FileItem, "files_named", text=text, batches=MAX_SEARCHED_BATCHES, limit=limit),
+        prefix = self._prefix_range(text)
+        api_codes = [each for each in await self.api_codes(MAX_API_CODES) if each.startswith(text)]
+        batches = await self._list(BatchItem, "batches_beginning", **prefix, limit=limit)
+        files = await self._list(FileItem, "files_named", **prefix, batches=MAX_SEARCHED_BATCHES, limit=limit)
+        if batches or files:
+            return Found(batches, files, api_codes=api_codes)
+        if REQUEST_ID.fullmatch(text):
+            batches = await self._list(
+                BatchItem, "batches_of_request", text=text, most=MAX_SEARCHED_NOTIFICATIONS, limit=limit
+            )
+            rejections = await self._list(RejectionItem, "rejections_of_request", text=text, limit=limit)
+            return Found(batches, [], rejections)
+        if len(text) >= MIN_PART:
+            batches = await self._list(
+                BatchItem, "batches_containing", text=text, most=MAX_SEARCHED_NOTIFICATIONS, limit=limit
+            )
+            files = await self._list(
+                FileItem, "files_containing", text=text, source=f"/{encoded_beginning(text) or text}",
+                most=MAX_SEARCHED_FILES, limit=limit,
+            )  # fmt: skip
+        return Found(batches, files, api_codes=api_codes)
+
+    async def batch_files(self, wanted: BatchFiles) -> Numbered[FileItem]:
+        equal = {"batch": wanted.batch, "state": wanted.state, "reason": wanted.reason}
+        parameters: dict[str, object] = {name: value for name, value in equal.items() if value is not None}
+        conditions = [f"{name} = :{name}" for name in parameters]
+        if wanted.text is not None:
+            part = f"{self.part_of}(oss_object_name, :{{}}) > 0"
+            conditions.append(f"({part.format('text')} OR {part.format('source')})")
+            parameters |= {"text": wanted.text, "source": f"/{encoded_beginning(wanted.text) or wanted.text}"}
+        if not all(map(self._can_hold, parameters.values())):
+            return Numbered([], 0)
+        direction = "DESC" if wanted.descending else "ASC"
+        # Files without a value come last either way; the key makes the order definite.
+        order = f"{SORTS[wanted.sort]} IS NULL, {SORTS[wanted.sort]} {direction}, oss_object_name"
+        statement = self.queries["batch_files"].replace(":conditions", conjunction(conditions))
+        row = await self._run(
+            statement.replace(":order", order), parameters | {"limit": wanted.limit, "offset": wanted.offset}
         )
+        assert row is not None
+        return Numbered(_decode(FileItem, row[0]), row[1])
+
+    async def batch_reasons(self, batch: int, limit: int) -> list[ReasonCount]:
+        return await self._list(ReasonCount, "batch_reasons", batch=batch, limit=limit)
+
+    async def api_codes(self, limit: int) -> list[str]:
+        return await self._list(str, "api_codes", limit=limit)
 
     async def _page(self, kind: type[Item], query: str, walk: Walk, cursor: str | None, limit: int) -> Page[Item]:
         if cursor is not None:

@@ -195,10 +195,41 @@ class Attention(Struct, frozen=True):
 
 
 class Found(Struct, frozen=True):
-    """Search results: batches whose batch_id begins with the text, and files whose key is the text."""
+    """Search results: batches, files, rejections, and api_codes that begin with the text."""
 
     batches: list[BatchItem]
     files: list[FileItem]
+    rejections: list[RejectionItem] = []
+    api_codes: list[str] = []
+
+
+class ReasonCount(Struct, frozen=True):
+    """How many files of a batch have a reason; those that have failed and are available now are among them."""
+
+    reason: str
+    files: int
+
+
+class BatchFiles(Struct, frozen=True):
+    """Which files of a batch, in which order, and which of them; `text` is a part of the key or the beginning of the
+    source path. `sort` is a column of SORTS.
+    """
+
+    batch: int
+    state: FileState | None = None
+    reason: str | None = None
+    text: str | None = None
+    sort: str = "key"
+    descending: bool = False
+    offset: int = 0
+    limit: int = 50
+
+
+class Numbered(Struct, Generic[T], frozen=True):
+    """Some items of a list, and how many the list has."""
+
+    items: list[T]
+    total: int
 
 
 class BatchFilter(Struct, frozen=True):
@@ -309,4 +340,15 @@ class Records(Protocol):
         """Return the log-ins that were ended and would not have ended by themselves long ago."""
 
     async def search(self, text: str, limit: int) -> Found:
-        """Return batches by the beginning of their batch_id, and files of the newest batches by their whole key."""
+        """Return batches by the beginning of their batch_id and files of the newest batches by the beginning of their
+        key. When there are none: what has this request_id, files by their target_url, a part of their key or the
+        beginning of their source path, and batches by a part of their batch_id, among the newest of each kind."""
+
+    async def batch_files(self, wanted: BatchFiles) -> Numbered[FileItem]:
+        """Return files of a batch in any order. Scans the files of the batch."""
+
+    async def batch_reasons(self, batch: int, limit: int) -> list[ReasonCount]:
+        """Return the reasons of a batch's files, the most frequent first. Scans the files of the batch."""
+
+    async def api_codes(self, limit: int) -> list[str]:
+        """Return the first api_codes of the record in their order. Costs one seek for each."""

@@ -38,6 +38,7 @@ class SqliteRecords(QueriedRecords):
     dialect = "sqlite"
     queries = QUERIES
     indexes = INDEXES
+    part_of = "instr"
 
     def __init__(self, path: Path, *, read_seconds: float = READ_SECONDS, progress_steps: int = PROGRESS_STEPS) -> None:
         self._path = path

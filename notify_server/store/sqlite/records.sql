@@ -53,6 +53,16 @@ SELECT json_object(
 )
 FROM batch;
 
+-- name: api_codes
+WITH RECURSIVE known (api_code) AS (
+    SELECT min(api_code) FROM batch
+    UNION ALL
+    SELECT (SELECT min(batch.api_code) FROM batch WHERE batch.api_code > known.api_code)
+    FROM known
+    WHERE known.api_code IS NOT NULL
+)
+SELECT json_group_array(api_code) FROM (SELECT api_code FROM known LIMIT :limit) AS first WHERE api_code IS NOT NULL;
+
 -- name: attention
 SELECT json_object(
     'batches', (
@@ -78,6 +88,24 @@ FROM (
     LIMIT :limit
 );
 
+-- name: batches_containing
+SELECT json_group_array(:batch_item)
+FROM (
+    SELECT * FROM (SELECT * FROM batch NOT INDEXED ORDER BY id DESC LIMIT :most)
+    WHERE instr(batch_id, :text)
+    LIMIT :limit
+);
+
+-- name: batches_of_request
+SELECT json_group_array(:batch_item)
+FROM (
+    SELECT batch.*
+    FROM (SELECT * FROM notification NOT INDEXED ORDER BY id DESC LIMIT :most) AS newest
+    CROSS JOIN batch ON batch.batch_id = newest.batch_id AND batch.api_code = newest.api_code
+    WHERE newest.request_id = :text
+    LIMIT :limit
+);
+
 -- name: batch
 SELECT :batch_item, last_notification, CASE WHEN verdict = 'incomplete' AND acknowledged_at >= completed_at THEN acknowledgement END
 FROM batch WHERE id = :id;
@@ -96,6 +124,27 @@ FROM (
     SELECT found.*, batch.batch_id, batch.api_code
     FROM (SELECT * FROM (:walk LIMIT :most) WHERE :left_out LIMIT :limit) AS found
     CROSS JOIN batch NOT INDEXED ON batch.id = found.batch
+);
+
+-- name: batch_files
+SELECT json_group_array(:file_item), (SELECT count(*) FROM file INDEXED BY sqlite_autoindex_file_1 WHERE :conditions)
+FROM (
+    SELECT found.*, batch.batch_id, batch.api_code
+    FROM (
+        SELECT * FROM file INDEXED BY sqlite_autoindex_file_1 WHERE :conditions ORDER BY :order LIMIT :limit OFFSET :offset
+    ) AS found
+    CROSS JOIN batch NOT INDEXED ON batch.id = found.batch
+);
+
+-- name: batch_reasons
+SELECT json_group_array(json_object('reason', reason, 'files', files))
+FROM (
+    SELECT reason, count(*) AS files
+    FROM file INDEXED BY sqlite_autoindex_file_1
+    WHERE batch = :batch AND reason IS NOT NULL
+    GROUP BY reason
+    ORDER BY files DESC, reason
+    LIMIT :limit
 );
 
 -- name: file
@@ -120,9 +169,25 @@ FROM (
     SELECT file.*, latest.batch_id, latest.api_code
     FROM (SELECT id, batch_id, api_code FROM batch NOT INDEXED ORDER BY id DESC LIMIT :batches) AS latest
     CROSS JOIN file NOT INDEXED ON file.id = (
-        SELECT named.id FROM file AS named WHERE named.batch = latest.id AND named.oss_object_name = :text
+        SELECT named.id FROM file AS named
+        WHERE named.batch = latest.id
+            AND named.oss_object_name >= :text AND named.oss_object_name < :text || char(1114111)
+        ORDER BY named.oss_object_name
+        LIMIT 1
     )
     LIMIT :limit
+);
+
+-- name: files_containing
+SELECT json_group_array(:file_item)
+FROM (
+    SELECT found.*, batch.batch_id, batch.api_code
+    FROM (
+        SELECT * FROM (SELECT * FROM file NOT INDEXED ORDER BY id DESC LIMIT :most)
+        WHERE target_url = :text OR instr(oss_object_name, :text) OR instr(oss_object_name, :source)
+        LIMIT :limit
+    ) AS found
+    CROSS JOIN batch NOT INDEXED ON batch.id = found.batch
 );
 
 -- name: attempts
@@ -190,6 +255,9 @@ SELECT json_group_array(key) FROM nonce WHERE key >= :first AND key < :end;
 -- name: rejections
 SELECT json_group_array(:rejection_item)
 FROM (SELECT * FROM rejection WHERE id < :before ORDER BY id DESC LIMIT :limit);
+
+-- name: rejections_of_request
+SELECT json_group_array(:rejection_item) FROM (SELECT * FROM rejection WHERE request_id = :text LIMIT :limit);
 
 -- name: rejection
 SELECT :rejection_item, body FROM rejection WHERE id = :id;

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import TypeVar
+from urllib.parse import quote
 
 import structlog
 from aiohttp import web
@@ -31,7 +32,7 @@ from notify_server.operations import (
     to_ms,
 )
 from notify_server.store.bundle import write_bundle
-from notify_server.store.export import csv_header, csv_lines, ndjson_lines
+from notify_server.store.export import csv_header, csv_lines, file_name, ndjson_lines
 from notify_server.store.reading.types import (
     Attention,
     BatchDetail,
@@ -79,6 +80,7 @@ BUNDLE_PART = 256 * 1024
 MAX_GROUPS = 500
 MAX_HOSTS = 500
 MAX_FOUND = 20
+MAX_API_CODES = 200
 
 
 class Api:
@@ -130,6 +132,9 @@ class Api:
 
     async def attention(self) -> Attention:
         return await self._cache.get("attention", self.records.attention)
+
+    async def api_codes(self) -> list[str]:
+        return await self._cache.get("api_codes", lambda: self.records.api_codes(MAX_API_CODES))
 
     async def series(self, query: SeriesQuery) -> Page[Sample]:
         return Page(list(self._timeline.seconds if query.step == "second" else self._timeline.minutes))
@@ -195,19 +200,24 @@ class Api:
 
     async def export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
         """Stream files page by page, in bounded memory, and stop when the client is gone."""
-        wanted = FileFilter(query.batch, query.state, query.reason, query.host)
+        wanted = query.filter()
+        batch = None if wanted.batch is None else await self.records.batch(wanted.batch)
+        name = file_name(
+            (batch.batch_id if batch is not None else None, query.api_code, query.host, query.reason, query.state),
+            query.format,
+        )
         csv = query.format == "csv"
         lines = csv_lines if csv else ndjson_lines
         page = await self.records.files(wanted, None, EXPORT_ROWS)
         response = await begin(
             request,
             "text/csv; charset=utf-8" if csv else "application/x-ndjson",
-            {"Content-Disposition": f'attachment; filename="files.{query.format}"'},
+            {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"},
         )
         if request.method == "HEAD":
             return response
         with contextlib.suppress(ConnectionError):
-            await send(request, response, (csv_header() if csv else b"") + lines(page.items))
+            await send(request, response, (csv_header(bom=query.bom) if csv else b"") + lines(page.items))
             while page.next is not None:
                 try:
                     page = await self.records.files(wanted, page.next, EXPORT_ROWS)

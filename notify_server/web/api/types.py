@@ -58,13 +58,24 @@ class FileQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExportQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """The format of an export, and filters of its files."""
+    """The format of an export, and filters of its files. A CSV begins with a byte order mark, by which Excel knows that
+    it is UTF-8, unless `bom` is false.
+    """
 
     format: Literal["csv", "ndjson"] = "csv"
     batch: Id | None = None
     state: FileState | None = None
     reason: ReasonCode | None = None
     host: Text | None = None
+    api_code: Text | None = None
+    received_from: Time | None = None
+    received_before: Time | None = None
+    bom: bool = True
+
+    def filter(self) -> FileFilter:
+        """Return the filters as the record takes them."""
+        period = to_ms(self.received_from), to_ms(self.received_before)
+        return FileFilter(self.batch, self.state, self.reason, self.host, self.api_code, *period)
 
 
 class BundleQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +92,7 @@ class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SearchQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """The beginning of a batch_id, or a whole file key."""
+    """A batch_id, a file key, a target_url, a source path, a request_id or an api_code, or the beginning of one."""
 
     q: Text
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Meta, Struct
 from multidict import MultiDict
 
 from notify_server.callbacks.errors import RefusedError
@@ -27,11 +27,24 @@ Form = Mapping[str, str]
 MAX_FORM_FIELDS = 50
 
 
+Within = Literal["1h", "24h", "7d", "30d"]
+PERIODS: dict[str, timedelta] = {
+    "1h": timedelta(hours=1), "24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30),
+}  # fmt: skip
+
+
 class BatchPage(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which files of a batch to show, and how. Without a state: those that are missing, if there are any."""
+    """Which files of a batch to show, and how. Without a state or other filter: those that are missing, if there are
+    any.
+    """
 
     state: Literal["all", "pending", "available", "unavailable", "blocked", "upload_failed"] | None = None
     view: Literal["table", "pictures"] = "table"
+    reason: ReasonCode | None = None
+    q: Text | None = None
+    sort: Literal["key", "state", "reason", "attempts", "next", "size"] = "key"
+    desc: bool = False
+    page: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     cursor: Cursor | None = None
 
 
@@ -39,9 +52,19 @@ class FilesPage(Struct, frozen=True, forbid_unknown_fields=True):
     """Filters of the files of all batches."""
 
     reason: ReasonCode | None = None
+    host: Annotated[str, Meta(max_length=2000)] | None = None
+    state: FileState | None = None
+    api_code: Text | None = None
+    within: Within | None = None
+    cursor: Cursor | None = None
+
+
+class FailuresPage(Struct, frozen=True, forbid_unknown_fields=True):
+    """Filters of the groups of failing files."""
+
+    reason: ReasonCode | None = None
     host: Text | None = None
     state: FileState | None = None
-    cursor: Cursor | None = None
 
 
 class BatchesPage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +72,7 @@ class BatchesPage(Struct, frozen=True, forbid_unknown_fields=True):
 
     verdict: Verdict | None = None
     api_code: Text | None = None
+    within: Within | None = None
     received_from: Text | None = None
     received_before: Text | None = None
     acknowledged: bool | None = None
@@ -63,10 +87,15 @@ class RecheckForm(Struct, frozen=True, forbid_unknown_fields=True):
     reason: ReasonCode | None = None
     host: Text | None = None
     state: FileState | None = None
+    api_code: Text | None = None
+    received_from: Text | None = None
 
     def recheck(self, *, dry_run: bool) -> Recheck:
-        """Return it as the API takes it."""
-        wanted = Recheck(file=self.file, batch=self.batch, reason=self.reason, host=self.host, dry_run=dry_run)
+        """Return it as the API takes it. Raises RefusedError."""
+        wanted = Recheck(
+            file=self.file, batch=self.batch, reason=self.reason, host=self.host, api_code=self.api_code,
+            received_from=moment("received_from", self.received_from), dry_run=dry_run,
+        )  # fmt: skip
         return wanted if self.state is None else msgspec.structs.replace(wanted, states=[self.state])
 
     @classmethod
@@ -118,6 +147,15 @@ def moment(name: str, text: str | None) -> datetime | None:
         return (value if value.tzinfo is not None else value.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise RefusedError(400, "400", f"{name}: is not a time: write 2026-11-23T03:04:18Z") from error
+
+
+def since(within: str | None, now: int) -> datetime | None:
+    """Return the beginning of a period that ends at `now` (Unix ms), in whole minutes, so that a page and its actions
+    mean the same files.
+    """
+    if within is None:
+        return None
+    return (datetime.fromtimestamp(now / 1000, UTC) - PERIODS[within]).replace(second=0, microsecond=0)
 
 
 def row_id(request: web.Request) -> int:

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from aiohttp import web
 from yarl import URL
@@ -18,15 +19,34 @@ from notify_server.events.payload import utc
 from notify_server.model import CircuitState, FileState, Verdict
 from notify_server.store.ends import end_of
 from notify_server.store.outbox import DeliveryState
-from notify_server.store.reading.types import BatchItem, FailureGroup, FileDetail, FileItem, Found, Totals
+from notify_server.store.reading.types import (
+    BatchFiles,
+    BatchItem,
+    FailureGroup,
+    FileDetail,
+    FileItem,
+    Found,
+    Page,
+    Totals,
+)
 from notify_server.web.api.endpoints import NO_SUCH_ID
 from notify_server.web.api.handlers import MAX_GROUPS
 from notify_server.web.api.types import BatchFileQuery, BatchQuery, FileQuery, PageQuery, SearchQuery, Status
 from notify_server.web.dashboard.dashboard import Dashboard
-from notify_server.web.dashboard.forms import BatchesPage, BatchPage, FilesPage, moment, page_query, row_id
+from notify_server.web.dashboard.forms import (
+    PERIODS,
+    BatchesPage,
+    BatchPage,
+    FailuresPage,
+    FilesPage,
+    moment,
+    page_query,
+    row_id,
+    since,
+)
 from notify_server.web.dashboard.report import text_for_platform
 from notify_server.web.language import texts_for
-from notify_server.web.rendering import is_link
+from notify_server.web.rendering import is_link, iso
 
 T = TypeVar("T")
 
@@ -36,6 +56,10 @@ MAX_ATTENTION = 5
 CALM_SECONDS = 60.0
 MAX_HOSTS_SHOWN = 200
 MAX_PICTURES = 60
+PAGE_FILES = 50
+# Reasons that a batch's files are filtered by, and values that a filter suggests.
+MAX_REASONS = 12
+MAX_SUGGESTED = 200
 # Files in the text for the platform.
 MAX_REPORTED = 20
 # Causes that a batch at risk is explained with.
@@ -86,7 +110,7 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
     wanted = BatchQuery(
         verdict=asked.verdict,
         api_code=asked.api_code,
-        received_from=moment("received_from", asked.received_from),
+        received_from=moment("received_from", asked.received_from) or since(asked.within, dashboard.now()),
         received_before=moment("received_before", asked.received_before),
         acknowledged=asked.acknowledged,
         cursor=asked.cursor,
@@ -97,6 +121,9 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
         "batches.html",
         current="batches",
         asked=wanted,
+        within=asked.within,
+        periods=list(PERIODS),
+        suggested=await _suggested(dashboard),
         found=found,
         totals=totals,
         new=(await dashboard.api.attention()).batches,
@@ -112,12 +139,19 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
     missing = [FileState.UNAVAILABLE, FileState.BLOCKED, FileState.UPLOAD_FAILED, FileState.PENDING]
     if pictures:
         state: FileState | None = FileState.AVAILABLE
-    elif asked.state is None:
+    elif asked.state is None and asked.reason is None and asked.q is None:
         state = next((state for state in missing if getattr(batch, state)), None)
     else:
-        state = None if asked.state == "all" else FileState(asked.state)
-    query = BatchFileQuery(state=state, cursor=asked.cursor, limit=MAX_PICTURES if pictures else 50)
-    files = existing(await dashboard.api.batch_files(id, query))
+        state = None if asked.state in (None, "all") else FileState(asked.state)
+    numbered, files = None, Page[FileItem]([])
+    if pictures:
+        query = BatchFileQuery(state=state, cursor=asked.cursor, limit=MAX_PICTURES)
+        files = existing(await dashboard.api.batch_files(id, query))
+    else:
+        wanted = BatchFiles(
+            id, state, asked.reason, asked.q, asked.sort, asked.desc, (asked.page - 1) * PAGE_FILES, PAGE_FILES
+        )
+        numbered = await dashboard.api.records.batch_files(wanted)
     reported = await _reported(dashboard, request, batch)
     gate, sent = await dashboard.api.forward.of_batch(id)
     ending = await dashboard.api.forward.ending(id, dashboard.expiring_before)
@@ -132,7 +166,12 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
         state=state,
         pictures=pictures,
         files=files,
-        shown=[file for file in files.items if _is_picture(file)] if pictures else files.items,
+        asked=asked,
+        page_fields={name: value for name, value in request.query.items() if name != "page" and value},
+        numbered=numbered,
+        last_page=1 if numbered is None else max(1, -(-numbered.total // PAGE_FILES)),
+        reasons=await dashboard.api.records.batch_reasons(id, MAX_REASONS),
+        shown=[file for file in files.items if _is_picture(file)] if numbered is None else numbered.items,
         report=reported,
         askable=batch.pending + batch.unavailable + batch.blocked,
         gate=gate,
@@ -151,9 +190,20 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
 
 async def files(dashboard: Dashboard, request: web.Request) -> web.Response:
     asked = page_query(request, FilesPage)
-    query = FileQuery(state=asked.state, reason=asked.reason, host=asked.host, cursor=asked.cursor)
+    received_from = since(asked.within, dashboard.now())
+    query = FileQuery(
+        state=asked.state, reason=asked.reason, host=asked.host, api_code=asked.api_code,
+        received_from=received_from, cursor=asked.cursor,
+    )  # fmt: skip
     found = await dashboard.api.files(query)
-    return dashboard.render(request, "files.html", current="failures", asked=asked, found=found)
+    filters = {name: getattr(query, name) for name in ("state", "reason", "host", "api_code")}
+    filters["received_from"] = None if received_from is None else iso(received_from)
+    chosen = {name: str(value) for name, value in filters.items() if value is not None}
+    can_recheck = bool(chosen.keys() - {"received_from"}) and asked.state is not FileState.UPLOAD_FAILED
+    return dashboard.render(
+        request, "files.html", current="failures", asked=asked, found=found, chosen=chosen,
+        suggested=await _suggested(dashboard), periods=list(PERIODS), can_recheck=can_recheck,
+    )  # fmt: skip
 
 
 async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
@@ -189,7 +239,15 @@ def _ending(file: FileDetail, now: int, seconds: float) -> tuple[str, datetime |
 
 
 async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
-    groups = (await dashboard.api.failures()).items
+    asked = page_query(request, FailuresPage)
+    everything = (await dashboard.api.failures()).items
+    groups = [
+        group
+        for group in everything
+        if asked.reason in (None, group.reason)
+        and asked.host in (None, group.host)
+        and asked.state in (None, group.state)
+    ]
     by_reason: dict[str | None, list[FailureGroup]] = {}
     for group in groups:
         by_reason.setdefault(group.reason, []).append(group)
@@ -198,7 +256,10 @@ async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
         "failures.html",
         current="failures",
         by_reason=by_reason,
-        full=len(groups) >= MAX_GROUPS,
+        full=len(everything) >= MAX_GROUPS,
+        asked=asked,
+        filtered=len(groups) < len(everything) or not everything,
+        suggested=await _suggested(dashboard),
         new=sum(group.new for group in groups),
     )
 
@@ -251,7 +312,11 @@ async def search(dashboard: Dashboard, request: web.Request) -> web.Response:
     if not named and is_link(q) and not found.files:
         # An address of the platform's has the key as its path.
         found = await dashboard.api.search(SearchQuery(_key_in(q) or q))
-    if len(found.batches) + len(found.files) == 1:
+    if len(found.batches) + len(found.files) + len(found.rejections) + len(found.api_codes) == 1:
+        if found.api_codes:
+            return dashboard.redirect(request, f"/ui/batches?{urlencode({'api_code': found.api_codes[0]})}")
+        if found.rejections:
+            return dashboard.redirect(request, f"/ui/rejections/{found.rejections[0].id}")
         kind = "batches" if found.batches else "files"
         return dashboard.redirect(request, f"/ui/{kind}/{(found.batches or found.files)[0].id}")
     return dashboard.render(request, "search.html", current="search", q=q, found=found)
@@ -277,6 +342,17 @@ async def nothing(dashboard: Dashboard, request: web.Request) -> web.Response:
 async def static(dashboard: Dashboard, request: web.Request) -> web.Response:
     response = dashboard.static.answer(request.match_info["version"], request.match_info["name"])
     return dashboard.message(request, "not_found", 404) if response is None else response
+
+
+async def _suggested(dashboard: Dashboard) -> dict[str, list[str]]:
+    """Return the values that the filters suggest: reasons, hosts and api_codes that exist."""
+    groups = (await dashboard.api.failures()).items
+    hosts = [host.host for host in (await dashboard.api.hosts()).items] + [group.host for group in groups]
+    return {
+        "reason": sorted({group.reason for group in groups if group.reason is not None}),
+        "host": sorted({host for host in hosts if host})[:MAX_SUGGESTED],
+        "api_code": sorted(await dashboard.api.api_codes()),
+    }
 
 
 def _key_in(address: str) -> str:
