@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import re
 import sys
 from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
@@ -150,3 +153,13 @@ async def until_signal(work: Coroutine[Any, Any, T], stopped_by: list[int]) -> T
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     return await task
+
+
+def user_name() -> str:
+    """Return the user who runs this command, for the log of actions."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+    # A header carries no other characters.
+    return re.sub(r"[^!-~]", "?", name)

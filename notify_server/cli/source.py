@@ -7,9 +7,6 @@ it; several processes may change a PostgreSQL database, so commands do it themse
 from __future__ import annotations
 
 import contextlib
-import getpass
-import os
-import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,7 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from notify_server.action_log import CALLER, COMMAND_AGENT
-from notify_server.cli.common import UsageError, trust_only
+from notify_server.cli.common import UsageError, trust_only, user_name
 from notify_server.clock import unix_ms
 from notify_server.config import Config
 from notify_server.errors import NotifyServerError, StoreRefusedError
@@ -66,16 +63,6 @@ class SourceError(NotifyServerError):
 
 class NoRecordError(SourceError):
     """There is no record where the configuration says."""
-
-
-def user_name() -> str:
-    """Return the user who runs this command, for the log of actions."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-    # A header carries no other characters.
-    return re.sub(r"[^!-~]", "?", name)
 
 
 class Readable(Protocol):

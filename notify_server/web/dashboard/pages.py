@@ -7,10 +7,8 @@ import shlex
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
-from urllib.parse import urlencode
 
 from aiohttp import web
-from yarl import URL
 
 from notify_server.callbacks.errors import RefusedError
 from notify_server.callbacks.refused_body import readable
@@ -22,23 +20,18 @@ from notify_server.store.outbox import DeliveryState
 from notify_server.store.reading.types import (
     BatchFiles,
     BatchItem,
-    FailureGroup,
     FileDetail,
     FileItem,
-    Found,
     Page,
     Totals,
 )
 from notify_server.web.api.endpoints import NO_SUCH_ID
-from notify_server.web.api.handlers import MAX_GROUPS
-from notify_server.web.api.types import BatchFileQuery, BatchQuery, FileQuery, PageQuery, SearchQuery, Status
+from notify_server.web.api.types import BatchFileQuery, BatchQuery, PageQuery, Status
 from notify_server.web.dashboard.dashboard import Dashboard
 from notify_server.web.dashboard.forms import (
     PERIODS,
     BatchesPage,
     BatchPage,
-    FailuresPage,
-    FilesPage,
     moment,
     page_query,
     row_id,
@@ -46,7 +39,7 @@ from notify_server.web.dashboard.forms import (
 )
 from notify_server.web.dashboard.report import text_for_platform
 from notify_server.web.language import texts_for
-from notify_server.web.rendering import is_link, iso
+from notify_server.web.rendering import is_link
 
 T = TypeVar("T")
 
@@ -123,7 +116,7 @@ async def batches(dashboard: Dashboard, request: web.Request) -> web.Response:
         asked=wanted,
         within=asked.within,
         periods=list(PERIODS),
-        suggested=await _suggested(dashboard),
+        suggested=await suggested(dashboard),
         found=found,
         totals=totals,
         new=(await dashboard.api.attention()).batches,
@@ -188,24 +181,6 @@ async def batch(dashboard: Dashboard, request: web.Request) -> web.Response:
     )
 
 
-async def files(dashboard: Dashboard, request: web.Request) -> web.Response:
-    asked = page_query(request, FilesPage)
-    received_from = since(asked.within, dashboard.now())
-    query = FileQuery(
-        state=asked.state, reason=asked.reason, host=asked.host, api_code=asked.api_code,
-        received_from=received_from, cursor=asked.cursor,
-    )  # fmt: skip
-    found = await dashboard.api.files(query)
-    filters = {name: getattr(query, name) for name in ("state", "reason", "host", "api_code")}
-    filters["received_from"] = None if received_from is None else iso(received_from)
-    chosen = {name: str(value) for name, value in filters.items() if value is not None}
-    can_recheck = bool(chosen.keys() - {"received_from"}) and asked.state is not FileState.UPLOAD_FAILED
-    return dashboard.render(
-        request, "files.html", current="failures", asked=asked, found=found, chosen=chosen,
-        suggested=await _suggested(dashboard), periods=list(PERIODS), can_recheck=can_recheck,
-    )  # fmt: skip
-
-
 async def file(dashboard: Dashboard, request: web.Request) -> web.Response:
     file = existing(await dashboard.api.file(row_id(request)))
     waiting = file.state is FileState.PENDING
@@ -236,32 +211,6 @@ def _ending(file: FileDetail, now: int, seconds: float) -> tuple[str, datetime |
     expires_at = None if file.expires_at is None else round(file.expires_at.timestamp() * 1000)
     end = end_of(file.oss_object_name, expires_at, file.flags or (), now)
     return (end.what, utc(end.at)) if end is not None and end.at <= now + seconds * 1000 else None
-
-
-async def failures(dashboard: Dashboard, request: web.Request) -> web.Response:
-    asked = page_query(request, FailuresPage)
-    everything = (await dashboard.api.failures()).items
-    groups = [
-        group
-        for group in everything
-        if asked.reason in (None, group.reason)
-        and asked.host in (None, group.host)
-        and asked.state in (None, group.state)
-    ]
-    by_reason: dict[str | None, list[FailureGroup]] = {}
-    for group in groups:
-        by_reason.setdefault(group.reason, []).append(group)
-    return dashboard.render(
-        request,
-        "failures.html",
-        current="failures",
-        by_reason=by_reason,
-        full=len(everything) >= MAX_GROUPS,
-        asked=asked,
-        filtered=len(groups) < len(everything) or not everything,
-        suggested=await _suggested(dashboard),
-        new=sum(group.new for group in groups),
-    )
 
 
 async def hosts(dashboard: Dashboard, request: web.Request) -> web.Response:
@@ -302,26 +251,6 @@ async def rejection(dashboard: Dashboard, request: web.Request) -> web.Response:
     )
 
 
-async def search(dashboard: Dashboard, request: web.Request) -> web.Response:
-    q = request.query.get("q", "").strip()[:2000]
-    if not q:
-        return dashboard.redirect(request, "/ui/batches")
-    # Most searches are for a whole batch_id, which costs no walk over the latest batches.
-    named = (await dashboard.api.batches(BatchQuery(batch_id=q))).items
-    found = Found(named, []) if named else await dashboard.api.search(SearchQuery(q))
-    if not named and is_link(q) and not found.files:
-        # An address of the platform's has the key as its path.
-        found = await dashboard.api.search(SearchQuery(_key_in(q) or q))
-    if len(found.batches) + len(found.files) + len(found.rejections) + len(found.api_codes) == 1:
-        if found.api_codes:
-            return dashboard.redirect(request, f"/ui/batches?{urlencode({'api_code': found.api_codes[0]})}")
-        if found.rejections:
-            return dashboard.redirect(request, f"/ui/rejections/{found.rejections[0].id}")
-        kind = "batches" if found.batches else "files"
-        return dashboard.redirect(request, f"/ui/{kind}/{(found.batches or found.files)[0].id}")
-    return dashboard.render(request, "search.html", current="search", q=q, found=found)
-
-
 async def docs(dashboard: Dashboard, request: web.Request) -> web.Response:
     return dashboard.render(
         request,
@@ -335,16 +264,7 @@ async def docs(dashboard: Dashboard, request: web.Request) -> web.Response:
     )
 
 
-async def nothing(dashboard: Dashboard, request: web.Request) -> web.Response:
-    return dashboard.message(request, "not_found", 404)
-
-
-async def static(dashboard: Dashboard, request: web.Request) -> web.Response:
-    response = dashboard.static.answer(request.match_info["version"], request.match_info["name"])
-    return dashboard.message(request, "not_found", 404) if response is None else response
-
-
-async def _suggested(dashboard: Dashboard) -> dict[str, list[str]]:
+async def suggested(dashboard: Dashboard) -> dict[str, list[str]]:
     """Return the values that the filters suggest: reasons, hosts and api_codes that exist."""
     groups = (await dashboard.api.failures()).items
     hosts = [host.host for host in (await dashboard.api.hosts()).items] + [group.host for group in groups]
@@ -355,12 +275,13 @@ async def _suggested(dashboard: Dashboard) -> dict[str, list[str]]:
     }
 
 
-def _key_in(address: str) -> str:
-    """Return the object key in an address of the platform's storage, which is its path without the style after `!`."""
-    try:
-        return URL(address).path.lstrip("/").partition("!")[0]
-    except ValueError:
-        return ""
+async def nothing(dashboard: Dashboard, request: web.Request) -> web.Response:
+    return dashboard.message(request, "not_found", 404)
+
+
+async def static(dashboard: Dashboard, request: web.Request) -> web.Response:
+    response = dashboard.static.answer(request.match_info["version"], request.match_info["name"])
+    return dashboard.message(request, "not_found", 404) if response is None else response
 
 
 async def _reported(dashboard: Dashboard, request: web.Request, batch: BatchItem) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from notify_server.web.dashboard import actions, deliveries, expected, journal, pages
+from notify_server.web.dashboard import actions, deliveries, expected, finding, journal, pages
 from notify_server.web.dashboard.dashboard import View
 
 _ENDPOINT = "/ui/deliveries/{name:[A-Za-z0-9_-]{1,64}}"
@@ -11,14 +11,14 @@ VIEWS = (
     View("GET", "/", pages.overview),
     View("GET", "/ui/batches", pages.batches),
     View("GET", "/ui/batches/{id:[0-9]{1,18}}", pages.batch),
-    View("GET", "/ui/files", pages.files),
+    View("GET", "/ui/files", finding.files),
     View("GET", "/ui/files/{id:[0-9]{1,18}}", pages.file),
-    View("GET", "/ui/failures", pages.failures),
+    View("GET", "/ui/failures", finding.failures),
     View("GET", "/ui/hosts", pages.hosts),
     View("GET", "/ui/expected", expected.expected),
     View("GET", "/ui/rejections", pages.rejections),
     View("GET", "/ui/rejections/{id:[0-9]{1,18}}", pages.rejection),
-    View("GET", "/ui/search", pages.search),
+    View("GET", "/ui/search", finding.search),
     View("GET", "/ui/recheck", actions.confirm_recheck),
     View("POST", "/ui/recheck", actions.recheck),
     View("POST", "/ui/rejections/{id:[0-9]{1,18}}/replay", actions.replay),
