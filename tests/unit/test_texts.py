@@ -33,6 +33,7 @@ FAMILIES: dict[str, Sequence[str]] = {
             "docs"],
     "recheck": ["title", "nothing", "done", "more"],
     "acknowledge": ["title", "nothing", "done", "more"],
+    "ending": ["object", "address"],
     "filter": ["period_1h", "period_24h", "period_7d", "period_30d"],
     "action": [kind.replace(".", "_") for kind in ActionKind],
     "channel": ["page", "api", "command"],
