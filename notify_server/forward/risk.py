@@ -43,7 +43,8 @@ async def watch_at_risk(
         if is_cut_off():
             continue
         try:
-            if await outbox.find_at_risk(now() - round(at_risk_after * 1000), waits, now()):
+            # A transaction takes so many; a storage that is down puts all batches at risk at once.
+            while await outbox.find_at_risk(now() - round(at_risk_after * 1000), waits, now()):
                 on_found()
         except StoreUnavailableError as error:
             log.debug("cannot look for batches at risk, trying again", error=str(error))

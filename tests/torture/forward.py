@@ -12,6 +12,9 @@ Of each batch and endpoint
 - an event may be accepted twice only if a kill came before the record of its delivery: it is doubled.
 
 With PostgreSQL the same is asked of two nodes, one of which is killed.
+
+Besides, 1,000 batches of which every file is missing become at risk within a second: each is an event once, soon after
+its time, and a robot has its digest soon after that.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import base64
 import contextlib
 import json
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import aiohttp
@@ -33,7 +38,7 @@ from standardwebhooks import Webhook
 from notify_server.simulator.loopback_server import LoopbackServer
 from tests.support.daemon import Daemon
 from tests.support.notification import batch_body, failed, finished
-from tests.support.origin import Origin
+from tests.support.origin import Answer, Origin
 from tests.support.postgres import new_schema
 from tests.support.waiting import Bell, eventually
 from tests.torture.figures import Figure, Setting
@@ -48,6 +53,8 @@ ENDPOINTS = ("steady", "flaky")
 FLAKY_SHARE = 0.02
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
 SETTLE_SECONDS = 300.0
+AT_RISK_BATCHES = 1000
+AT_RISK_SECONDS = 10
 LEASE_SECONDS = 5.0
 SETTLED = (
     "SELECT NOT EXISTS (SELECT 1 FROM notification WHERE expanded_at IS NULL)"
@@ -287,6 +294,68 @@ def judge(what: str, platform: Platform, receiver: Receiver, unrecorded: set[tup
     ]
 
 
+class Alarms(LoopbackServer):
+    """An endpoint and a robot that note when they get what."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.events: list[tuple[str, float]] = []
+        self.first_occurred_at = float("inf")
+        self.digest_at: float | None = None
+        self.bell = Bell()
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        body = json.loads(await request.read())
+        if request.path == "/robot":
+            self.digest_at = self.digest_at or time.time()
+        else:
+            data = body["data"]
+            due = datetime.fromisoformat(data["first_received_at"]).timestamp() + AT_RISK_SECONDS
+            self.events.append((data["batch_id"], time.time() - due))
+            occurred_at = datetime.fromisoformat(body["timestamp"]).timestamp()
+            self.first_occurred_at = min(self.first_occurred_at, occurred_at)
+        self.bell.ring()
+        return web.json_response({"errcode": 0})
+
+
+async def at_risk(setting: Setting) -> list[Figure]:
+    """Post batches whose files are all missing, and wait until each is reported at risk."""
+    number = setting.times(AT_RISK_BATCHES)
+    async with Origin() as origin, Alarms() as alarms:
+        origin.default = Answer(404)
+        common = {"events": ["batch.at_risk"], "allowed_networks": ["127.0.0.0/8"]}
+        endpoints = [
+            {"name": "listings", "url": f"{alarms.address}listings", **common},
+            {"name": "on-call", "bot": "wecom", "url": f"{alarms.address}robot", "group_wait": "2s", **common},
+        ]
+        config: dict[str, Any] = {
+            "alert": {"at_risk_after": f"{AT_RISK_SECONDS}s"},
+            "forward": endpoints,
+            "verify": {"retry_schedule": ["1h"]},
+        }
+        async with Daemon(setting.work / "at-risk", config) as daemon:
+            for start in range(0, number, 50):
+                bodies = [
+                    batch_body(f"b{n}", [finished(origin.url(f"/{n}"), "k")])
+                    for n in range(start, min(start + 50, number))
+                ]
+                replies = await asyncio.gather(*(daemon.post(body) for body in bodies))
+                assert {reply.status for reply in replies} == {200}
+            with contextlib.suppress(TimeoutError):
+                await alarms.bell.until(lambda: len(alarms.events) >= number and alarms.digest_at is not None, 120)
+    slowest = max((late for _, late in alarms.events), default=float("inf"))
+    digest = (alarms.digest_at or float("inf")) - alarms.first_occurred_at - 2.0
+    times = Counter(batch for batch, _ in alarms.events)
+    once = len(times) == number and set(times.values()) == {1}
+    return [
+        Figure("batches reported at risk, once each", f"{number:,}", f"{len(times):,}", once),
+        Figure("slowest of them after its time", "at most 5 s", f"{slowest:.1f} s", slowest <= 5, {"seconds": slowest}),
+        Figure(
+            "a robot's digest after group_wait", "at most 10 s", f"{digest:.1f} s", digest <= 10, {"seconds": digest}
+        ),
+    ]
+
+
 async def run(setting: Setting) -> list[Figure]:
-    """200 kills on SQLite at scale 1, and one of two nodes on PostgreSQL."""
-    return [*await kills(setting), *await nodes(setting)]
+    """200 kills on SQLite at scale 1, one of two nodes on PostgreSQL, and batches at risk."""
+    return [*await kills(setting), *await nodes(setting), *await at_risk(setting)]
