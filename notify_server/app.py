@@ -43,7 +43,7 @@ from notify_server.store.reading.outbox import WaitingRow
 from notify_server.store.reading.types import Records
 from notify_server.store.sqlite.client import SqliteClient
 from notify_server.store.sqlite.records import SqliteRecords
-from notify_server.submissions.limits import watch_limits
+from notify_server.submissions.limits import start_watching
 from notify_server.submissions.service import SubmissionService
 from notify_server.supervise import Grace, start_task, stop_tasks
 from notify_server.telemetry.history import Timeline
@@ -334,9 +334,7 @@ async def _web(app: web.Application) -> AsyncIterator[None]:
         return app[HEALTH].is_ready() and store.backlog < config.verify.backlog_limit
 
     tasks = [start_task(sample_time_series(timeline, app[STREAM]), "sample the time series")]
-    if config.server.takes_callbacks:
-        watch = watch_limits(store.expectations, config.verify, now, is_ready, app[ON_NEWS])
-        tasks.append(start_task(watch, "watch the limits of submissions"))
+    tasks += start_watching(config, store.expectations, app[RECORDS].expectations, metrics, now, is_ready, app[ON_NEWS])
     yield
     await stop_tasks(*tasks)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     PlainValidator,
@@ -24,8 +25,11 @@ from notify_server.config.accept import Accept, parse_accept
 from notify_server.config.sections import Section
 from notify_server.config.values import Duration, Networks, PositiveDuration, ReadableFile, Text, matching, show, text
 from notify_server.events.payload import PROBLEMS, EventType, matching_types
+from notify_server.expect.quiet import QuietLimit
 
 MAX_ENDPOINTS = 100
+# Patterns of [alert] quiet.
+MAX_QUIET = 100
 # Standard Webhooks 1.0.0 requires 24 to 64 random bytes.
 WEBHOOK_PREFIX = "whsec_"
 MIN_SECRET_BYTES = 24
@@ -223,11 +227,34 @@ def _names_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Forward = Annotated[tuple[ForwardEndpoint, ...], AfterValidator(_names_once)]
 
 
+def _api_code_pattern(value: object) -> str:
+    pattern = value if isinstance(value, str) else ""
+    if not 1 <= len(pattern) <= 50 or not pattern.isprintable() or pattern != pattern.strip():
+        raise ValueError(f'{show(value)} is not an api_code: write 1 to 50 characters, with * for any, like "rent.*"')
+    return pattern
+
+
+def _quiet_table(value: object) -> object:
+    if not isinstance(value, Mapping):
+        raise ValueError('must be a table, like {"rent.*" = "24h"}')  # noqa: TRY004
+    if len(value) > MAX_QUIET:
+        raise ValueError(f"must have at most {MAX_QUIET} patterns, not {len(value)}")
+    return value
+
+
 class AlertConfig(Section):
     """`[alert]`: when people are warned. `expiring_before` 0 gives no warnings of files that end."""
 
     at_risk_after: PositiveDuration = 600.0
     expiring_before: Duration = 86_400.0
+    quiet: Annotated[
+        Mapping[Annotated[str, PlainValidator(_api_code_pattern)], PositiveDuration], BeforeValidator(_quiet_table)
+    ] = Field(default_factory=dict)
+
+    @property
+    def quiet_limits(self) -> list[QuietLimit]:
+        """How long the api_codes of each pattern may be silent."""
+        return [QuietLimit(pattern, round(seconds * 1000)) for pattern, seconds in self.quiet.items()]
 
 
 def shown_address(url: str) -> str:

@@ -118,9 +118,10 @@ class ExpiringData(BatchData, frozen=True, kw_only=True):
 
 
 class ExpectationData(msgspec.Struct, frozen=True):
-    """`data` of batch.late and batch.short: the submission, and the limit that has passed. `limit` is `notify_within`,
-    or `files` for one with too few files. `away_seconds` is for how long no server was ready since the registration:
-    the limit was later by as much.
+    """`data` of batch.late and batch.short: the submission, and the limit that has passed. `limit` is `notify_within`;
+    `files` for one with too few files; `quiet` when no notification of the api_code (or of the pattern of `[alert]
+    quiet`) has come since `last_received_at`, then there is no submission. `away_seconds` is for how long no server was
+    ready since the registration or that notification: the limit was later by as much.
     """
 
     batch_id: str | None
@@ -132,6 +133,7 @@ class ExpectationData(msgspec.Struct, frozen=True):
     limit_at: datetime
     url: str | None = None
     away_seconds: float = 0.0
+    last_received_at: datetime | None = None
 
 
 class EndpointData(msgspec.Struct, frozen=True):

@@ -73,13 +73,24 @@ def _advice(language: Language, kind: str, data: Mapping[str, Any]) -> str:
     return text(language, "line.do_recheck", next=reason_text(language, reason, state, "next"))
 
 
+def _problem(kind: str, data: Mapping[str, Any]) -> str:
+    """Return the name of a problem among the texts: silence of an api_code comes as batch.late."""
+    return "quiet" if data.get("limit") == "quiet" else kind.rpartition(".")[2]
+
+
 def _label(data: Mapping[str, Any]) -> str:
     return data.get("batch_id") or data.get("reference") or ""
 
 
+def _heading(data: Mapping[str, Any]) -> str:
+    """Return the names of a batch: its batch_id and reference, as far as they are known, and the api_code."""
+    known = (data.get("batch_id"), data.get("reference"), data["api_code"])
+    names = [_plain(name) for name in dict.fromkeys(known) if name]
+    return " ".join([f"**{names[0]}**", *names[1:]])
+
+
 def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list[str]:
     """Return the lines of one batch: which, what is missing and why, what to do, a link."""
-    name = kind.rpartition(".")[2]
     values = {
         "files": data.get("files"),
         "missing": data.get("missing_total"),
@@ -88,8 +99,13 @@ def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list
         "ending": data.get("ending_total"),
         "ends": _clock(data.get("ends_at")),
         "zone": _zone(data.get("limit_at") or data.get("ends_at")),
+        "last": _clock(data.get("last_received_at")),
+        "last_zone": _zone(data.get("last_received_at")),
     }
-    lines = [f"**{_plain(_label(data))}** {_plain(data['api_code'])}", text(language, f"line.{name}", **values)]
+    name = _problem(kind, data)
+    if name == "quiet" and not data["last_received_at"]:
+        name = "never"
+    lines = [_heading(data), text(language, f"line.{name}", **values)]
     if kind == "batch.expiring":
         lines += _ending_lines(language, data)
     elif "missing" in data and kind != "batch.complete":
@@ -103,6 +119,8 @@ def _batch_lines(language: Language, kind: str, data: Mapping[str, Any]) -> list
             zone = text(language, "line.zone", zone=_zone(data.get("final_by") or data.get("next_attempt_at")))
             lines += [" · ".join(times) + zone] if times else []
         lines.append(_advice(language, kind, data))
+    elif kind in ("batch.late", "batch.short"):
+        lines.append(text(language, f"line.do_{kind.rpartition('.')[2]}"))
     if data.get("url"):
         lines.append(f"[{text(language, 'line.link')}]({data['url']})")
     return lines
@@ -123,7 +141,7 @@ def compose(
     titles: list[str] = []
     blocks: list[list[str]] = []
     if batches:
-        kinds = {each["type"].rpartition(".")[2] for each in batches}
+        kinds = {_problem(each["type"], each["data"]) for each in batches}
         # One batch may have two problems, such as late and then incomplete.
         count = len({(each["data"]["api_code"], _label(each["data"])) for each in batches})
         title = text(language, f"title.{kinds.pop() if len(kinds) == 1 else 'mixed'}", count=count)

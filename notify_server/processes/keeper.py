@@ -118,6 +118,7 @@ class Keeper:
             "open_problems": store.outbox.open_problems,
             "register": store.expectations.register,
             "check_limits": store.expectations.check_limits,
+            "check_quiet": store.expectations.check_quiet,
             "remove_expectation": store.expectations.remove,
             "add_action": store.journal.add_action,
             "acknowledge": store.journal.acknowledge,

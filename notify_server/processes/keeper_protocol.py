@@ -12,6 +12,7 @@ import msgspec
 
 from notify_server.errors import NonceReusedError, NotifyServerError, RejectionGoneError, StoreUnavailableError
 from notify_server.expect.expectation import NewExpectation
+from notify_server.expect.quiet import QuietLimit
 from notify_server.model import BatchVerdict, Delivery, DueFile, FileResult, HostDue, Rejection, Restart
 from notify_server.store.expectations import Registered
 from notify_server.store.journal import KeptSample, NewAcknowledgement, NewAction
@@ -134,6 +135,7 @@ VERBS = {
     # Expectations (store/expectations.py).
     "register": Verb(tuple[list[NewExpectation], int], list[Registered]),
     "check_limits": Verb(tuple[list[int], int], int),
+    "check_quiet": Verb(tuple[list[QuietLimit], int], int),
     "remove_expectation": Verb(tuple[int], bool),
     # The journal (store/journal.py).
     "add_action": Verb(tuple[NewAction], None),

@@ -8,13 +8,16 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from notify_server.events.payload import Event, EventType, ExpectationData, encode_payload, new_key
+from notify_server.events.payload import Event, EventType, ExpectationData, encode_payload, new_key, utc
 from notify_server.expect.clock import ReadyClock
 from notify_server.expect.expectation import Expectation, ExpectationState, MatchedBy, NewExpectation, limit_at
+from notify_server.expect.quiet import QuietLimit, Silence
 
 # Expectations that one transaction registers, and limits that one transaction takes.
 MAX_REGISTERED = 500
 MAX_DUE = 100
+# The api_codes that silence is watched of: the latest.
+MAX_API_CODES = 1_000
 
 _encode = msgspec.json.Encoder().encode
 _decode_keys = msgspec.json.Decoder(tuple[str, ...]).decode
@@ -43,6 +46,11 @@ class Expectations(Protocol):
         batch.late, and batch.at_risk as `Outbox.find_at_risk` does. Return how many limits were taken.
 
         A limit waits while the inbox holds a notification that may be the one expected.
+        """
+
+    async def check_quiet(self, limits: Sequence[QuietLimit], now: int) -> int:
+        """Note that a server is ready at `now`, and write batch.late of each api_code that has been silent for longer
+        than its limit, once until a notification of it has come. Return how many events were written.
         """
 
     async def remove(self, id: int) -> bool:
@@ -105,3 +113,21 @@ def short_event(short: Short, batch_id: str, revision: int, now: int, url: str |
     )
     payload = encode_payload(EventType.BATCH_SHORT, now, data)
     return Event(new_key(), EventType.BATCH_SHORT, expectation.batch, revision, now, payload)
+
+
+def quiet_event(silence: Silence, now: int) -> Event:
+    """Return batch.late of an api_code that is silent."""
+    arrival = silence.arrival
+    received_at = arrival.received_at
+    data = ExpectationData(
+        None,
+        arrival.api_code,
+        None,
+        None,
+        None,
+        "quiet",
+        datetime.fromtimestamp((now - silence.silent_ms + silence.limit_ms) / 1000, UTC),
+        away_seconds=0.0 if received_at is None else max(0, now - received_at - silence.silent_ms) / 1000,
+        last_received_at=utc(received_at),
+    )
+    return Event(new_key(), EventType.BATCH_LATE, None, 0, now, encode_payload(EventType.BATCH_LATE, now, data))

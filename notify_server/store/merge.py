@@ -163,3 +163,11 @@ def by_batch(settled: Mapping[int, Counter[FileState]]) -> list[tuple[int, int, 
         (batch, count[FileState.AVAILABLE], count[FileState.UNAVAILABLE], count[FileState.BLOCKED])
         for batch, count in settled.items()
     ]
+
+
+def latest_arrivals(expansions: Iterable[Expansion]) -> dict[str, int]:
+    """Return when the latest notification of each api_code was received."""
+    latest: dict[str, int] = {}
+    for each in expansions:
+        latest[each.api_code] = max(each.item.received_at, latest.get(each.api_code, 0))
+    return latest

@@ -298,6 +298,8 @@ def _as_asn1(iso: str) -> str:
 USED = re.compile(r"\b((?:notify_server|process)_\w+)(?:\{([^}]*)\})?")
 # What Prometheus itself adds.
 TARGET_LABELS = {"job", "instance"}
+# Counted in the background, and not there before a notification has come.
+LAST_NOTIFICATION = "notify_server_last_notification_timestamp_seconds"
 
 
 def expressions_of_the_dashboard() -> list[str]:
@@ -321,6 +323,9 @@ async def test_every_metric_and_label_that_the_dashboard_and_the_alerts_name_is_
     config = config | {"forward": [{"name": "listings", "url": "http://127.0.0.1:9/hook"}]}
     async with Origin() as origin, Daemon(tmp_path / "plain") as daemon, Daemon(tmp_path / "tls", config) as other:
         await busy(daemon, origin)
+        async with asyncio.timeout(30):
+            while await value(daemon, LAST_NOTIFICATION, api_code=API_CODE) is None:
+                await asyncio.sleep(0.02)
         _, text = await get(daemon, "/metrics")
         samples = [*read(text), *read(await over_tls(other, authority))]
     labels: dict[str, set[str]] = {}
@@ -357,8 +362,8 @@ def test_the_dashboard_can_be_imported_anywhere() -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]
-    wanted = ["Callbacks", "Latency", "Backlog", "Verification", "Hosts", "Forwarding", "Storage", "Process"]
-    assert rows == ["At a glance", *wanted]
+    wanted = ["Callbacks", "Latency", "Backlog", "Verification", "Hosts", "Forwarding", "Submissions", "Storage"]
+    assert rows == ["At a glance", *wanted, "Process"]
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         place = panel["gridPos"]

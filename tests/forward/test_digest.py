@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from notify_server.events.payload import BatchRow, EndpointData, EventType, PingData, batch_event, plain_event
+from notify_server.events.payload import (
+    BatchRow,
+    EndpointData,
+    EventType,
+    ExpectationData,
+    PingData,
+    batch_event,
+    plain_event,
+    utc,
+)
 from notify_server.events.texts import LANGUAGES, Language, _messages, reason_text
 from notify_server.forward.digest import compose, recovered
 from tests.forward.test_payload import AT, ENDING, MISSING, row, sample
@@ -163,3 +172,33 @@ def test_stopped_endpoint_says_how_to_start_it() -> None:
 def test_ping_is_a_message_of_its_own() -> None:
     ping = json.loads(plain_event(EventType.TEST_PING, PingData("g"), AT).payload)
     assert compose("en", [ping]).title == "Test message from notify_server"
+
+
+def overdue(**changes: Any) -> dict[str, Any]:
+    at = utc(AT)
+    assert at is not None
+    fields: dict[str, Any] = {
+        "batch_id": None, "api_code": "rent.add", "reference": "order-1", "expected_files": 12, "files": None,
+        "limit": "notify_within", "limit_at": at,
+    }  # fmt: skip
+    event = plain_event(EventType.BATCH_LATE, ExpectationData(**fields | changes), AT)
+    return dict(json.loads(event.payload))
+
+
+def test_overdue_notification_names_its_reference_and_what_to_do() -> None:
+    message = compose("en", [overdue(), overdue(batch_id="b-2", reference="order-2")])
+    assert message.title == "2 batches are overdue"
+    assert "**order-1** rent.add\nNo notification received by " in message.markdown
+    assert "**b-2** order-2 rent.add" in message.markdown
+    assert message.markdown.count("What to do: ask the platform") == 2
+    assert compose("zh", [overdue()]).title == "1 个批次逾期未通知"
+    assert compose("en", [overdue(), payload(EventType.BATCH_INCOMPLETE)]).title == "2 batches have problems"
+
+
+def test_silence_names_its_api_code_and_the_last_notification() -> None:
+    quiet = {"reference": None, "expected_files": None, "limit": "quiet"}
+    message = compose("en", [overdue(**quiet, last_received_at=utc(AT - 86_400_000))])
+    assert message.title == "1 api_code has no new notifications"
+    assert message.markdown.startswith("**rent.add**\nNo notification since 1")
+    message = compose("zh", [overdue(**quiet)])
+    assert message.markdown.startswith("**rent.add**\n从未收到通知")

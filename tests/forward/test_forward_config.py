@@ -12,6 +12,7 @@ from notify_server.config import Config, load_config
 from notify_server.config.forward import BotEndpoint, CommandEndpoint, UrlEndpoint, warnings
 from notify_server.errors import ConfigError
 from notify_server.events.payload import PROBLEMS
+from notify_server.expect.quiet import QuietLimit
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 URL = {"name": "a", "url": "https://listing.internal/hooks?token=hush-hush"}
@@ -54,6 +55,7 @@ name = "script"
 command = ["/opt/on-verdict", "--live"]
 [alert]
 at_risk_after = "5m"
+quiet = {{"rent.*" = "24h", sale = 90}}
 """,
     )
     url, bot, command = config.forward
@@ -64,6 +66,7 @@ at_risk_after = "5m"
     assert (bot.events, bot.group_wait, bot.repeat, bot.language) == (tuple(PROBLEMS), 30.0, 14_400.0, "zh")
     assert (command.timeout, command.events) == (30.0, ("*",))
     assert config.alert.at_risk_after == 300.0
+    assert config.alert.quiet_limits == [QuietLimit("rent.*", 86_400_000), QuietLimit("sale", 90_000)]
 
 
 def test_environment_gives_the_list_as_json(tmp_path: Path) -> None:
@@ -75,6 +78,33 @@ def test_nothing_is_forwarded_by_default(tmp_path: Path) -> None:
     config = load(tmp_path, "")
     assert config.forward == ()
     assert config.alert.at_risk_after == 600.0
+    assert config.alert.quiet_limits == []
+
+
+@pytest.mark.parametrize(
+    ("quiet", "problem"),
+    [
+        ('"24h"', 'quiet: must be a table, like {"rent.*" = "24h"}'),
+        ('{"rent.*" = "soon"}', 'quiet "rent.*": "soon" is not a duration'),
+        ("{a = 0}", "quiet a: must be more than 0"),
+        ('{"" = 1}', 'quiet "": "" is not an api_code: write 1 to 50 characters, with * for any, like "rent.*"'),
+        ('{" a" = 1}', 'quiet " a": " a" is not an api_code'),
+        ('{"a\\u0000" = 1}', "is not an api_code"),
+        (f'{{"{"a" * 51}" = 1}}', "is not an api_code"),
+        (f"{{{', '.join(f'a{n} = 1' for n in range(101))}}}", "quiet: must have at most 100 patterns, not 101"),
+    ],
+)
+def test_wrong_quiet_is_named(tmp_path: Path, quiet: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"[alert]\nquiet = {quiet}\n")
+    assert str(caught.value).startswith("[alert] quiet")
+    assert problem in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_environment_gives_quiet_as_json(tmp_path: Path) -> None:
+    config = load(tmp_path, "", NOTIFY_SERVER__ALERT__QUIET='{"rent.*": "24h"}')
+    assert config.alert.quiet == {"rent.*": 86_400.0}
 
 
 def test_repr_shows_no_secret(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import asyncpg
 from notify_server.errors import StoreUnavailableError
 from notify_server.model import BatchVerdict, FileState, ReportedStatus, Verdict
 from notify_server.store.base import Expansion, NewFile
-from notify_server.store.merge import Known, Merge, columns, distinct_batches
+from notify_server.store.merge import Known, Merge, columns, distinct_batches, latest_arrivals
 from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expecting import lock_matching, match_batches
+from notify_server.store.postgres.quiet import note_arrivals
 from notify_server.store.postgres.session import (
     EXPANDING,
     LOCK_KEY,
@@ -152,6 +153,8 @@ async def write_expansions(
         pending += sum(merge.pending for merge in merges)
         to_judge += [merge.batch for merge in fresh if not merge.pending]
     await match_batches(connection, list(batches.values()), now)
+    if expansions:
+        await note_arrivals(connection, latest_arrivals(expansions))
     return Expanded(
         pending,
         sum(files for id, files in done.items() if id in left),

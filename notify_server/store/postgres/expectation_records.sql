@@ -59,3 +59,9 @@ FROM (
     ) AS found) AS number
     FROM (VALUES ('waiting'), ('late'), ('short')) AS open (state)
 ) AS counted;
+
+-- name: arrivals
+SELECT json_agg(json_build_array(api_code, received_at, told_at))
+FROM (
+    SELECT api_code, received_at, told_at FROM arrival ORDER BY received_at DESC NULLS LAST, api_code LIMIT 1000
+) AS latest;

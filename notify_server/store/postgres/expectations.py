@@ -19,10 +19,12 @@ from notify_server.expect.expectation import (
     differing_field,
     due_when_waiting,
 )
-from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, to_row
+from notify_server.expect.quiet import QuietLimit
+from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, quiet_event, to_row
 from notify_server.store.outbox import NewEvent
 from notify_server.store.postgres.events import Events
 from notify_server.store.postgres.expecting import SQL, judge_batches, lock_matching, read_clock, write_matches
+from notify_server.store.postgres.quiet import take_silences
 from notify_server.store.postgres.session import Connection, arrays, transact
 
 T = TypeVar("T")
@@ -157,6 +159,16 @@ class PostgresExpectations:
             at_risk = [BatchRow(*row) for row in await connection.fetch(SQL["at_risk"], batches)]
             await self._events.write_at_risk(connection, at_risk, waits, now, cause="verdict_within")
         return len(outcomes)
+
+    async def check_quiet(self, limits: Sequence[QuietLimit], now: int) -> int:
+        async def write(connection: Connection) -> int:
+            silences = await take_silences(connection, limits, now)
+            if silences:
+                events = [NewEvent(quiet_event(each, now), each.arrival.api_code) for each in silences]
+                await self._events.write(connection, events)
+            return len(silences)
+
+        return await self._transaction(write)
 
     async def remove(self, id: int) -> bool:
         async with self._use() as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from notify_server.events.payload import utc
 from notify_server.expect.expectation import ExpectationState, MatchedBy
+from notify_server.expect.quiet import QuietLimit
 from notify_server.model import Verdict
 from notify_server.store.sql import load_with_macros
 
@@ -54,6 +55,34 @@ class ExpectationCount(Struct, frozen=True):
     number: int
 
 
+class ArrivalItem(Struct, frozen=True):
+    """The latest notification of an api_code, None for a pattern without one; `told_at` is when its silence was
+    reported since.
+    """
+
+    api_code: str
+    received_at: datetime | None
+    told_at: datetime | None
+
+
+def quiet_codes(arrivals: Sequence[ArrivalItem], limits: Sequence[QuietLimit]) -> list[ArrivalItem]:
+    """Return the api_codes whose silence was reported, and patterns without a notification; those that are still
+    watched.
+    """
+    seen = [each.api_code for each in arrivals if each.received_at is not None]
+    return [
+        each
+        for each in arrivals
+        if each.told_at is not None
+        and any(
+            limit.matches(each.api_code)
+            if each.received_at is not None
+            else limit.pattern == each.api_code and not any(limit.matches(api_code) for api_code in seen)
+            for limit in limits
+        )
+    ]
+
+
 class ExpectationRecords:
     """`run` runs one statement that returns one row. Calls raise StoreUnavailableError as those of Records do."""
 
@@ -91,6 +120,12 @@ class ExpectationRecords:
         """Return the number of open expectations by state, each at most 100,000."""
         row = await self._run(self._queries["counts"], {})
         return msgspec.json.decode("[]" if row is None or row[0] is None else row[0], type=list[ExpectationCount])
+
+    async def arrivals(self) -> list[ArrivalItem]:
+        """Return the latest notification of each api_code, the latest first; patterns without one come last."""
+        row = await self._run(self._queries["arrivals"], {})
+        rows: list[list[Any]] = msgspec.json.decode("[]" if row is None or row[0] is None else row[0])
+        return [ArrivalItem(api_code, utc(received_at), utc(told_at)) for api_code, received_at, told_at in rows]
 
     async def _items(self, statement: str, parameters: Mapping[str, object]) -> list[ExpectationItem]:
         row = await self._run(statement, parameters)

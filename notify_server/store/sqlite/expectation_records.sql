@@ -59,3 +59,7 @@ FROM (
     )) AS number
     FROM json_each('["waiting", "late", "short"]') AS open
 ) AS counted;
+
+-- name: arrivals
+SELECT json_group_array(json_array(api_code, received_at, told_at))
+FROM (SELECT api_code, received_at, told_at FROM arrival ORDER BY received_at DESC, api_code LIMIT 1000) AS latest;

@@ -15,10 +15,12 @@ from notify_server.expect.expectation import (
     differing_field,
     due_when_waiting,
 )
-from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, to_row
+from notify_server.expect.quiet import QuietLimit
+from notify_server.store.expectations import MAX_DUE, Registered, from_row, late_event, quiet_event, to_row
 from notify_server.store.outbox import NewEvent
 from notify_server.store.sqlite.expecting import SQL, judge_batches, read_clock, write_clock, write_matches
 from notify_server.store.sqlite.outbox import SqliteOutbox
+from notify_server.store.sqlite.quiet import take_silences
 from notify_server.store.sqlite.writer import Writer
 
 
@@ -108,6 +110,15 @@ class SqliteExpectations:
         row = connection.execute(SQL["at_risk"], (expectation.batch,)).fetchone()
         if row is not None:
             self._outbox.write_at_risk(connection, BatchRow(*row), waits, now, cause="verdict_within")
+
+    async def check_quiet(self, limits: Sequence[QuietLimit], now: int) -> int:
+        def write(connection: sqlite3.Connection) -> int:
+            silences = take_silences(connection, limits, now)
+            for each in silences:
+                self._outbox.write_event(connection, NewEvent(quiet_event(each, now), each.arrival.api_code))
+            return len(silences)
+
+        return await self._writer.transaction(write)
 
     async def remove(self, id: int) -> bool:
         def write(connection: sqlite3.Connection) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from notify_server.expect.expectation import NewExpectation
+from notify_server.expect.quiet import QuietLimit
 from notify_server.store.expectations import Registered
 
 
@@ -23,6 +24,10 @@ class SqliteExpectationsClient:
     async def check_limits(self, waits: Sequence[int], now: int) -> int:
         taken: int = await self._call("check_limits", waits, now)
         return taken
+
+    async def check_quiet(self, limits: Sequence[QuietLimit], now: int) -> int:
+        written: int = await self._call("check_quiet", limits, now)
+        return written
 
     async def remove(self, id: int) -> bool:
         removed: bool = await self._call("remove_expectation", id)

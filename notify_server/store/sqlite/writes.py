@@ -23,13 +23,22 @@ from notify_server.model import (
 )
 from notify_server.store.base import Expansion, rejection_gone
 from notify_server.store.limits import DELIVERY_WAIT_MS, MAX_ATTEMPT_ROWS, MAX_REJECTION_BYTES, MAX_REJECTIONS
-from notify_server.store.merge import Known, Merge, by_batch, columns, distinct_batches, settled_by_batch
+from notify_server.store.merge import (
+    Known,
+    Merge,
+    by_batch,
+    columns,
+    distinct_batches,
+    latest_arrivals,
+    settled_by_batch,
+)
 from notify_server.store.sql import expand_rows, load_queries
 from notify_server.store.sqlite import journal
 from notify_server.store.sqlite.ends import note_deletions
 from notify_server.store.sqlite.expecting import SQL as EXPECTATION_SQL
 from notify_server.store.sqlite.expecting import match_batches
 from notify_server.store.sqlite.outbox import SqliteOutbox, prune_batch, prune_plain
+from notify_server.store.sqlite.quiet import note_arrivals
 
 T = TypeVar("T")
 
@@ -136,6 +145,7 @@ def write_expansions(
     """
     merges = [merge for part in distinct_batches(expansions, _ROWS) for merge in _merge(connection, part, now)]
     match_batches(connection, [merge.batch for merge in merges], now)
+    note_arrivals(connection, latest_arrivals(expansions))
     verdicts = _write_verdicts(connection, outbox, {merge.batch for merge in merges}, now)
     return sum(merge.pending for merge in merges), {id for merge in merges for id in merge.restarted}, verdicts
 

@@ -62,6 +62,7 @@ class Dashboard:
         self.reference = reference(describe(version))
         self.rejection_days = config.retention.rejections / 86_400
         self.expiring_before = config.alert.expiring_before
+        self.quiet_limits = config.alert.quiet_limits
         self._callback_token = config.auth.callback_token is not None
         self._body_timeout = config.server.body_timeout
         self._version = version
