@@ -275,6 +275,7 @@ async def test_missing_notification_is_told_once_when_its_limit_has_passed(store
     assert event["data"] == {
         "batch_id": "batch", "api_code": API_CODE, "reference": "r", "expected_files": 5, "files": None,
         "limit": "notify_within", "limit_at": "2025-10-09T08:53:23.123Z", "url": None, "away_seconds": 0.0,
+        "last_received_at": None,
     }  # fmt: skip
 
 
