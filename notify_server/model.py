@@ -224,7 +224,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards. A GET asks for the
     first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers. With `sniff` a GET
     reads the first 512 bytes, to tell what kind of file it is. `address_limit` is
-    how many requests of this prober may dial one address and port at a time (0: any number).
+    how many requests of this prober may dial one address and port at a time (0: any number). `headers` are whole lines
+    to add.
     """
 
     id: int
@@ -237,6 +238,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ranged: bool = True
     address_limit: int = 0
     sniff: bool = False
+    headers: tuple[str, ...] = ()
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):

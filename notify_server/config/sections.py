@@ -19,6 +19,7 @@ from notify_server.config.values import (
     AddressToken,
     Count,
     Duration,
+    Headers,
     HeaderValue,
     HostPattern,
     MediaPattern,
@@ -35,6 +36,7 @@ from notify_server.config.values import (
     listen_hosts,
     own_path,
     platform_key,
+    proxy_url,
     share_below_one,
     site_url,
     some_and_each_once,
@@ -185,8 +187,8 @@ class StoreConfig(Section):
         return Path(self.url.removeprefix("sqlite:///"))
 
 
-class HostSettings(Section):
-    """How one host is probed. `[verify.hosts."…"]` overrides only the keys that it sets."""
+class ProbeSettings(Section):
+    """How hosts are probed."""
 
     per_host_concurrency: Count = 32
     per_host_interval: Duration = 0.0
@@ -203,6 +205,20 @@ class HostSettings(Section):
     def accepts(self, status: int) -> bool:
         """Return whether an answer with this status shows that the file is available."""
         return any(low <= status <= high for low, high in self.accept_status)
+
+
+class HostSettings(ProbeSettings):
+    """How one host is probed. `[verify.hosts."…"]` overrides only the keys that it sets.
+
+    `headers` has no default for all hosts: every stranger's host would get the secrets in it.
+    """
+
+    headers: Headers = Field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def header_lines(self) -> tuple[str, ...]:
+        """Return the header lines to add to each request."""
+        return tuple(f"{name}: {value.get_secret_value()}" for name, value in self.headers.items())
 
 
 @functools.cache
@@ -238,7 +254,7 @@ class UsableConfig(Section):
         return action
 
 
-class VerifyConfig(HostSettings):
+class VerifyConfig(ProbeSettings):
     """`[verify]`: how files are checked. `for_host` returns the settings of one host."""
 
     processes: Annotated[int, PlainValidator(whole(1, 64))] = 1
@@ -252,6 +268,7 @@ class VerifyConfig(HostSettings):
     refused_networks: Networks = ()
     user_agent: HeaderValue = Field(default_factory=_user_agent)
     referer: HeaderValue | None = None
+    proxy: Annotated[str, PlainValidator(proxy_url)] | None = Field(default=None, repr=False)
     ca_file: ReadableFile | None = None
     hosts: Mapping[HostPattern, HostSettings] = Field(default_factory=dict)
     usable: UsableConfig = Field(default_factory=UsableConfig)
@@ -285,7 +302,7 @@ class VerifyConfig(HostSettings):
     @functools.cached_property
     def effective(self) -> dict[str, HostSettings]:
         """Return the complete settings by pattern; those of all other hosts are under ""."""
-        everywhere = {key: getattr(self, key) for key in HostSettings.model_fields}
+        everywhere = {key: getattr(self, key) for key in ProbeSettings.model_fields}
         own = {host: {key: getattr(some, key) for key in some.model_fields_set} for host, some in self.hosts.items()}
         return {host: HostSettings.model_construct(**everywhere | keys) for host, keys in {"": {}, **own}.items()}
 

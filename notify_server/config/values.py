@@ -9,7 +9,7 @@ import contextlib
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -250,8 +250,8 @@ _SHOWN_OPTIONS = frozenset(
 
 
 def with_secrets_hidden(url: str) -> str:
-    """Return the address of a store with its user, its password and the values of doubtful options as `…`."""
-    if not url.startswith(POSTGRES_SCHEMES):
+    """Return the address of a store or a proxy with user, password and the values of doubtful options as `…`."""
+    if not url.startswith((*POSTGRES_SCHEMES, *_PROXY_SCHEMES)):
         return url
     parts = urlsplit(url)
     _, at, host = parts.netloc.rpartition("@")
@@ -261,6 +261,50 @@ def with_secrets_hidden(url: str) -> str:
     ]
     query = f"?{'&'.join(options)}" if parts.query else ""
     return f"{parts.scheme}://{'…@' if at else ''}{host}{parts.path}{query}"
+
+
+_PROXY_SCHEMES = ("http://", "https://")
+
+
+def proxy_url(value: object) -> str:
+    """`http://host:port`, with `user:password@` if the proxy wants it. No error shows it: it may hold a password."""
+    url = text(value)
+    try:
+        parts = urlsplit(url)
+        ends = (parts.path or "/", parts.query, parts.fragment)
+        is_plain = bool(parts.hostname and parts.port) and ends == ("/", "", "")
+    except ValueError:
+        is_plain = False
+    if not url.startswith(_PROXY_SCHEMES) or not is_plain or not re.fullmatch("[!-~]+", url):
+        raise ValueError(
+            'must be like "http://proxy.example.com:3128" or "http://user:password@proxy.example.com:3128", with '
+            "special characters in names and passwords as %XX"
+        )
+    return url
+
+
+# Fields that the prober sets itself, or that would change where a request ends.
+_OWN_HEADERS = frozenset(
+    {"connection", "content-length", "expect", "host", "range", "te", "transfer-encoding", "upgrade"}
+)
+
+
+def header_name(value: object) -> str:
+    name = text(value)
+    # RFC 9110, section 5.6.2.
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ValueError(f'{show(name)} is not the name of a header: write it like "Authorization"')
+    if name.lower() in _OWN_HEADERS:
+        raise ValueError(f"{show(name)} is set by the prober itself: leave it out")
+    return name
+
+
+def header_secret(value: object) -> SecretStr:
+    """A header's value. No error shows it: it may be a password."""
+    given = value.get_secret_value() if isinstance(value, SecretStr) else text(value)
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", given):
+        raise ValueError("must be printable ASCII, not blank at its ends")
+    return SecretStr(given)
 
 
 def platform_key(value: object) -> PlatformKey:
@@ -292,6 +336,7 @@ Port = Annotated[int, PlainValidator(whole(1, 65535))]
 Text = Annotated[str, PlainValidator(text)]
 # RFC 9110, section 5.5, without the obsolete forms.
 HeaderValue = Annotated[str, PlainValidator(matching(r"[!-~]([ -~]*[!-~])?", "printable ASCII, not blank at its ends"))]
+Headers = Mapping[Annotated[str, PlainValidator(header_name)], Annotated[SecretStr, PlainValidator(header_secret)]]
 Token = Annotated[SecretStr, PlainValidator(token)]
 AddressToken = Annotated[SecretStr, PlainValidator(address_token)]
 Networks = tuple[Annotated[IPNetwork, PlainValidator(network)], ...]

@@ -105,7 +105,11 @@ class Prober:
         return patience
 
     def _start(self, request: Request) -> None:
-        self._places.find(request)
+        if self._config.proxy:
+            # The proxy looks the name up.
+            self._begin(request, (), 0.0)
+        else:
+            self._places.find(request)
 
     def _begin(self, request: Request, addresses: Sequence[str], looked_up_ms: float) -> None:
         handle = self._idle.pop() if self._idle else Handle(self._config, self._guard, self._under_way)

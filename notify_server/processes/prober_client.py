@@ -123,6 +123,7 @@ def prober_config(verify: VerifyConfig) -> ProberConfig:
         [str(network) for network in verify.refused_networks],
         own_networks(),
         verify.referer or "",
+        verify.proxy or "",
     )
 
 

@@ -46,6 +46,9 @@ _REASONS = {
 # An error's code is within the beginning of its body.
 _ERROR_BYTES = 2048
 
+# CURLOPT_SUPPRESS_CONNECT_HEADERS, which pycurl does not name: a proxy's answer is not the host's.
+_SUPPRESS_CONNECT_HEADERS = 265
+
 # The bytes that tell a file's kind.
 _SNIFFED_BYTES = 512
 
@@ -90,8 +93,10 @@ class Handle:
             curl.setopt(pycurl.REFERER, config.referer)
         curl.setopt(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
         # Proxies from the environment would dial in our place, unguarded.
-        curl.setopt(pycurl.PROXY, "")
-        curl.setopt(pycurl.NOPROXY, "*")
+        self._proxied = bool(config.proxy)
+        curl.setopt(pycurl.PROXY, config.proxy)
+        curl.setopt(pycurl.NOPROXY, "" if config.proxy else "*")
+        curl.setopt(_SUPPRESS_CONNECT_HEADERS, 1)
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
         curl.setopt(pycurl.FOLLOWLOCATION, 0)
         curl.setopt(pycurl.PATH_AS_IS, 1)
@@ -120,17 +125,22 @@ class Handle:
         if self._sets_target or "%" in url:
             # libcurl since 8.20 rewrites percent escapes, which breaks signed addresses. The option cannot be unset.
             self._sets_target = True
-            curl.setopt(pycurl.REQUEST_TARGET, url[url.index("/", len("https://")) :])
-        if addresses or self._resolves:
-            # Left set, it would bring back old addresses with each request.
+            # A proxy gets the whole address, unless it passes on a connection for https.
+            whole = self._proxied and url.startswith("http:")
+            curl.setopt(pycurl.REQUEST_TARGET, url if whole else url[url.index("/", len("https://")) :])
+        # Left set, it would bring back old addresses with each request. pycurl ignores an empty list.
+        if addresses:
             curl.setopt(pycurl.RESOLVE, list(addresses))
-            self._resolves = bool(addresses)
+        elif self._resolves:
+            curl.unsetopt(pycurl.RESOLVE)
+        self._resolves = bool(addresses)
         timeout_ms, connect_timeout_ms = request.timeout_ms, request.connect_timeout_ms
         if looked_up_ms:
             timeout_ms, connect_timeout_ms = timeout_ms - round(looked_up_ms), connect_timeout_ms - round(looked_up_ms)
         # Most requests differ from the last one only in their address.
         manner = (
             request.method, timeout_ms, connect_timeout_ms, request.fresh, request.keep, request.ranged, request.sniff,
+            request.headers,
         )  # fmt: skip
         if manner == self._manner:
             return
@@ -144,6 +154,10 @@ class Handle:
                 curl.setopt(pycurl.RANGE, f"0-{_SNIFFED_BYTES - 1}" if request.sniff else "0-0")
             else:
                 curl.unsetopt(pycurl.RANGE)
+        if request.headers:
+            curl.setopt(pycurl.HTTPHEADER, request.headers)
+        else:
+            curl.unsetopt(pycurl.HTTPHEADER)
         curl.setopt(pycurl.TIMEOUT_MS, max(1, timeout_ms))
         curl.setopt(pycurl.CONNECTTIMEOUT_MS, max(1, connect_timeout_ms))
         curl.setopt(pycurl.FRESH_CONNECT, request.fresh)
@@ -153,11 +167,13 @@ class Handle:
         # Called for every address about to be dialled, also each of a name's answers in turn: a refused one is skipped,
         # and nothing is sent to it.
         family, kind, protocol, peer = address
-        refused = self._guard.check_address(peer[0], peer[1])
+        # With a proxy, only the proxy is dialled, which the configuration names.
+        refused = None if self._proxied else self._guard.check_address(peer[0], peer[1])
         if refused is not None:
             self._refused = refused
             return int(pycurl.SOCKET_BAD)
-        limit, place = self.request.address_limit if self.request is not None else 0, peer[:2]
+        limit = self.request.address_limit if self.request is not None and not self._proxied else 0
+        place = peer[:2]
         if limit and self._under_way[place] >= limit:
             self._crowded = peer[0]
             return int(pycurl.SOCKET_BAD)
@@ -232,14 +248,15 @@ class Handle:
             status if answered else None,
             None if answered else self._failure(error, reached=remote_addr is not None),
             reused,
-            remote_addr,
+            # The address of a proxy is not the file's, and its limit not that of a host.
+            None if self._proxied else remote_addr,
             dns,
             connect,
             tls,
             first_byte,
             curl.getinfo(pycurl.TOTAL_TIME_T) / 1000 + self.looked_up_ms,
             *answer[:6],
-            os_error == errno.ECONNREFUSED,
+            self._was_refused_by_proxy() if self._proxied else os_error == errno.ECONNREFUSED,
             not answered and (self._shortage or os_error in _SHORTAGES),
             bool(crowded),
             answer.vendor_request_id,
@@ -247,6 +264,10 @@ class Handle:
             answer.further,
             sniff(bytes(self._beginning)) if self._beginning and 200 <= status <= 299 else None,
         )
+
+    def _was_refused_by_proxy(self) -> bool:
+        """Return whether the proxy has answered that it does not connect to the host."""
+        return int(self.curl.getinfo(pycurl.HTTP_CONNECTCODE)) >= 300
 
     def _forget_places(self) -> None:
         for place in self._places:
@@ -263,4 +284,6 @@ class Handle:
         if error == pycurl.E_OPERATION_TIMEDOUT and not (reached or self.curl.getinfo(pycurl.NAMELOOKUP_TIME_T)):
             # The time-out came before there was an address.
             return Reason.DNS_ERROR
+        if self._proxied and (error == pycurl.E_COULDNT_RESOLVE_PROXY or self._was_refused_by_proxy()):
+            return Reason.CONNECT_ERROR
         return _REASONS.get(error, Reason.PROTOCOL_ERROR)

@@ -6,8 +6,8 @@ import msgspec
 
 
 class ProberConfig(msgspec.Struct, frozen=True):
-    """The settings sent to a prober first: the guard's settings as text, the trusted certificates, and the user
-    agent.
+    """The settings sent to a prober first: the guard's settings as text, the trusted certificates, the user
+    agent and the proxy.
     """
 
     allowed_hosts: list[str]
@@ -19,6 +19,7 @@ class ProberConfig(msgspec.Struct, frozen=True):
     refused_networks: list[str] = []
     own_networks: list[str] = []
     referer: str = ""
+    proxy: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):

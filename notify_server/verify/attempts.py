@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from notify_server.config import VerifyConfig
+from notify_server.config import HostSettings, VerifyConfig
 from notify_server.model import (
     AttemptRow,
     DueFile,
@@ -72,6 +72,12 @@ class Flight:
         self.requests: list[AttemptRow] = []
         # An answer on a reused connection that was discarded.
         self.doubted: Evidence | None = None
+
+
+def _headers(flight: Flight, settings: HostSettings) -> tuple[str, ...]:
+    """Return the header lines of the host that is asked, none where a redirect has led from https to http."""
+    is_downgraded = flight.file.target_url.lower().startswith("https:") and flight.ask.target.url.startswith("http:")
+    return () if is_downgraded else settings.header_lines
 
 
 # The address has ended: nothing is sent, or what was sent was refused for that.
@@ -185,6 +191,7 @@ class Attempts:
             ask.method == "GET"
             and self._sniffs
             and bool(media_types(flight.file.oss_object_name, self._config.usable)),
+            _headers(flight, settings) if settings.header_lines else (),
         )
 
     def on_evidence(self, link: ProberLink, evidence: list[Evidence]) -> None:

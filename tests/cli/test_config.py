@@ -203,6 +203,44 @@ async def test_no_spelling_of_a_password_in_the_stores_address_is_shown(
     assert end.code == 0 or "[store]" in end.stderr or "STORE__URL" in end.stderr
 
 
+@pytest.mark.parametrize("command", [("config", "show"), ("config", "show", "--json"), ("config", "check")])
+@pytest.mark.parametrize("host", ["files.example.com", "not a host"])
+async def test_password_of_the_proxy_and_headers_are_not_shown(
+    tmp_path: Path, command: tuple[str, ...], host: str
+) -> None:
+    """Row 126; the second host makes the section wrong."""
+    (tmp_path / "config.toml").write_text(
+        "[verify]\nproxy = 'http://company:hidden-1@proxy.example.com:3128'\n"
+        f'[verify.hosts."{host}"]\nheaders = {{ Authorization = "Bearer hidden-2" }}\n'
+    )
+    end = await run_command(*command, cwd=tmp_path)
+    assert "hidden" not in end.stdout + end.stderr
+    assert (end.code == 0) == (host == "files.example.com")
+    if end.code == 0 and command[1] == "show":
+        assert "http://…@proxy.example.com:3128" in end.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("proxy = 'socks5://hidden@proxy.example.com:1080'", "proxy"),
+        ("proxy = 'http://user:hid/den@proxy.example.com:3128'", "proxy"),
+        ("proxy = 'http://hidden@proxy.example.com'", "proxy"),
+        ("[verify.hosts.'a.example.com']\nheaders = { Host = 'hidden' }", "headers"),
+        ("[verify.hosts.'a.example.com']\nheaders = { 'A b' = 'hidden' }", "headers"),
+        ('[verify.hosts."a.example.com"]\nheaders = { A = "hid\\r\\nden: x" }', "headers"),
+        ("headers = { Authorization = 'hidden' }", "headers"),
+    ],
+)
+async def test_proxy_or_header_that_cannot_work_is_refused_by_name(tmp_path: Path, line: str, key: str) -> None:
+    """Row 126."""
+    (tmp_path / "config.toml").write_text(f"[verify]\n{line}\n")
+    end = await run_command("config", "check", cwd=tmp_path)
+    assert (end.code, end.stdout) == (2, "")
+    assert end.stderr.startswith("[verify") and key in end.stderr
+    assert "hid" not in end.stderr
+
+
 @pytest.mark.parametrize("token", ["abc&def-ghi", "abc#def-ghi", "&&&&&&&&"])
 async def test_token_that_cannot_stand_in_the_registered_address_is_refused_and_not_shown(
     tmp_path: Path, token: str

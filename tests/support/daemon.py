@@ -30,7 +30,7 @@ Config = Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 
 
 def to_toml(config: Config) -> str:
-    """Tables of scalars and lists, and one level of tables in them, and lists of tables, as TOML."""
+    """Tables of scalars and lists, and two levels of tables in them, and lists of tables, as TOML."""
     parts: list[str] = []
     for section, keys in config.items():
         if not isinstance(keys, Mapping):
@@ -44,8 +44,14 @@ def to_toml(config: Config) -> str:
         for key, table in nested.items():
             for name, values in table.items():
                 parts.append(f"[{section}.{key}.{json.dumps(name)}]")
-                parts += [f"{inner} = {json.dumps(value)}" for inner, value in values.items()]
+                parts += [f"{inner} = {_inline(value)}" for inner, value in values.items()]
     return "\n".join(parts) + "\n"
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{json.dumps(key)} = {json.dumps(inner)}' for key, inner in value.items())} }}"
+    return json.dumps(value)
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
