@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import inspect
 
 ERROR = {
     "type": "object",
@@ -24,6 +25,21 @@ ERROR = {
 
 # The names of forwarding endpoints.
 NAME = "[A-Za-z0-9_-]{1,64}"
+
+# Groups of endpoints: what they are about, and the first word of their paths.
+TAGS = {
+    "server": ("The server process, its activity and the storage hosts.", ("status", "series", "stream", "hosts")),
+    "record": (
+        "Batches, files, failures and rejected notifications.",
+        ("totals", "batches", "files", "failures", "rejections", "search", "export", "verdict", "notifications"),
+    ),
+    "actions": (
+        "Recheck, acknowledge, delete, and who did what.",
+        ("recheck", "prune", "attention", "acknowledge", "actions"),
+    ),
+    "forwarding": ("Events, and the endpoints that they are sent to.", ("events", "forward", "deliveries")),
+    "expectations": ("Submissions that a notification is expected for.", ("expectations",)),
+}
 
 
 class Created(NamedTuple):
@@ -66,6 +82,12 @@ class Endpoint(NamedTuple):
         return re.sub(r"{(\w+)}", r"{\1:[0-9]{1,19}}", path)
 
     @property
+    def tag(self) -> str:
+        """The group that it belongs to."""
+        noun = self.path.split("/")[3]
+        return next(name for name, (_, nouns) in TAGS.items() if noun in nouns)
+
+    @property
     def parameters(self) -> list[str]:
         """The names in the path."""
         return re.findall(r"{(\w+)}", self.path)
@@ -75,6 +97,7 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
     """Return the OpenAPI document."""
     types = [kind for e in endpoints for kind in (e.query, e.body, e.answer, e.lines_answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    _say_times(types, components)
     of_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     queries = set()
@@ -82,6 +105,7 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
         operation: dict[str, Any] = {
             "operationId": endpoint.id,
             "summary": summary(endpoint),
+            "tags": [endpoint.tag],
             "parameters": [
                 {
                     "name": name,
@@ -116,7 +140,11 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
             "title": "notify_server",
             "version": version,
             "description": "Delivered batches and files, check results, and actions. Times are UTC.",
+            "license": {"name": "MIT", "identifier": "MIT"},
         },
+        # Relative to the address of this document.
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": text} for name, (text, _) in TAGS.items()],
         "paths": paths,
         "components": {
             "schemas": {**{name: schema for name, schema in components.items() if name not in queries}, "Error": ERROR},
@@ -124,6 +152,34 @@ def document(endpoints: Sequence[Endpoint], version: str, summary: Callable[[End
         },
         "security": [{"admin_token": []}],
     }
+
+
+def _say_times(types: Sequence[Any], components: dict[str, Any]) -> None:
+    """Add the format of times to the schemas: msgspec gives it to those that must have an offset alone."""
+    seen: set[type] = set()
+
+    def visit(info: Any) -> None:
+        if isinstance(info, inspect.StructType):
+            if info.cls in seen:
+                return
+            seen.add(info.cls)
+            properties = components.get(info.cls.__name__, {}).get("properties", {})
+            for field in info.fields:
+                choices = field.type.types if isinstance(field.type, inspect.UnionType) else (field.type,)
+                if any(isinstance(choice, inspect.DateTimeType) for choice in choices):
+                    schema = properties[field.encode_name]
+                    for part in schema.get("anyOf", [schema]):
+                        if part.get("type") == "string":
+                            part["format"] = "date-time"
+                visit(field.type)
+        elif isinstance(info, inspect.UnionType):
+            for choice in info.types:
+                visit(choice)
+        elif isinstance(info, inspect.ListType):
+            visit(info.item_type)
+
+    for each in inspect.multi_type_info(types):
+        visit(each)
 
 
 def _request_body(endpoint: Endpoint, schema: dict[str, Any]) -> dict[str, Any]:
