@@ -165,6 +165,6 @@ def _announce(config: Config, listener: Listener) -> None:
         log.info("takes no callbacks, only probes: [server] roles")
     elif not protected and not all(ip_address(host).is_loopback for host, _ in hosts):
         log.warning(
-            "ANYONE WHO REACHES THIS ADDRESS CAN POST NOTIFICATIONS: "
+            "no callback authentication: anyone who can reach this address can post notifications; "
             'set [auth] callback_token, callback_networks, or signature = "required"'
         )

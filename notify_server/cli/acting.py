@@ -172,7 +172,7 @@ async def prune(
             ("batches completed", wanted.completed_before), ("rejections received", wanted.rejections_before)
         )
         if before is not None
-    ] or ["everything older than the daemon's [retention]"]  # fmt: skip
+    ] or ["everything older than the server's [retention]"]  # fmt: skip
     async with _by(config, source) as actor:
         found = await actor.prune(msgspec.structs.replace(wanted, dry_run=True))
         of_files = counted(found.files or 0, "file")

@@ -56,9 +56,9 @@ async def _post(
 ) -> None:
     await _deliver(daemon, objects, FIRST_BATCHES)
     address = await logged_url(process, directory / "daemon.log", LOG_IN)
-    console.print("The dashboard, with a batch every few seconds:\n")
+    console.print("Open the dashboard; a new batch arrives every few seconds:\n")
     console.print(Text(f"    {address}\n", "bold cyan"), soft_wrap=True)
-    console.print(Text(f"The record is {daemon.record}. Ctrl-C stops."), soft_wrap=True)
+    console.print(Text(f"The database is {daemon.record}. Ctrl-C stops."), soft_wrap=True)
     sys.stdout.flush()
     while True:
         await asyncio.sleep(PAUSE_SECONDS)

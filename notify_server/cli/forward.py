@@ -26,7 +26,7 @@ STYLES = {"ok": "green", "failing": "yellow", "stopped": "red"}
 
 def _daemon(source: Source) -> Remote:
     if source.daemon is None:
-        raise SourceError("no daemon runs on this record: start it, or name it with --url")
+        raise SourceError("no server runs on this database: start it, or name it with --url")
     return source.daemon
 
 

@@ -59,7 +59,7 @@ def default(
 
 @app.command()
 def serve(config: ConfigOption = None) -> None:
-    """Accept notifications, verify their files, keep the record. Stops on SIGTERM or Ctrl-C."""
+    """Run the server: take callbacks, check files, serve the dashboard. Stops on SIGTERM or Ctrl-C."""
     from notify_server.cli.serve import run
 
     run(config)
@@ -73,7 +73,7 @@ app.add_typer(configuration.app, name="config", help="Check, show or write the c
 app.add_typer(
     forward.endpoints,
     name="forward",
-    help="Look at forwarding endpoints and act on them, through the daemon.",
+    help="List, test, replay, stop and start the endpoints of [[forward]], through the server.",
     no_args_is_help=True,
 )
 app.add_typer(forward.app)

@@ -88,7 +88,7 @@ ConfigOption = Annotated[
 UrlOption = Annotated[
     str | None,
     typer.Option(
-        "--url", metavar="URL", help="A daemon's address, like http://10.0.0.7:8080. Default: the record itself."
+        "--url", metavar="URL", help="A server's address, like http://10.0.0.7:8080. Default: the database itself."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of text; lists as one object a line.")]

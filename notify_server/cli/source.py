@@ -298,7 +298,9 @@ async def check_record(path: Path, holder_process: str | None) -> None:
             "use the newer notify_server that wrote it"
         )
     if present < known:
-        todo = "run `notify-server migrate`" if holder_process is None else "restart the daemon, which is an older one"
+        todo = (
+            "run `notify-server migrate`" if holder_process is None else "restart the server, which is an older version"
+        )
         raise SourceError(f"{path}: has schema version {present}, this program needs {known}: {todo}")
 
 
@@ -384,7 +386,7 @@ async def acting(config: Config, source: Source) -> AsyncIterator[Acting]:
         return
     if source.daemon is not None:
         if source.daemon.url.endswith(":0"):
-            raise SourceError("[server] port is 0: name the address from the daemon's log with --url")
+            raise SourceError("[server] port is 0: name the address from the server's log with --url")
         yield source.daemon
         return
     store = await SqliteStore.open(config.store.path)

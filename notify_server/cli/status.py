@@ -89,9 +89,9 @@ def _screen(source: Source, look: Look) -> RenderableType:
     files.add_row(f"{totals.files:,}", *(f"{getattr(totals, state.value):,}" for state in FileState))
     parts += [counts, files]
     if look.problem:
-        parts.append(Text(f"the activity of the daemon is unknown: {printable(look.problem)}", "yellow"))
+        parts.append(Text(f"current activity is unknown: {printable(look.problem)}", "yellow"))
     if totals.oldest_pending_at is not None:
-        parts.append(Text(f"the oldest batch without a verdict was received {local(totals.oldest_pending_at)}"))
+        parts.append(Text(f"oldest unfinished batch: received {local(totals.oldest_pending_at)}"))
     if totals.rejections:
         parts.append(Text(f"{totals.rejections:,} rejected notifications are kept: `notify-server rejections`"))
     return Group(*parts)
@@ -99,7 +99,16 @@ def _screen(source: Source, look: Look) -> RenderableType:
 
 def _now(sample: Sample | None) -> Table:
     table = new_table(title="the last second", title_justify="left")
-    for heading in ("acks", "ack p99 ms", "refused", "requests", "failed", "probe p99 ms", "backlog", "in flight"):
+    for heading in (
+        "acks/s",
+        "ack p99 ms",
+        "rejected/s",
+        "checks/s",
+        "failed/s",
+        "check p99 ms",
+        "waiting",
+        "in flight",
+    ):
         table.add_column(heading, justify="right")
     if sample is not None:
         values = (
@@ -116,7 +125,7 @@ def _hosts_table(hosts: Sequence[Host]) -> Table:
         title="hosts", title_justify="left", caption=f"and {more:,} more" if more > 0 else None, caption_justify="left"
     )
     table.add_column("host", overflow="fold")
-    for heading in ("pending", "in flight", "circuit", "tried", "failed", "mean ms"):
+    for heading in ("pending", "in flight", "circuit", "attempts (1 min)", "failed", "avg. ms"):
         table.add_column(heading, justify="left" if heading == "circuit" else "right", no_wrap=True)
     for host in hosts[:MAX_HOSTS_SHOWN]:
         closed = host.circuit is CircuitState.CLOSED

@@ -41,7 +41,7 @@ async def expect(
     """Register the submissions of a list."""
     daemon = source.daemon
     if daemon is None:
-        raise SourceError("no daemon runs on this record: start it, or name it with --url")
+        raise SourceError("no server runs on this database: start it, or name it with --url")
     defaults = {"api_code": api_code, "notify_within": notify_within, "verdict_within": verdict_within}
     created = existing = 0
     with _opened(name) as file, _progress("registering", _size(file)) as advance:

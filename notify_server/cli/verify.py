@@ -146,7 +146,7 @@ class Report:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.most_common())
         return (
             ("stopped: " if stopped else "")
-            + f"{self.settled:,} address{'' if self.settled == 1 else 'es'}"
+            + f"{self.settled:,} URL{'' if self.settled == 1 else 's'}"
             + (f": {states}" if states else "")
             + (f" ({reasons})" if reasons else "")
             + (f"; {entered - self.settled:,} unsettled" if stopped else "")

@@ -162,7 +162,7 @@ class Sender:
     def _on_notice(self, notice: Notice) -> None:
         match notice.what:
             case "failing":
-                log.warning("forwarding fails, trying on", endpoint=notice.endpoint, error=notice.error)
+                log.warning("forwarding fails, retrying", endpoint=notice.endpoint, error=notice.error)
             case "stopped":
                 log.error(
                     "forwarding is stopped: fix the receiver, then run `notify-server forward start`",

@@ -129,7 +129,7 @@ class Child:
         if not in_time:
             self._kill()
             if not await self._ended_within(KILL_SECONDS):
-                log.error(f"{self._name} cannot be killed, leaving it behind", pid=self.pid)
+                log.error(f"{self._name} cannot be killed, giving up on it", pid=self.pid)
         await stop_tasks(self._task)
         return in_time
 
@@ -211,7 +211,7 @@ class Child:
                         self._on_up(payload)
         except Exception as error:
             # A frame that cannot be decoded now never will be: start another process.
-            log.error(f"{self._name} cannot be understood, please report this", pid=process.pid, exc_info=error)
+            log.error(f"{self._name} sent an invalid message, please report this", pid=process.pid, exc_info=error)
         return self._up
 
     async def _watch(self, process: Process) -> None:

@@ -144,7 +144,9 @@ class Keeper:
             answer = await self._verbs[call.verb](*self._decoders[call.verb](call.arguments))
         except Exception as error:
             if not isinstance(error, NotifyServerError):
-                log.error("the keeper made a mistake, please report this", verb=call.verb, exc_info=error)
+                log.error(
+                    "a call to the keeper failed unexpectedly, please report this", verb=call.verb, exc_info=error
+                )
             self._send(Reply(call.id, self._store.backlog, _NOTHING, Failure.of(error)))
         else:
             self._send(Reply(call.id, self._store.backlog, msgspec.Raw(_encode(answer))))

@@ -77,7 +77,9 @@ def _make_file(path: Path) -> str:
                 )
             if token is not None and not status.st_mode & 0o077:
                 return token
-            log.warning("the admin_token is made again: other users could read it, or it is damaged", file=str(path))
+            log.warning(
+                "a new admin_token was created: the old file was readable by other users, or damaged", file=str(path)
+            )
             path.unlink()
         return _write(path, secrets.token_urlsafe(TOKEN_BYTES))
     except OSError as error:

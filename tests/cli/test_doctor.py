@@ -102,7 +102,7 @@ async def test_nothing_is_made_where_there_is_nothing_yet(tmp_path: Path) -> Non
     seen = await run_doctor(tmp_path, NOTIFY_SERVER__SERVER__PORT="0")
     assert seen.code == 0
     assert "the rest will be made" in seen.worst("directory").text
-    assert "not there yet" in seen.worst("database").text
+    assert "does not exist yet" in seen.worst("database").text
     assert list(tmp_path.iterdir()) == []
 
 

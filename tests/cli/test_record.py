@@ -291,7 +291,7 @@ async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tm
         )
         assert status.code == 0 and "the activity of the daemon is unknown" in status.stdout
         assert refused.code == 1
-        assert "[server] port is 0: name the address from the daemon's log with --url" in refused.stderr
+        assert "[server] port is 0: name the address from the server's log with --url" in refused.stderr
         assert (named.code, named.stdout) == (0, "2 files queued for recheck\n")
 
 

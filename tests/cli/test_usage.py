@@ -44,7 +44,7 @@ from tests.support.daemon import clean_environment, run_command
         (["simulate", "--receivers", "steady,stedy"], "--receivers: stedy is not a receiver, did you mean steady?"),
         (["batches", "--limit", "0"], "Invalid value for '--limit': must be at least 1"),
         (["replay", "first"], "Invalid value for 'ID': must be a whole number"),
-        (["verify"], "Name addresses, or a list of them with --file."),
+        (["verify"], "Name URLs, or a list of them with --file."),
     ],
 )  # fmt: skip
 async def test_a_slip_is_told_in_one_line_with_what_was_meant(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -75,7 +75,7 @@ async def test_addresses_are_judged_as_the_daemon_judges_them(tmp_path: Path) ->
     assert "HEAD" in methods and methods[-1] == "GET"
     assert "\x1b" not in end.stdout
     assert re.fullmatch(
-        r"7 addresses: 3 available, 1 unavailable, 3 blocked "
+        r"7 URLs: 3 available, 1 unavailable, 3 blocked "
         r"\(private_address 2, .*\); [0-9.]+ s\n", end.stderr
     )  # fmt: skip
 
@@ -96,7 +96,7 @@ async def test_when_all_are_available_it_exits_0_and_names_none(tmp_path: Path) 
         end = await verify(tmp_path, "--file", "list", origin.url("/one-more"))
         assert len(origin.hits) == 501
     assert (end.code, end.stdout) == (0, "")
-    assert end.stderr.startswith("501 addresses: 501 available; ")
+    assert end.stderr.startswith("501 URLs: 501 available; ")
 
 
 async def test_a_notification_is_asked_for_but_for_what_the_platform_reported_as_failed(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ async def test_a_list_that_breaks_off_exits_2_with_what_was_known(tmp_path: Path
         end = await verify(tmp_path, "-f", "list", "--json")
     assert end.code == 2
     assert list(by_url(end.stdout)) == [origin.url("/a")]
-    assert "1 address: 1 available" in end.stderr
+    assert "1 URL: 1 available" in end.stderr
     assert end.stderr.endswith('notify_server: list, line 2: must be an object a line, like {"target_url": "…"}\n')
 
 
@@ -169,7 +169,7 @@ async def test_a_signal_ends_it_at_once_with_what_is_known(tmp_path: Path, numbe
         async with asyncio.timeout(5):
             assert await process.wait() == code
         summary = (await process.stderr.read()).decode()
-    assert re.fullmatch(r"stopped: 1 address: 1 available; 1 unsettled; [0-9.]+ s\n", summary)
+    assert re.fullmatch(r"stopped: 1 URL: 1 available; 1 unsettled; [0-9.]+ s\n", summary)
 
 
 async def test_a_reader_that_goes_away_ends_it_without_a_traceback(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ async def test_on_a_terminal_there_is_a_table_of_what_is_not_available(tmp_path:
     assert f"-> {origin.url('/gone')}" in text
     assert origin.url("/a") not in text
     assert "x\\x1b]2;y" in text and "\x1b]2;" not in text
-    assert "3 addresses: 1 available, 1 unavailable, 1 blocked" in text
+    assert "3 URLs: 1 available, 1 unavailable, 1 blocked" in text
 
 
 async def test_on_a_terminal_the_progress_is_shown_and_taken_away_again(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ async def test_on_a_terminal_the_progress_is_shown_and_taken_away_again(tmp_path
     assert code == 0
     assert "0 not available" in text
     # The line is erased at the end, and only the summary stays.
-    assert text.rpartition("\x1b[2K")[2].strip().startswith("300 addresses: 300 available")
+    assert text.rpartition("\x1b[2K")[2].strip().startswith("300 URLs: 300 available")
 
 
 # --- What is in memory ---

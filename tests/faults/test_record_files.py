@@ -16,7 +16,7 @@ from notify_server.store.sqlite.lock import FileLock
 from tests.support.daemon import Daemon
 from tests.support.notification import batch_body
 
-AWAY = "callbacks are refused, the record was taken away"
+AWAY = "callbacks are refused: the database file was deleted, moved or replaced"
 
 
 async def refused(daemon: Daemon) -> None:
@@ -50,8 +50,8 @@ async def test_moved_database_refuses_callbacks_until_it_is_back(tmp_path: Path)
         assert "was deleted or moved" in line["error"]
         elsewhere.rename(daemon.database)
         await ready_again(daemon)
-        await daemon.line("the record is back")
-        assert daemon.count("the record is back") == 1
+        await daemon.line("the database file is usable again")
+        assert daemon.count("the database file is usable again") == 1
         await daemon.deliver("after", [])
         assert daemon.value("SELECT count(*) FROM notification WHERE batch_id IN ('before', 'after')") == 2
         assert await daemon.terminate() == 0

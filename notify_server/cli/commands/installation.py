@@ -14,22 +14,22 @@ app = Commands()
 
 @app.command()
 def verify(
-    urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Addresses.", show_default=False)] = None,
+    urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="URLs to check.", show_default=False)] = None,
     file: Annotated[
         str | None,
         typer.Option(
             "--file",
             "-f",
             metavar="PATH",
-            help="A list of addresses: text (one a line), CSV, JSON lines, or a notification; - is standard input.",
+            help="A list of URLs: text (one a line), CSV, JSON lines, or a notification; - is standard input.",
         ),
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check addresses once, as the daemon would, without a daemon. Exits 1 when any is not available."""
+    """Check URLs once, by the server's rules, without a server. Exits 1 when any is not available."""
     if not urls and file is None:
-        raise ClickUsageError("Name addresses, or a list of them with --file.")
+        raise ClickUsageError("Name URLs, or a list of them with --file.")
     from notify_server.cli.verify import run
 
     run(urls or (), file, config, as_json=as_json)
@@ -76,7 +76,7 @@ def doctor(
 
 @app.command()
 def migrate(config: ConfigOption = None) -> None:
-    """Bring the record's schema up to date, which `serve` does by itself. On SQLite no daemon may be running."""
+    """Update the schema of the database, which `serve` does by itself. On SQLite no server may be running."""
     from notify_server.cli.migrate import run
 
     run(config)
@@ -86,7 +86,7 @@ def migrate(config: ConfigOption = None) -> None:
 def copy(
     config: ConfigOption = None,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="URL", help="The record to copy. Default: the configured one.")
+        str | None, typer.Option("--from", metavar="URL", help="The database to copy. Default: the configured one.")
     ] = None,
     target: Annotated[
         str | None,
@@ -97,8 +97,8 @@ def copy(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a record from SQLite to PostgreSQL or back, and verify the copy. Continues an unfinished copy. No server may
-    be running on either. Exits 1 when the copy differs.
+    """Copy a database from SQLite to PostgreSQL or back, and verify the copy. Continues an unfinished copy. No server
+    may be running on either. Exits 1 when the copy differs.
     """
     from notify_server.cli.copy import run
 

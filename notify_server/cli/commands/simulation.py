@@ -27,7 +27,7 @@ def demo(
         Path | None, typer.Option("--keep", metavar="DIR", help="The directory, instead of a temporary one.")
     ] = None,
 ) -> None:
-    """Run a server with a record full of life, and show the address of its dashboard. Ctrl-C stops it."""
+    """Run a demo server with live batches, and show the address of its dashboard. Ctrl-C stops it."""
     from notify_server.cli.demo import run
 
     run(keep)
@@ -40,10 +40,10 @@ def simulate(
         str | None, typer.Option(metavar="URL", help="The callback address. Default: from the configuration.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The daemon's database. Default: from the configuration.")
+        Path | None, typer.Option(metavar="PATH", help="The server's database. Default: from the configuration.")
     ] = None,
     own_daemon: Annotated[
-        bool, typer.Option("--own-daemon", help="Start a daemon for this run, in a temporary directory.")
+        bool, typer.Option("--own-daemon", help="Start a server for this run, in a temporary directory.")
     ] = False,
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --own-daemon: the directory, instead of a temporary one.")
@@ -78,7 +78,7 @@ def simulate(
         str, _planted("Receivers of events, with --own-daemon.", metavar="NAMES")
     ] = "steady,down,slow,fails-first,false-ok,gone",
 ) -> None:
-    """Play the platform and its object store against a daemon, and check its record. Exits 1 when anything differs."""
+    """Play the platform and its object store against a server, and check its record. Exits 1 when anything differs."""
     from notify_server.cli.simulate import Options, run
     from notify_server.simulator.plan import Kind, Plan
     from notify_server.simulator.receiver import receivers_named

@@ -31,7 +31,7 @@ def expect(
     notify_within: Annotated[str | None, typer.Option(metavar="TIME", help=WITHIN)] = None,
     verdict_within: Annotated[str | None, typer.Option(metavar="TIME", help=WITHIN)] = None,
 ) -> None:
-    """Register submissions, to be told of those that are not notified in time or list too few files."""
+    """Register submissions: those that are not notified in time, or list too few files, raise an event."""
     from notify_server.cli import session, submissions
 
     session.run(
@@ -53,7 +53,7 @@ def reconcile(
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV of every submission instead of a table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for every submission.")] = False,
 ) -> None:
-    """Compare submissions with the record (对账). Exits 1 when one was never notified, is short or incomplete."""
+    """Compare submissions with what was notified (对账). Exits 1 when one was not notified, is short or incomplete."""
     from notify_server.cli import session, submissions
 
     shape: submissions.Format = "json" if as_json else "csv" if as_csv else "table"

@@ -138,7 +138,7 @@ def check_exposure(subject: Subject) -> Iterator[Finding]:
     else:
         yield warning(
             "exposure",
-            f"listens on {host}: anyone who reaches it can post notifications",
+            f"listens on {host}: no callback authentication, so anyone who can reach it can post",
             'set [auth] callback_token, callback_networks, or signature = "required"',
         )
 

@@ -66,7 +66,7 @@ def schema_finding(version: int, known: int) -> Finding:
             "run the newer notify_server that wrote it, or restore a backup from before the upgrade",
         )
     if version < known:
-        return warning("schema", f"version {version} of {known}", "`notify-server migrate`, or start the daemon")
+        return warning("schema", f"version {version} of {known}", "run `notify-server migrate`, or start the server")
     return ok("schema", f"version {version}, the latest")
 
 
@@ -77,7 +77,7 @@ def backlog_finding(backlog: int, limit: int) -> Finding:
         return problem(
             "backlog",
             f"{text}: callbacks are answered 503",
-            "start the daemon, or raise [verify] concurrency or backlog_limit",
+            "start the server, or raise [verify] concurrency or backlog_limit",
         )
     if backlog >= BACKLOG_SHARE * limit:
         return warning("backlog", text, "raise [verify] concurrency or backlog_limit")

@@ -147,7 +147,7 @@ async def _record(connection: Connection, place: str, backlog_limit: int, endpoi
     found: list[Finding] = []
     servers: Sequence[tuple[str, int]] = []
     if not version:
-        found.append(ok("schema", "there is none yet, the daemon creates it"))
+        found.append(ok("schema", "there is none yet; the server creates it"))
     elif (source := await copied_from(connection)) is not None:
         text, _, remedy = str(unfinished(place, source)).rpartition(": ")
         found.append(problem("schema", text, remedy))

@@ -72,7 +72,7 @@ def check_sqlite() -> Iterator[Finding]:
     if sqlite3.sqlite_version_info <= WAL_BUG_UNTIL:
         note = (
             f"; up to {'.'.join(map(str, WAL_BUG_UNTIL))} two writers at once can corrupt a database: "
-            "the daemon is one, write nothing into the record while it runs"
+            "the server is one, so let no other program write to the database while it runs"
         )
     yield ok("sqlite", f"SQLite {version}{note}")
 

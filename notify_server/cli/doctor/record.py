@@ -54,7 +54,7 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
         yield problem(
             "directory",
             f"{directory}: {whom} cannot write there",
-            f"chown or chmod {directory}, run doctor as the daemon's user, or set [store] url",
+            f"chown or chmod {directory}, run doctor as the server's user, or set [store] url",
         )
         return
     files = (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", ".lock")), token_file(path))
@@ -123,7 +123,7 @@ def check_daemon(subject: Subject) -> Iterator[Finding]:
 def check_database(subject: Subject) -> Iterator[Finding]:
     path = subject.config.store.path
     if not path.exists():
-        yield ok("database", f"{path} is not there yet, the daemon makes it")
+        yield ok("database", f"{path} does not exist yet; the server creates it")
         return
     wal = path.with_name(path.name + "-wal")
     wal_bytes = wal.stat().st_size if wal.exists() else 0

@@ -157,7 +157,7 @@ class SqliteClient:
         self._backlog = opened.backlog
         if opened.refused is not None:
             if self._opened.done():
-                log.error("the record cannot be opened again, trying on", error=opened.refused)
+                log.error("the record cannot be opened again, retrying", error=opened.refused)
         else:
             self.outbox.on_up()
             if self._listener is not None:

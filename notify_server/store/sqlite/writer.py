@@ -199,9 +199,9 @@ class Writer:
         if problem != self._problem:
             self._problem = problem
             if problem is not None:
-                log.error("callbacks are refused, the record was taken away", error=problem)
+                log.error("callbacks are refused: the database file was deleted, moved or replaced", error=problem)
             else:
-                log.info("the record is back", store=str(self._path))
+                log.info("the database file is usable again", store=str(self._path))
         if problem is not None:
             raise StoreUnavailableError(problem)
 
