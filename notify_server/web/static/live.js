@@ -52,12 +52,21 @@ async function showLatencies() {
 const charts = [];
 
 function dataOf(chart) {
-  const points = samples[step];
+  const points = withGaps(samples[step]);
   const value = (sample, field) => {
     const amount = sample[field] ?? null;
     return chart.kind === "rate" && amount !== null ? (sample.seconds ? amount / sample.seconds : 0) : amount;
   };
   return [points.map((sample) => Date.parse(sample.at) / 1000), ...chart.fields.map(({ field }) => points.map((sample) => value(sample, field)))];
+}
+
+// A pause, for example while no server ran, is drawn as a gap: a point without values stands in it.
+function withGaps(points) {
+  const usual = step === "second" ? 1000 : 60000;
+  return points.flatMap((sample, index) => {
+    const before = index ? Date.parse(points[index - 1].at) : null;
+    return before !== null && Date.parse(sample.at) - before > 3 * usual ? [{ at: new Date(before + usual).toISOString(), seconds: null }, sample] : [sample];
+  });
 }
 
 const short = (value) => (value >= 1e6 ? `${value / 1e6}M` : value >= 1e4 ? `${value / 1e3}k` : number.format(value));
@@ -74,6 +83,7 @@ function draw(chart) {
       height: 150,
       legend: { show: false },
       cursor: { y: false, points: { size: 5 } },
+      hooks: { setCursor: [(plot) => showValues(chart, plot)] },
       padding: [8, 18, 0, 0],
       scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
       axes: [
@@ -86,7 +96,7 @@ function draw(chart) {
           stroke: colour(colours[name]),
           fill: index === 0 ? `${colour(colours[name])}1f` : undefined,
           width: 1.5,
-          spanGaps: true,
+          spanGaps: false,
           points: { show: false },
         })),
       ],
@@ -94,6 +104,18 @@ function draw(chart) {
     dataOf(chart),
     chart.box,
   );
+}
+
+// The values under the pointer: beside the names of the lines, with the time.
+function showValues(chart, plot) {
+  const index = plot.cursor.idx;
+  const under = index !== null && index !== undefined && plot.data[0][index] !== undefined;
+  const format = { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };
+  chart.time.textContent = under ? new Intl.DateTimeFormat(document.documentElement.lang, format).format(new Date(plot.data[0][index] * 1000)) : "";
+  chart.fields.forEach(({ value }, line) => {
+    const amount = under ? plot.data[line + 1][index] : null;
+    value.textContent = !under ? "" : amount === null || amount === undefined ? " –" : ` ${amount < 10 ? oneDigit.format(amount) : number.format(Math.round(amount))}`;
+  });
 }
 
 function timeOfDay(seconds) {
@@ -141,8 +163,13 @@ function listen() {
 }
 
 for (const figure of document.querySelectorAll(".chart")) {
-  const fields = [...figure.querySelectorAll("[data-field]")].map(({ dataset }) => ({ field: dataset.field, colour: dataset.colour }));
-  charts.push({ kind: figure.dataset.kind, box: figure.querySelector(".plot"), fields, plot: null });
+  const fields = [...figure.querySelectorAll("[data-field]")].map((line) => ({
+    field: line.dataset.field,
+    colour: line.dataset.colour,
+    value: line.appendChild(Object.assign(document.createElement("strong"), { className: "under" })),
+  }));
+  const time = figure.querySelector(".legend").appendChild(document.createElement("time"));
+  charts.push({ kind: figure.dataset.kind, box: figure.querySelector(".plot"), fields, time, plot: null });
 }
 
 for (const button of document.querySelectorAll("[data-step]")) {
