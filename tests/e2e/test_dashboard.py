@@ -388,7 +388,7 @@ async def test_the_search_box_finds_batches_files_and_addresses(site: Site) -> N
             (f"https://elsewhere.example/{KEY[:-1]}3", None),
             ("w", "/ui/search?q=w"),
         ):
-            await page.get_by_role("searchbox").fill(sought)
+            await page.get_by_role("searchbox", name="Search").fill(sought)
             await page.keyboard.press("Enter")
             wanted = found or f"/ui/files/{site.id_of('file', 'oss_object_name', f'{KEY[:-1]}3')}"
             await expect(page).to_have_url(site.base + wanted)

@@ -373,6 +373,18 @@ async def test_an_acknowledgement_without_one_subject_is_refused(client: Client,
     assert (await client.post("/api/v1/acknowledge", json=wanted)).status == 400
 
 
+async def test_notifications_of_a_batch_are_shown_with_their_bodies(client: Client, store: SqliteStore) -> None:
+    await take_in(store, finished("a"), batch_id="one", body=b'{"batch_id":"one","note":"<b>"}')
+    await take_in(store, finished("a"), batch_id="one", body=b'{"batch_id":"one","again":true}')
+    await take_in(store, finished("a"), batch_id="other", body=b'{"secret":"of another batch"}')
+    shown = await page(client, "/ui/batches/1/notifications")
+    assert shown.count(" Show ") == 2
+    assert '"again": true' not in shown
+    assert "&lt;b&gt;" in await page(client, "/ui/batches/1/notifications?show=1")
+    assert "again" in await page(client, "/ui/batches/1/notifications?show=2")
+    await page(client, "/ui/batches/1/notifications?show=3", 404)
+
+
 # --- Malformed input ---
 
 MALFORMED = [

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
 from urllib.parse import urlencode
 
 from aiohttp import web
 from yarl import URL
 
+from notify_server.callbacks.refused_body import readable
 from notify_server.model import FileState
 from notify_server.store.reading.types import FailureGroup, Found
 from notify_server.web.api.handlers import MAX_GROUPS
 from notify_server.web.api.types import BatchQuery, FileQuery, SearchQuery
 from notify_server.web.dashboard.dashboard import Dashboard
-from notify_server.web.dashboard.forms import PERIODS, FailuresPage, FilesPage, page_query, since
-from notify_server.web.dashboard.pages import suggested
+from notify_server.web.dashboard.forms import (
+    PERIODS,
+    FailuresPage,
+    FilesPage,
+    NotificationsPage,
+    page_query,
+    row_id,
+    since,
+)
+from notify_server.web.dashboard.pages import existing, suggested
 from notify_server.web.rendering import is_link, iso
 
 
@@ -87,3 +98,21 @@ def _key_in(address: str) -> str:
         return URL(address).path.lstrip("/").partition("!")[0]
     except ValueError:
         return ""
+
+
+async def notifications(dashboard: Dashboard, request: web.Request) -> web.Response:
+    """Show the notifications of a batch, and the body of one of them as it was received."""
+    asked = page_query(request, NotificationsPage)
+    batch = existing(await dashboard.api.batch(row_id(request)))
+    evidence = dashboard.api.records.evidence
+    rows = await evidence.deliveries(batch.id, batch.deliveries)
+    raw = None
+    if asked.show is not None:
+        # Only those of this batch.
+        raw = existing(await evidence.body(asked.show) if asked.show in {row.id for row in rows} else None)
+    text = None if raw is None else raw.decode(errors="backslashreplace")
+    return dashboard.render(
+        request, "notifications.html", current="batches", batch=batch, shown=asked.show, raw=text,
+        found=[{"row": row, "at": datetime.fromtimestamp(row.received_at / 1000, UTC)} for row in rows],
+        body=None if text is None else await asyncio.to_thread(readable, text, ""),
+    )  # fmt: skip

@@ -59,6 +59,12 @@ class FilesPage(Struct, frozen=True, forbid_unknown_fields=True):
     cursor: Cursor | None = None
 
 
+class NotificationsPage(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of a batch's notifications to show the body of."""
+
+    show: Id | None = None
+
+
 class FailuresPage(Struct, frozen=True, forbid_unknown_fields=True):
     """Filters of the groups of failing files."""
 

@@ -11,6 +11,7 @@ VIEWS = (
     View("GET", "/", pages.overview),
     View("GET", "/ui/batches", pages.batches),
     View("GET", "/ui/batches/{id:[0-9]{1,18}}", pages.batch),
+    View("GET", "/ui/batches/{id:[0-9]{1,18}}/notifications", finding.notifications),
     View("GET", "/ui/files", finding.files),
     View("GET", "/ui/files/{id:[0-9]{1,18}}", pages.file),
     View("GET", "/ui/failures", finding.failures),
