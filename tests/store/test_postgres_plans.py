@@ -39,8 +39,6 @@ MAY_WALK = {
 # What waits is the same in every record: so many batches with a pending file at each of so many hosts.
 BATCHES, HOSTS = 300, 10
 SMALL, LARGE = 10_000, 1_000_000
-# Of a history's files, one of so many is not there.
-UNAVAILABLE = 100
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
 # What a page of people's may look at; and what those of one kind may differ by.
 WALKED = 100
@@ -376,9 +374,6 @@ async def test_a_page_of_anything_costs_the_same_in_a_large_record_as_in_a_small
             small, large = [records.cost for records in observed]
             # Twice: where it ended is found by walking there again.
             walked = 2 * WALKED
-            if "UNAVAILABLE" in name and "host=None" not in name:
-                # What ANALYZE has drawn decides whether the files of the state are walked instead of those of the host.
-                walked += 2 * LARGE // UNAVAILABLE
             if costs_more(small, large, walked):
                 wrong[name] = small, large
     finally:
