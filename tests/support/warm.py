@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -222,11 +223,13 @@ def _run() -> int:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    # Either may have been set to None.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+    if sys.stdout is not None:
         try:
-            # A program may have set it to None.
-            if stream is not None:
-                stream.flush()
+            sys.stdout.flush()
         except OSError:
-            code = 120
+            return 120
     return code
