@@ -187,11 +187,17 @@ def _readme(
         lines.append("  无 / none")
     secrets = (
         (
-            "地址含查询参数，可能带签名，请勿外传。",
-            "Addresses are complete: their queries may hold signatures. Keep this private.",
+            "原始报文与收到时逐字节相同。地址含查询参数，可能带签名，请勿外传。",
+            "Notifications are byte for byte as received. Queries of addresses may hold signatures: keep this private.",
         )
         if with_secrets
-        else ("地址的查询参数已去除。", "The queries of addresses are cut.")
+        else (
+            "所有地址的查询参数（可能带签名）均已去除，包括原始报文中的地址；报文的其余部分与收到时逐字节相同。",
+            "收到的原文的 SHA-256 见 N.meta.json；需要完整原文时，请用 notify-server bundle --with-secrets 重新导出。",
+            "Queries of addresses, which may hold signatures, are cut, in notifications too; the rest of a notification is",
+            "byte for byte as received. N.meta.json has the SHA-256 of the body as received. For the complete bodies run",
+            "notify-server bundle --with-secrets.",
+        )
     )
     lines += [
         "",
