@@ -100,14 +100,14 @@ async def play(plan: Plan, options: Options, daemon: Daemon | None, console: Con
     """Play against the daemon, or against one of its own if None. Returns the exit code. Raises NotifyServerError."""
     console.print(f"seed {plan.seed}")
     if daemon is not None:
-        return show(await _watched(plan, options, daemon), plan, console)
+        return show(await _watched(plan, options, daemon), console)
     directory = options.keep or Path(tempfile.mkdtemp(prefix="notify-server-"))
     async with (
         Receivers(options.receivers, slow_seconds=options.slow_seconds) as receivers,
         own_daemon(directory, options.slow_seconds, receivers.tables()) as (daemon, process),
     ):
         report = await while_alive(process, _watched(plan, options, daemon, receivers), directory)
-        code = show(report, plan, console)
+        code = show(report, console)
         # The daemon closes the database last, and so leaves a single file.
         async with await RecordViews.open(daemon.record) as views:
             await _show_queries(views, daemon.record, console)
@@ -152,7 +152,7 @@ async def _watched(plan: Plan, options: Options, daemon: Daemon, receivers: Rece
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    posts, files = len(platform.deliveries), plan.batches * plan.files
+    posts, files = len(platform.deliveries), sum(1 for _ in platform.files)
     with progress:
         posted, acked = progress.add_task("posted", total=posts), progress.add_task("acked", total=posts)
         verified = progress.add_task("verified", total=files)
@@ -171,11 +171,11 @@ async def _watched(plan: Plan, options: Options, daemon: Daemon, receivers: Rece
 # --- Showing it ---
 
 
-def show(report: Report, plan: Plan, console: Console) -> int:
+def show(report: Report, console: Console) -> int:
     """Print the result of the run; return the exit code."""
     comparison = report.comparison
-    console.print(_kinds_table(comparison, plan))
-    console.print(_figures(report, plan))
+    console.print(_kinds_table(comparison))
+    console.print(_figures(report))
     if report.forwarded:
         console.print(_forwarded_table(report.forwarded))
     if comparison.differences:
@@ -188,7 +188,7 @@ def show(report: Report, plan: Plan, console: Console) -> int:
     if forwarded_fault:
         console.print(Text("Events were not forwarded as planted.", "bold red"))
     if comparison.different:
-        files, batches = f"{plan.batches * plan.files:,} files", f"{plan.batches:,} batches"
+        files, batches = _planted(comparison)
         different = (
             f"{comparison.different_files:,} of {files} and {comparison.batches.different:,} of {batches} differ."
         )
@@ -200,9 +200,14 @@ def show(report: Report, plan: Plan, console: Console) -> int:
     return 0
 
 
-def _kinds_table(comparison: Comparison, plan: Plan) -> Table:
+def _planted(comparison: Comparison) -> tuple[str, str]:
+    files = sum(tally.planted for tally in comparison.files.values())
+    return f"{files:,} files", f"{comparison.batches.planted:,} batches"
+
+
+def _kinds_table(comparison: Comparison) -> Table:
     retried = comparison.batches.retried > 0 or any(tally.retried for tally in comparison.files.values())
-    table = Table(title=f"{plan.batches * plan.files:,} files in {plan.batches:,} batches", title_justify="left")
+    table = Table(title=" in ".join(_planted(comparison)), title_justify="left")
     table.add_column("planted")
     for heading in ("files", "as expected", *(["still being retried"] if retried else []), "different"):
         table.add_column(heading, justify="right")
@@ -220,10 +225,10 @@ def _kinds_table(comparison: Comparison, plan: Plan) -> Table:
     return table
 
 
-def _figures(report: Report, plan: Plan) -> Table:
+def _figures(report: Report) -> Table:
     table = Table.grid(padding=(0, 2))
     again = f", {report.repeated:,} posted again" if report.repeated else ""
-    redelivered = report.posted - plan.batches
+    redelivered = report.posted - report.comparison.batches.planted
     for name, figure in (
         ("acked", f"{report.acked:,} of {report.posted:,} posts, {redelivered:,} of them redeliveries{again}"),
         (

@@ -5,6 +5,7 @@ They are written from the vendors' documents, one file for each of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.resources import files
 
 import msgspec
@@ -66,6 +67,17 @@ class RecordedAnswer(msgspec.Struct, frozen=True):
     def key(self, number: int) -> str:
         """Return the key of the file as number `number`."""
         return KEY.format(kind=self.kind, hash=number)
+
+
+def answers_named(names: str) -> tuple[RecordedAnswer, ...]:
+    """Return the answers of these vendors, with commas between them, or `all`. Raises ValueError."""
+    answers = load_answers()
+    counts = Counter(answer.vendor for answer in answers)
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    if unknown := sorted(wanted - counts.keys() - {"all"}):
+        known = ", ".join(f"{vendor} ({count})" for vendor, count in counts.items())
+        raise ValueError(f"--answers: no responses of {unknown[0]} are recorded: choose all, or from {known}")
+    return tuple(answer for answer in answers if "all" in wanted or answer.vendor in wanted)
 
 
 def load_answers() -> list[RecordedAnswer]:

@@ -9,7 +9,8 @@ from datetime import datetime
 import msgspec
 
 from notify_server.model import FileState, Reason, Verdict, http_reason
-from notify_server.simulator.plan import CONTENT_TYPE, EXPECTED, Kind, PlantedBatch, PlantedFile
+from notify_server.simulator.answers import RecordedAnswer
+from notify_server.simulator.plan import CONTENT_TYPE, Kind, PlantedBatch, PlantedFile
 from notify_server.simulator.record import BatchRow, FileRow, RecordViews
 
 MAX_DIFFERENCES = 10
@@ -108,16 +109,16 @@ async def _compare_files(
         fault = _file_fault(file, row, objects, requests)
         if fault is None:
             tally.as_expected += 1
-        elif file.kind is Kind.MISSING and row.state is FileState.PENDING and row.reason == http_reason(file.status):
+        elif row.state is FileState.PENDING and file.expected is FileState.UNAVAILABLE and row.reason == _reason(file):
             tally.retried += 1
         else:
             tally.different += 1
-            result.note(Difference(file.key, file.kind, EXPECTED[file.kind], row.state, fault))
+            result.note(Difference(file.key, file.kind, file.expected, row.state, fault))
     for file in unseen.values():
         tally = result.files[file.kind]
         tally.planted += 1
         tally.different += 1
-        result.note(Difference(file.key, file.kind, EXPECTED[file.kind], ABSENT, ""))
+        result.note(Difference(file.key, file.kind, file.expected, ABSENT, ""))
     return states
 
 
@@ -125,14 +126,16 @@ def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping
     """Return the fault of a file's row: its reason when its state is wrong, else the wrong column; None when
     correct.
     """
-    if row.state is not EXPECTED[file.kind]:
+    if row.state is not file.expected:
         return row.reason or "no reason given"
     if file.kind is Kind.FAILED:
         return f"reported FAILED, yet requested {requests[file.key]} times" if requests.get(file.key) else None
-    if row.target_url != objects + file.key:
+    if row.target_url != objects + file.path:
         return f"target_url {row.target_url}"
     if file.kind is Kind.MISSING:
-        return None if row.reason == http_reason(file.status) else f"reason {row.reason}"
+        return None if row.reason == _reason(file) else f"reason {row.reason}"
+    if file.answer is not None:
+        return _recorded_fault(file.answer, row)
     for column, found, planted in (
         ("reason", row.reason, None),
         ("content_length", row.content_length, file.size),
@@ -141,6 +144,23 @@ def _file_fault(file: PlantedFile, row: FileRow, objects: str, requests: Mapping
         if found != planted:
             return f"{column} {found}, planted {planted}"
     return None if requests.get(file.key) else "never requested"
+
+
+def _reason(file: PlantedFile) -> str | None:
+    """Return the reason that an unavailable file should have."""
+    return http_reason(file.status) if file.answer is None else file.answer.expect.reason
+
+
+def _recorded_fault(answer: RecordedAnswer, row: FileRow) -> str | None:
+    expect = answer.expect
+    for column, found, planted in (
+        ("reason", row.reason, expect.reason),
+        ("vendor_code", row.vendor_code, expect.vendor_code or row.vendor_code),
+        ("vendor_request_id", row.vendor_request_id, expect.vendor_request_id or row.vendor_request_id),
+    ):
+        if found != planted:
+            return f"{answer.vendor}, {answer.name}: {column} {found}, planted {planted}"
+    return None
 
 
 def _batch_fault(batch: PlantedBatch, row: BatchRow, states: Mapping[str, int]) -> tuple[str, str, str] | None:

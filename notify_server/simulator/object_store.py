@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
+from notify_server.simulator.answers import RecordedAnswer
 from notify_server.simulator.loopback_server import LoopbackServer
 from notify_server.simulator.plan import CONTENT_TYPE, LARGEST, Kind, PlantedFile
 
@@ -33,6 +34,8 @@ class ObjectStore(LoopbackServer):
         file = self._files.get(key)
         if file is None:
             return web.Response(status=404)
+        if file.answer is not None:
+            return _recorded(request, file.answer)
         match file.kind:
             case Kind.SLOW:
                 await asyncio.sleep(self._slow_seconds)
@@ -43,6 +46,14 @@ class ObjectStore(LoopbackServer):
             case Kind.REFUSES_HEAD if request.method == "HEAD":
                 return web.Response(status=file.status)
         return _object(request, file)
+
+
+def _recorded(request: web.BaseRequest, answer: RecordedAnswer) -> web.Response:
+    """Send the recorded answer byte for byte, without the fields that aiohttp would add, and end the connection."""
+    if request.transport is not None:
+        request.transport.write(answer.reply(request.method).payload(request.method))
+        request.transport.close()
+    return web.Response()
 
 
 def _object(request: web.BaseRequest, file: PlantedFile) -> web.Response:

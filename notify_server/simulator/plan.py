@@ -11,6 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 from notify_server.model import FileState, ReportedStatus
+from notify_server.simulator.answers import RecordedAnswer
 
 API_CODE = "rent.dcentralize.room.add"
 CONTENT_TYPE = "image/jpeg"
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     FAILS_FIRST = "fails at first"
     MISSING = "missing"
     FAILED = "reported FAILED"
+    RECORDED = "recorded response"
 
 
 EXPECTED: Mapping[Kind, FileState] = MappingProxyType(
@@ -39,7 +41,8 @@ EXPECTED: Mapping[Kind, FileState] = MappingProxyType(
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A plan. `shares` are of all files, from 0 to 1, the rest is present; `redelivered` is a share of the batches.
-    Raises ValueError, one line naming the share, when they are impossible.
+    With `answers` there is one batch more, whose objects answer as recorded. Raises ValueError, one line naming the
+    share, when they are impossible.
     """
 
     seed: int
@@ -47,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     files: int = 50
     shares: Mapping[Kind, float] = MappingProxyType({})
     redelivered: float = 0.0
+    answers: tuple[RecordedAnswer, ...] = ()
 
     def __post_init__(self) -> None:
         for name, share in [*self.shares.items(), ("redelivered", self.redelivered)]:
@@ -60,7 +64,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 class PlantedFile(msgspec.Struct, frozen=True, gc=False):
     """A file and its object. `size` is in bytes; `status` is the object's answer if not 200, and `failures` the number
-    of requests that get it before the object is there.
+    of requests that get it before the object is there; `answer` is how a recorded object answers.
     """
 
     key: str
@@ -68,6 +72,17 @@ class PlantedFile(msgspec.Struct, frozen=True, gc=False):
     size: int = 0
     status: int = 0
     failures: int = 0
+    answer: RecordedAnswer | None = None
+
+    @property
+    def expected(self) -> FileState:
+        """Return the state that it should end in."""
+        return EXPECTED[self.kind] if self.answer is None else self.answer.expect.state
+
+    @property
+    def path(self) -> str:
+        """Return the path and query of its address."""
+        return f"{self.key}?{self.answer.query}" if self.answer is not None and self.answer.query else self.key
 
 
 class PlantedBatch(msgspec.Struct, frozen=True):
@@ -88,7 +103,7 @@ class PlantedBatch(msgspec.Struct, frozen=True):
             else {
                 "status": ReportedStatus.FAILED if file.kind is Kind.FAILED else ReportedStatus.FINISHED,
                 "oss_object_name": file.key,
-                "target_url": objects + file.key,
+                "target_url": objects + file.path,
             }
             for file in self.files.values()
         ]
@@ -96,7 +111,7 @@ class PlantedBatch(msgspec.Struct, frozen=True):
 
     def count(self, state: FileState) -> int:
         """Return the number of its files that should end in this state."""
-        return sum(EXPECTED[file.kind] is state for file in self.files.values())
+        return sum(file.expected is state for file in self.files.values())
 
 
 def plant_batches(plan: Plan, random: Random) -> Iterator[PlantedBatch]:
@@ -110,6 +125,15 @@ def plant_batches(plan: Plan, random: Random) -> Iterator[PlantedBatch]:
         batch_id = f"{random.getrandbits(128):032x}.{random.randrange(1, 200)}.{moment}"
         files = [_file(kind, _key(app_id, random), random) for kind in kinds[start : start + plan.files]]
         yield PlantedBatch(batch_id, API_CODE, {file.key: file for file in files})
+    if plan.answers:
+        batch_id = f"{random.getrandbits(128):032x}.{random.randrange(1, 200)}.{moment + 1}"
+        # Its keys are of this run alone, because an object store serves one object for a key.
+        first = random.randrange(2**31 - len(plan.answers))
+        recorded = [
+            PlantedFile(answer.key(number), Kind.RECORDED, answer=answer)
+            for number, answer in enumerate(plan.answers, first)
+        ]
+        yield PlantedBatch(batch_id, API_CODE, {file.key: file for file in recorded})
 
 
 def _kinds(plan: Plan, total: int) -> list[Kind]:

@@ -47,6 +47,8 @@ class FileRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     content_type: str | None
     attempts: int
     verified_at: str | None
+    vendor_request_id: str | None = None
+    vendor_code: str | None = None
 
 
 # The join is CROSS so that SQLite seeks the wanted batches; otherwise it may scan all batches.

@@ -194,8 +194,8 @@ def _readme(
         else (
             "所有地址的查询参数（可能带签名）均已去除，包括原始报文中的地址；报文的其余部分与收到时逐字节相同。",
             "收到的原文的 SHA-256 见 N.meta.json；需要完整原文时，请用 notify-server bundle --with-secrets 重新导出。",
-            "Queries of addresses, which may hold signatures, are cut, in notifications too; the rest of a notification is",
-            "byte for byte as received. N.meta.json has the SHA-256 of the body as received. For the complete bodies run",
+            "Queries of addresses, which may hold signatures, are cut, in notifications too. The rest of a body",
+            "is byte for byte as received. N.meta.json has the SHA-256 of the body as received. For whole bodies run",
             "notify-server bundle --with-secrets.",
         )
     )

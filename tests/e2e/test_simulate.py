@@ -23,6 +23,7 @@ from notify_server.cli.commands.simulation import simulate
 from notify_server.cli.own_daemon import Daemon as Target
 from notify_server.cli.simulate import Options, play
 from notify_server.errors import StoreRefusedError
+from notify_server.simulator.answers import load_answers
 from notify_server.simulator.plan import Kind, Plan
 from notify_server.simulator.platform import SimulationError
 from notify_server.store.sqlite.database import connect
@@ -74,10 +75,12 @@ def ask(record: str | Path, query: str) -> list[tuple[object, ...]]:
 
 async def test_with_a_daemon_of_its_own_every_kind_comes_out_as_planted(tmp_path: Path) -> None:
     # Enough files for every kind's share to be at least one.
-    end = await run(tmp_path, "--own-daemon", "--batches", "4", "--files", "10", "--slow-seconds", "0.2")
+    end = await run(
+        tmp_path, "--own-daemon", "--batches", "4", "--files", "10", "--slow-seconds", "0.2", "--answers", "all"
+    )
     assert (end.code, end.stderr) == (0, ""), end
     assert re.match(r"seed [0-9]+\n", end.stdout)
-    assert "40 files in 4 batches" in end.stdout
+    assert f"{40 + len(load_answers())} files in 5 batches" in end.stdout
     table = rows(end.stdout)
     for kind in KINDS:
         number, as_expected, different = table[kind]
@@ -87,7 +90,7 @@ async def test_with_a_daemon_of_its_own_every_kind_comes_out_as_planted(tmp_path
         assert rows(end.stdout.partition("Forwarded verdicts")[2])[receiver][-1] in (
             "as planted", "stopped after its 410",
         )  # fmt: skip
-    assert re.search(r"acked +5 of 5 posts, 1 of them redeliveries", end.stdout)
+    assert re.search(r"acked +6 of 6 posts, 1 of them redeliveries", end.stdout)
     assert re.search(r"ack latency +p50 [0-9.]+ ms, p99 [0-9.]+ ms, max [0-9.]+ ms", end.stdout)
     assert "Everything is as planted." in end.stdout
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 import trustme
 from aiohttp import web
@@ -35,6 +36,7 @@ from notify_server.contract.wire import parse_notification, unknown_fields
 from notify_server.errors import StoreRefusedError, StoreUnavailableError
 from notify_server.model import FileState, ReportedStatus, Verdict
 from notify_server.simulator import record as simulator_record
+from notify_server.simulator.answers import answers_named
 from notify_server.simulator.compare import Comparison, Difference, Tally, compare
 from notify_server.simulator.object_store import ObjectStore
 from notify_server.simulator.plan import CONTENT_TYPE, EXPECTED, Kind, Plan, PlantedFile
@@ -128,7 +130,7 @@ def test_shares_that_do_not_divide_never_plant_more_files_than_there_are() -> No
 
 
 def test_shares_may_come_to_exactly_one() -> None:
-    plan = Plan(seed=1, shares=dict.fromkeys(list(Kind)[1:], 0.2))
+    plan = Plan(seed=1, shares=dict.fromkeys(list(EXPECTED)[1:], 0.2))
     assert Kind.PRESENT not in {file.kind for file in Platform(plan).files}
 
 
@@ -175,6 +177,53 @@ def test_redeliveries_come_before_and_after_other_batches() -> None:
 )
 def test_every_kind_has_a_state_to_end_in(kind: Kind, state: FileState) -> None:
     assert EXPECTED[kind] is state
+
+
+def test_recorded_responses_are_a_batch_of_their_own_with_the_queries_of_their_addresses() -> None:
+    answers = answers_named("oss, s3")
+    assert {answer.vendor for answer in answers} == {"oss", "s3"}
+    *others, recorded = Platform(Plan(seed=7, batches=2, files=3, answers=answers)).batches
+    assert [len(batch.files) for batch in others] == [3, 3]
+    assert [file.answer for file in recorded.files.values()] == list(answers)
+    addresses = {entry["target_url"] for entry in msgspec.json.decode(recorded.body(OBJECTS))["file_list"]}
+    assert sum(1 for address in addresses if "?" in address) == sum(1 for answer in answers if answer.query)
+    assert recorded.count(FileState.UNAVAILABLE) > 0
+
+
+@pytest.mark.parametrize("names", ["oos", "oss,oos"])
+def test_unknown_vendor_of_recorded_responses_is_refused_with_those_known(names: str) -> None:
+    with pytest.raises(ValueError, match=r"--answers: no responses of oos are recorded: choose all, or from .*oss \("):
+        answers_named(names)
+
+
+@pytest.mark.parametrize(
+    ("columns", "retried", "fault"),
+    [
+        ({}, False, None),
+        ({"reason": "http_404"}, False, "oss, {name}: reason http_404, planted empty"),
+        ({"state": "available", "reason": None}, False, "no reason given"),
+        ({"state": "pending"}, True, None),
+        ({"vendor_request_id": "other"}, False, "oss, {name}: vendor_request_id other, planted {id}"),
+    ],
+)
+async def test_recorded_response_is_compared_with_what_was_found(
+    tmp_path: Path, columns: dict[str, object], retried: bool, fault: str | None
+) -> None:
+    answer = next(each for each in answers_named("oss") if each.expect.reason == "empty")
+    expect = msgspec.structs.replace(answer.expect, vendor_request_id="5F7C")
+    plan = Plan(seed=7, batches=1, files=1, answers=(msgspec.structs.replace(answer, expect=expect),))
+    platform = Platform(plan)
+    write_record(tmp_path / "notify.db", platform)
+    wanted: dict[str, object] = {"state": "unavailable", "reason": "empty", "vendor_request_id": "5F7C"} | columns
+    with contextlib.closing(connect(tmp_path / "notify.db")) as connection:
+        assignments = ", ".join(f"{name} = ?" for name in wanted)
+        connection.execute(f"UPDATE file SET {assignments} WHERE batch = 2", tuple(wanted.values()))
+    async with await RecordViews.open(tmp_path / "notify.db") as views:
+        comparison = await compare(platform.batches, views, OBJECTS, Counter(file.key for file in platform.files))
+    tally = comparison.files[Kind.RECORDED]
+    assert (tally.as_expected, tally.retried) == (fault is None and not retried, retried)
+    reasons = [each.reason for each in comparison.differences if each.planted == Kind.RECORDED]
+    assert reasons == ([] if fault is None else [fault.format(name=answer.name, id="5F7C")])
 
 
 # --- The object store ---
@@ -434,7 +483,7 @@ def write_record(path: Path, platform: Platform) -> None:
     """The record as it should be once all is settled."""
     with contextlib.closing(connect(path)) as connection:
         for number, batch in enumerate(platform.batches, start=1):
-            states = Counter(EXPECTED[file.kind] for file in batch.files.values())
+            states = Counter(file.expected for file in batch.files.values())
             verdict = Verdict.COMPLETE if states[FileState.AVAILABLE] == len(batch.files) else Verdict.INCOMPLETE
             connection.execute(
                 "INSERT INTO batch (id, batch_id, api_code, first_received_at, last_received_at, verdict, completed_at,"
@@ -451,16 +500,16 @@ def write_record(path: Path, platform: Platform) -> None:
                 ),
             )
             for file in batch.files.values():
-                failed, available = file.kind is Kind.FAILED, EXPECTED[file.kind] is FileState.AVAILABLE
+                failed, available = file.kind is Kind.FAILED, file.expected is FileState.AVAILABLE
                 connection.execute(
                     "INSERT INTO file (batch, oss_object_name, target_url, host, reported_status, state, reason,"
                     " content_length, content_type, verified_at) VALUES (?, ?, ?, '', ?, ?, ?, ?, ?, 1000)",
                     (
                         number,
                         file.key,
-                        OBJECTS + file.key,
+                        OBJECTS + file.path,
                         "FAILED" if failed else "FINISHED",
-                        EXPECTED[file.kind],
+                        file.expected,
                         "http_404" if file.kind is Kind.MISSING else None,
                         file.size if available else None,
                         CONTENT_TYPE if available else None,
@@ -496,7 +545,7 @@ class Played:
         """The exit code, and what is printed."""
         report = Report(self.compare(), 6, 6, 0, 1.0, 2.0, 3.0, 32, 16.0, 32, 2.0, False)
         text = io.StringIO()
-        return show(report, PLAN, Console(file=text, width=200)), text.getvalue()
+        return show(report, Console(file=text, width=200)), text.getvalue()
 
 
 @pytest.fixture
@@ -518,7 +567,7 @@ def test_a_record_that_is_as_planted_exits_0(played: Played) -> None:
     code, text = played.shown()
     assert code == 0
     assert "Everything is as planted." in text
-    for kind in Kind:
+    for kind in EXPECTED:
         assert kind in text
 
 

@@ -21,6 +21,33 @@ def _share(text: str) -> Any:
     return _planted(text, min=0.0, max=1.0, metavar="SHARE")
 
 
+Url = Annotated[str | None, typer.Option(metavar="URL", help="The callback address. Default: from the configuration.")]
+Database = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="The server's database. Default: from the configuration.")
+]
+OwnDaemon = Annotated[bool, typer.Option("--own-daemon", help="Start a server for this run, in a temporary directory.")]
+Keep = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="With --own-daemon: the directory, instead of a temporary one.")
+]
+Rate = Annotated[float, typer.Option(min=0.0, metavar="N", help="Posts a second; 0 is as fast as they are acked.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to wait for the verdicts after the last ack.")
+]
+Settle = Annotated[
+    float,
+    typer.Option(
+        min=0.0, metavar="SECONDS", help="Seconds to wait once only missing files are left, which are being retried."
+    ),
+]
+Answers = Annotated[
+    str,
+    _planted(
+        "One more batch, of recorded responses of storage vendors and servers: all, or the names of some.",
+        metavar="NAMES",
+    ),
+]
+
+
 @app.command()
 def demo(
     keep: Annotated[
@@ -36,32 +63,13 @@ def demo(
 @app.command()
 def simulate(
     config: ConfigOption = None,
-    url: Annotated[
-        str | None, typer.Option(metavar="URL", help="The callback address. Default: from the configuration.")
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The server's database. Default: from the configuration.")
-    ] = None,
-    own_daemon: Annotated[
-        bool, typer.Option("--own-daemon", help="Start a server for this run, in a temporary directory.")
-    ] = False,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With --own-daemon: the directory, instead of a temporary one.")
-    ] = None,
-    rate: Annotated[
-        float, typer.Option(min=0.0, metavar="N", help="Posts a second; 0 is as fast as they are acked.")
-    ] = 0.0,
-    timeout: Annotated[
-        float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to wait for the verdicts after the last ack.")
-    ] = 120,
-    settle: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            metavar="SECONDS",
-            help="Seconds to wait once only missing files are left, which are being retried.",
-        ),
-    ] = 10,
+    url: Url = None,
+    store: Database = None,
+    own_daemon: OwnDaemon = False,
+    keep: Keep = None,
+    rate: Rate = 0.0,
+    timeout: Timeout = 120,
+    settle: Settle = 10,
     batches: Annotated[int, _planted("Number of batches.", min=1, metavar="N")] = 20,
     files: Annotated[int, _planted("Files in a batch.", min=1, metavar="N")] = 50,
     seed: Annotated[int | None, _planted("Repeats an earlier run. Default: random, and shown.", metavar="N")] = None,
@@ -74,12 +82,14 @@ def simulate(
     slow_seconds: Annotated[
         float, _planted("How late slow files and receivers answer.", min=0.0, metavar="SECONDS")
     ] = 1,
+    answers: Answers = "",
     receivers: Annotated[
         str, _planted("Receivers of events, with --own-daemon.", metavar="NAMES")
     ] = "steady,down,slow,fails-first,false-ok,gone",
 ) -> None:
     """Play the platform and its object store against a server, and check its record. Exits 1 when anything differs."""
     from notify_server.cli.simulate import Options, run
+    from notify_server.simulator.answers import answers_named
     from notify_server.simulator.plan import Kind, Plan
     from notify_server.simulator.receiver import receivers_named
 
@@ -97,6 +107,7 @@ def simulate(
             files=files,
             shares=shares,
             redelivered=redelivered,
+            answers=answers_named(answers),
         )
         behaviours = receivers_named(receivers)
         options = Options(config, url, store, own_daemon, keep, rate, slow_seconds, timeout, settle, behaviours)
