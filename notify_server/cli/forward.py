@@ -34,6 +34,12 @@ def _unknown(name: str) -> SourceError:
     return SourceError(f'no endpoint is called "{printable(name)}": `notify-server forward list` lists them')
 
 
+def _why(item: ForwardEndpointItem) -> str:
+    if item.stopped_reason is not None or not item.failures:
+        return item.stopped_reason or ""
+    return "last attempt failed" if item.failures == 1 else f"{item.failures:,} failures in a row"
+
+
 async def list_endpoints(source: Source, *, as_json: bool) -> int:
     """List the endpoints with their health. Returns 1 when one is stopped or failing."""
     found = await _daemon(source).ask(Page[ForwardEndpointItem], "GET", "forward")
@@ -53,7 +59,7 @@ async def list_endpoints(source: Source, *, as_json: bool) -> int:
                 Text(item.state, STYLES[item.state]),
                 f"{item.pending:,}",
                 local(item.last_success_at),
-                Text(printable(item.stopped_reason or "")),
+                Text(printable(_why(item))),
             )
         output().print(table if items else "nothing is forwarded: add [[forward]] to the configuration")
     return EXIT_FAILED if any(item.state != "ok" for item in items) else 0

@@ -261,7 +261,7 @@ def shown_address(url: str) -> str:
     """Return an address without its query, and without path segments that may be a token, as it may be shown."""
     address = URL(url)
     segments = [part if len(part) < 20 else "…" for part in address.path.split("/")]
-    shown = f"{address.scheme}://{address.authority}{'/'.join(segments)}"
+    shown = f"{address.scheme}://{address.host_port_subcomponent}{'/'.join(segments)}"
     return f"{shown}?…" if address.raw_query_string else shown
 
 

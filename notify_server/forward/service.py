@@ -228,7 +228,7 @@ class ForwardService:
         """Send test.ping and return the answer. Raises EndpointStoppedError when the endpoint is stopped."""
         self._check(name)
         if any(each.name == name and each.stopped_at is not None for each in await self._outbox.endpoint_states()):
-            raise EndpointStoppedError(f"{name}: is stopped: start it first, with `notify-server forward start {name}`")
+            raise EndpointStoppedError(f"{name} is stopped: start it first, with `notify-server forward start {name}`")
         attempt = await self._sender.test(name)
         if attempt is None:
             return ForwardTested(False, None, "no attempt was made in time: the endpoint is busy", None, 0.0)
