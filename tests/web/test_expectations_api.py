@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from notify_server.web.api.expectations import MAX_LINES
@@ -155,3 +156,29 @@ async def test_gate_knows_what_is_expected_and_waits_for_its_verdict(start: Star
     await notify(daemon, "gated", 2)
     answer = await waiting
     assert (answer["verdict"], answer["reference"], answer["expected_files"]) == ("incomplete", "g", 2)
+
+
+async def test_page_deletes_a_submission_after_confirmation_and_with_its_csrf_token_only(start: Start) -> None:
+    daemon = await start()
+    item = await register(daemon, reference="gone <b>", batch_id="gone")
+    path = f"/ui/expected/{item['id']}/delete"
+    login = await daemon.ask("POST", "/ui/login", data={"token": daemon.token}, anonymous=True, allow_redirects=False)
+    # As a browser: a request with the token itself needs no CSRF token.
+    browser = {"Cookie": login.headers["Set-Cookie"].partition(";")[0]}
+
+    async def browse(method: str, path: str, **form: str) -> tuple[int, str]:
+        options = {"data": form} if method == "POST" else {}
+        reply = await daemon.ask(method, path, anonymous=True, headers=browser, **options)
+        return reply.status, reply.body.decode()
+
+    assert path in (await browse("GET", "/ui/expected?reference=gone <b>"))[1]
+    _, page = await browse("GET", path)
+    assert "gone &lt;b&gt;" in page
+    csrf = re.search(r'name="csrf" value="([^"]+)"', page)
+    assert csrf is not None
+    assert (await browse("POST", path, csrf="wrong"))[0] == 403
+    await ask(daemon, "GET", f"{PATH}/{item['id']}")
+    status, page = await browse("POST", path, csrf=csrf[1])
+    assert (status, "The submission is deleted." in page) == (200, True)
+    await ask(daemon, "GET", f"{PATH}/{item['id']}", status=404)
+    assert (await browse("GET", path))[0] == 404

@@ -1,4 +1,4 @@
-"""The page of expected submissions: late, short, waiting and met ones."""
+"""The page of expected submissions: late, short, waiting and met ones; and the action that deletes one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from msgspec import Struct
 from notify_server.expect.expectation import ExpectationState
 from notify_server.operations import Text
 from notify_server.store.reading.expectations import quiet_codes
-from notify_server.web.api.expectations import CursorId, ExpectationQuery, expectations
+from notify_server.web.api.expectations import (
+    CursorId,
+    ExpectationQuery,
+    delete_expectation,
+    expectation,
+    expectations,
+)
 from notify_server.web.dashboard.dashboard import Dashboard
-from notify_server.web.dashboard.forms import page_query
+from notify_server.web.dashboard.forms import Form, page_query, row_id
+from notify_server.web.dashboard.pages import existing
 
 # Silent api_codes that the page names.
 MAX_QUIET = 10
@@ -44,4 +51,20 @@ async def expected(dashboard: Dashboard, request: web.Request) -> web.Response:
         quiet=quiet[:MAX_QUIET],
         more_quiet=len(quiet[MAX_QUIET:]),
         found=await expectations(dashboard.api, query),
+    )
+
+
+async def confirm_delete(dashboard: Dashboard, request: web.Request) -> web.Response:
+    """Show which submission it is, and a button that deletes it."""
+    found = existing(await expectation(dashboard.api, row_id(request)))
+    return dashboard.outcome(
+        request, part="delete_expected.html", heading="expected.delete", outcome="confirm", expected=found,
+        back="/ui/expected",
+    )  # fmt: skip
+
+
+async def delete(dashboard: Dashboard, request: web.Request, form: Form) -> web.Response:
+    existing(await delete_expectation(dashboard.api, row_id(request)))
+    return dashboard.outcome(
+        request, part="delete_expected.html", heading="expected.delete", outcome="done", back="/ui/expected"
     )

@@ -17,6 +17,8 @@ VIEWS = (
     View("GET", "/ui/failures", finding.failures),
     View("GET", "/ui/hosts", pages.hosts),
     View("GET", "/ui/expected", expected.expected),
+    View("GET", "/ui/expected/{id:[0-9]{1,18}}/delete", expected.confirm_delete),
+    View("POST", "/ui/expected/{id:[0-9]{1,18}}/delete", expected.delete),
     View("GET", "/ui/rejections", pages.rejections),
     View("GET", "/ui/rejections/{id:[0-9]{1,18}}", pages.rejection),
     View("GET", "/ui/search", finding.search),
