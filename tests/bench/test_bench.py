@@ -262,7 +262,7 @@ def test_every_part_can_be_loaded_without_the_packages_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("given", [["acks", "nonsense"], ["--from", "figures.json"]])
-def test_what_is_not_understood_ends_with_2(given: list[str]) -> None:
+def test_an_unknown_argument_exits_2(given: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.arguments(given)
     assert ended.value.code == 2
@@ -344,7 +344,7 @@ def test_the_daemon_drains_a_record_on_postgresql_and_what_it_took_is_seen(tmp_p
     assert after[2] > logged > 0
 
 
-def test_each_step_on_postgresql_is_measured_and_what_is_kept_of_it() -> None:
+def test_each_step_on_postgresql_is_measured_with_the_bytes_it_stores() -> None:
     async def steps() -> Outcome:
         return await postgres_steps.steps(server, await new_schema(server.url), 70)
 

@@ -47,7 +47,7 @@ def test_text_and_json_hold_their_addresses(tmp_path: Path, content: str) -> Non
     ],
     ids=["target_url before url", "semicolons", "tabs", "no header"],
 )
-def test_csv_is_told_by_its_suffix_or_its_first_line(tmp_path: Path, content: str, name: str) -> None:
+def test_csv_is_recognised_by_its_suffix_or_its_first_line(tmp_path: Path, content: str, name: str) -> None:
     assert entries(tmp_path, content, name) == [Entry(A), Entry(B)]
 
 
@@ -56,7 +56,7 @@ def test_a_csv_file_needs_no_known_header(tmp_path: Path, content: str) -> None:
     assert entries(tmp_path, content, "list.csv") == [Entry(A), Entry(B)]
 
 
-def test_a_file_that_the_platform_reported_as_failed_is_told_from_the_others(tmp_path: Path) -> None:
+def test_a_file_that_the_platform_reported_as_failed_is_listed_as_such(tmp_path: Path) -> None:
     body = batch_body("b", [failed("k1"), failed("k2", B), finished(A)])
     assert entries(tmp_path, body) == [Entry("", failed=True), Entry(B, failed=True), Entry(A)]
 
@@ -73,7 +73,7 @@ def test_lines_are_whole_wherever_a_read_ends(tmp_path: Path) -> None:
     assert [entry.url for entry in entries(tmp_path, content)] == urls
 
 
-def test_every_read_is_announced_so_that_what_is_known_is_not_kept_waiting(tmp_path: Path) -> None:
+def test_every_read_is_announced_so_that_known_addresses_do_not_wait(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_text(f"{A}\n" * 10)
     file, seen = AddressFile(str(path)), list[Entry]()
@@ -84,7 +84,7 @@ def test_every_read_is_announced_so_that_what_is_known_is_not_kept_waiting(tmp_p
     assert file.bytes_read == file.size == path.stat().st_size
 
 
-def test_what_is_not_utf_8_stays_one_address(tmp_path: Path) -> None:
+def test_a_line_that_is_not_utf_8_stays_one_address(tmp_path: Path) -> None:
     assert entries(tmp_path, b"http://a.example/\xff\n" + A.encode()) == [Entry("http://a.example/\udcff"), Entry(A)]
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_utf_8_stays_one_address(tmp_path: Path) -> None:
         (f'url\n"{A}' + "x" * 200_000, "list.csv", "line 2: field larger than field limit"),
     ],
 )
-def test_what_cannot_be_understood_is_told_by_its_line(tmp_path: Path, content: str, name: str, problem: str) -> None:
+def test_an_unreadable_line_is_reported_by_its_number(tmp_path: Path, content: str, name: str, problem: str) -> None:
     with pytest.raises(InputError) as error:
         entries(tmp_path, content, name)
     assert str(error.value).startswith(f"{tmp_path / name}, line ")
@@ -112,6 +112,6 @@ def test_what_cannot_be_understood_is_told_by_its_line(tmp_path: Path, content: 
 
 
 @pytest.mark.parametrize(("name", "why"), [("missing", "No such file"), (".", "Is a directory"), ("\0", "null")])
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, name: str, why: str) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, name: str, why: str) -> None:
     with pytest.raises(InputError, match=why):
         AddressFile(f"{tmp_path}/{name}")

@@ -37,7 +37,7 @@ async def config(folder: Path, *arguments: str, **variables: str) -> Finished:
     return await run_command("config", *arguments, cwd=folder, environ=clean_environment(**variables))
 
 
-async def test_what_is_right_is_told_with_where_it_comes_from(tmp_path: Path) -> None:
+async def test_valid_values_are_shown_with_their_source(tmp_path: Path) -> None:
     end = await config(tmp_path, "check")
     assert (end.code, end.stderr) == (0, "")
     assert end.stdout == (
@@ -51,7 +51,7 @@ async def test_what_is_right_is_told_with_where_it_comes_from(tmp_path: Path) ->
     )
 
 
-async def test_every_wrong_key_is_told_on_a_line_and_it_exits_2(tmp_path: Path) -> None:
+async def test_every_wrong_key_is_reported_on_its_own_line_with_exit_2(tmp_path: Path) -> None:
     (tmp_path / "other.toml").write_text('[server]\nport = 99999\n[verify]\ntimout = "1s"\n')
     end = await config(tmp_path, "check", "--config", "other.toml", NOTIFY_SERVER__LOG__LEVEL="loud")
     assert (end.code, end.stdout) == (2, "")
@@ -62,7 +62,7 @@ async def test_every_wrong_key_is_told_on_a_line_and_it_exits_2(tmp_path: Path) 
     ]
 
 
-async def test_what_is_shown_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
+async def test_shown_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(WRITTEN)
     end = await config(tmp_path, "show", NOTIFY_SERVER__ACK__BODY='"{request_id}" 好\x7f\n')
@@ -149,7 +149,7 @@ async def test_the_example_is_written_once_for_its_owner_only(tmp_path: Path) ->
     assert written.read_text() == "# mine\n"
 
 
-async def test_the_example_can_be_written_elsewhere_and_a_path_that_cannot_is_told(tmp_path: Path) -> None:
+async def test_the_example_can_be_written_elsewhere_and_an_unwritable_path_is_reported(tmp_path: Path) -> None:
     assert (await config(tmp_path, "init", "other.toml")).code == 0
     assert tomllib.loads((tmp_path / "other.toml").read_text())["server"]["port"] == 8080
     end = await config(tmp_path, "init", "no/such/folder.toml")

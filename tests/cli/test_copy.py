@@ -164,7 +164,7 @@ async def test_a_copy_to_postgresql_that_was_stopped_is_gone_on_with(
     assert dump(back) == dump(path)
 
 
-async def test_a_database_that_goes_away_is_told_in_a_line_and_its_copy_gone_on_with(path: Path, url: str) -> None:
+async def test_a_lost_database_is_reported_in_one_line_and_its_copy_resumed(path: Path, url: str) -> None:
     fill_many(path)
     async with stuck_on_postgres(path, url) as (process, other):
         await other.execute(
@@ -264,7 +264,7 @@ def schema_of(url: str) -> str:
     return url.rpartition("search_path=")[2]
 
 
-async def test_a_server_on_either_side_is_told_to_be_stopped(tmp_path: Path, url: str) -> None:
+async def test_a_running_server_on_either_side_has_to_be_stopped_first(tmp_path: Path, url: str) -> None:
     async with Daemon(tmp_path / "file") as daemon:
         line = line_of(await copy(daemon.database, url))
         assert line == (
@@ -288,7 +288,7 @@ async def new_schema_migrated() -> str:
     return url
 
 
-async def test_a_copy_goes_into_what_is_empty_or_was_begun_from_the_same(path: Path, url: str) -> None:
+async def test_a_copy_needs_an_empty_target_or_one_begun_from_the_same_source(path: Path, url: str) -> None:
     fill(path)
     other = path.with_name("other.db")
     fill(other, 3)
@@ -335,7 +335,7 @@ async def test_one_that_is_not_of_this_version_is_migrated_first(path: Path, url
         (["--frm", "x"], "No such option: --frm. Did you mean --from?"),
     ],
 )
-async def test_a_slip_is_told_in_a_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+async def test_a_wrong_argument_is_reported_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
     end = await run_command("copy", *arguments, cwd=tmp_path)
     assert (end.code, end.stdout) == (2, "")
     (line,) = end.stderr.splitlines()
@@ -353,7 +353,7 @@ async def test_a_slip_is_told_in_a_line(tmp_path: Path, arguments: list[str], sa
         ("{url}", "sqlite:////proc/x/notify.db", "/proc/x: cannot be created"),
     ],
 )
-async def test_what_cannot_be_opened_is_told_without_secrets(
+async def test_a_database_that_cannot_be_opened_is_reported_without_secrets(
     path: Path, url: str, source: str, target: str, told: str
 ) -> None:
     fill(path, 1)
@@ -374,7 +374,7 @@ async def test_the_side_that_is_not_named_is_the_configured_one(path: Path, url:
     assert dump(path.parent / "back.db") == dump(path)
 
 
-async def test_on_a_terminal_there_are_bars_and_what_was_replaced_is_told(path: Path, url: str) -> None:
+async def test_a_terminal_shows_bars_and_the_replaced_characters(path: Path, url: str) -> None:
     with writing(path) as connection:
         connection.execute(
             "INSERT INTO rejection (received_at, remote_addr, code, detail, body)"

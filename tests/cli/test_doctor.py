@@ -155,7 +155,7 @@ async def test_an_address_that_this_machine_has_not_is_a_problem(tmp_path: Path)
     assert (await examine(tmp_path)).worst("listen").level is Level.PROBLEM
 
 
-async def test_a_wrong_configuration_is_told_with_what_else_can_be_told(tmp_path: Path) -> None:
+async def test_a_wrong_configuration_is_reported_and_the_other_checks_still_run(tmp_path: Path) -> None:
     configure(tmp_path, server={"port": 99999}, verify={"timout": 1})
     seen = await run_doctor(tmp_path)
     assert seen.findings.keys() == BEFORE_ALL
@@ -169,7 +169,7 @@ async def test_a_wrong_configuration_is_told_with_what_else_can_be_told(tmp_path
     ("days", "level", "text"),
     [(100, Level.OK, "valid until"), (3, Level.WARNING, "expires"), (-3, Level.PROBLEM, "expired")],
 )
-async def test_a_certificate_is_told_before_it_expires(tmp_path: Path, days: int, level: Level, text: str) -> None:
+async def test_a_certificate_is_reported_before_it_expires(tmp_path: Path, days: int, level: Level, text: str) -> None:
     configure(tmp_path, server=certificate(tmp_path, days=days))
     found = (await examine(tmp_path)).worst("certificate")
     assert found.level is level
@@ -183,7 +183,7 @@ async def test_a_key_that_does_not_belong_to_the_certificate_is_a_problem(tmp_pa
     assert "cannot be used" in (await examine(tmp_path)).worst("certificate").text
 
 
-async def test_a_key_with_a_password_is_a_problem_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+async def test_a_key_with_a_password_is_a_problem_and_no_password_is_prompted_for(tmp_path: Path) -> None:
     configure(tmp_path, server=certificate(tmp_path))
     key = serialization.load_pem_private_key((tmp_path / "tls.key").read_bytes(), None)
     secret = serialization.BestAvailableEncryption(b"sesame")
@@ -219,7 +219,7 @@ async def test_a_public_address_without_protection_is_a_warning(tmp_path: Path) 
     assert (found.level, found.text) == (Level.OK, "listens on 0.0.0.0, and takes no callbacks")
 
 
-async def test_names_are_looked_up_and_what_is_private_is_told(tmp_path: Path) -> None:
+async def test_names_are_resolved_and_private_addresses_reported(tmp_path: Path) -> None:
     configure(tmp_path, verify={"allowed_hosts": ["localhost", "*.example.com"]})
     assert "127.0.0.1" in (await examine(tmp_path)).worst("dns").text
     missing = (await examine(tmp_path, "no-such-host.invalid")).worst("dns")
@@ -265,7 +265,7 @@ async def test_a_damaged_or_foreign_database_is_a_problem(tmp_path: Path, harm: 
 
 
 @pytest.mark.parametrize(("version", "level"), [(999, Level.PROBLEM), (0, Level.WARNING)])
-async def test_another_schema_is_told(tmp_path: Path, version: int, level: Level) -> None:
+async def test_another_schema_is_reported(tmp_path: Path, version: int, level: Level) -> None:
     database = configure(tmp_path)
     connect(database).close()
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
@@ -274,7 +274,7 @@ async def test_another_schema_is_told(tmp_path: Path, version: int, level: Level
 
 
 @pytest.mark.parametrize(("limit", "level"), [(10, Level.PROBLEM), (12, Level.WARNING), (100, Level.OK)])
-async def test_a_full_backlog_is_told(tmp_path: Path, limit: int, level: Level) -> None:
+async def test_a_full_backlog_is_reported(tmp_path: Path, limit: int, level: Level) -> None:
     database = configure(tmp_path, verify={"backlog_limit": limit})
     connection = connect(database)
     connection.execute(
@@ -342,7 +342,7 @@ def test_a_check_that_hangs_or_breaks_does_not_keep_the_others() -> None:
     assert "RuntimeError: no" in found[1].text
 
 
-async def test_on_a_terminal_each_check_has_a_line_and_what_mends_it_another(tmp_path: Path) -> None:
+async def test_a_terminal_shows_each_check_on_a_line_and_its_remedy_on_the_next(tmp_path: Path) -> None:
     configure(tmp_path, server={"host": "0.0.0.0"})
     code, text = await on_terminal("doctor", cwd=tmp_path, columns=60)
     assert code == 0

@@ -87,7 +87,7 @@ async def test_beside_a_server_it_names_it_and_what_waits(tmp_path: Path, url: s
         assert "different [[forward]] tables (only here: listings)" in different.text
 
 
-async def test_a_server_has_no_more_connections_than_is_told(tmp_path: Path, poor: PostgresServer) -> None:
+async def test_a_database_server_short_of_connections_is_reported(tmp_path: Path, poor: PostgresServer) -> None:
     async with Daemon(tmp_path, {"store": {"url": poor.url}}) as daemon, Origin() as origin:
         for n in range(20):
             await daemon.deliver(f"b{n}", [origin.url(f"/{n}/{file}") for file in range(10)])
@@ -99,7 +99,7 @@ async def test_a_server_has_no_more_connections_than_is_told(tmp_path: Path, poo
         assert 4 < own <= CONNECTIONS
 
 
-async def test_what_is_wrong_with_a_server_is_told_with_what_to_do(tmp_path: Path, poor: PostgresServer) -> None:
+async def test_problems_of_a_database_server_are_reported_with_a_remedy(tmp_path: Path, poor: PostgresServer) -> None:
     configure(tmp_path, store={"url": poor.url})
     seen = await examine(tmp_path)
     assert seen.code == 1
@@ -152,7 +152,7 @@ async def test_a_limit_for_fewer_servers_than_there_are_is_warned_of(tmp_path: P
     assert (finding.level, finding.text.endswith(" servers, 99 are alive")) == (Level.WARNING, True)
 
 
-async def test_another_schema_is_told(tmp_path: Path, url: str) -> None:
+async def test_another_schema_is_reported(tmp_path: Path, url: str) -> None:
     await migrate_at(url)
     configure(tmp_path, store={"url": url})
     for version, level in ((999, Level.PROBLEM), (-1, Level.WARNING)):
@@ -170,7 +170,7 @@ async def test_another_schema_is_told(tmp_path: Path, url: str) -> None:
         ("{none}", 'does not exist (database "none" does not exist)'),
     ],
 )
-async def test_a_database_that_cannot_be_had_is_a_problem_and_its_password_is_not_told(
+async def test_an_unreachable_database_is_a_problem_and_its_password_is_not_shown(
     tmp_path: Path, url: str, address: str, said: str
 ) -> None:
     # Whoever connects is not accepted, and waits.

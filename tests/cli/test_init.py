@@ -100,7 +100,7 @@ async def test_a_port_in_the_address_is_listened_on_and_a_receiver_gets_a_secret
         (5, "postgresql://127.0.0.1:9/db", "cannot be reached"),
     ],
 )
-async def test_a_wrong_answer_is_explained_and_asked_for_again(
+async def test_a_wrong_answer_is_explained_and_the_question_repeated(
     tmp_path: Path, place: int, wrong: str, said: str
 ) -> None:
     answers = [""] * 6

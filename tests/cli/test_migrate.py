@@ -21,7 +21,7 @@ def record(tmp_path: Path) -> Path:
     return tmp_path / "notify.db"
 
 
-async def test_what_is_missing_is_applied_and_told(tmp_path: Path, record: Path) -> None:
+async def test_missing_migrations_are_applied_and_reported(tmp_path: Path, record: Path) -> None:
     record.touch()
     end = await run_command("migrate", cwd=tmp_path)
     names = ", ".join(step.name for step in load_migrations("sqlite"))

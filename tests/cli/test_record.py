@@ -121,7 +121,7 @@ async def test_the_record_is_shown_the_same_from_the_file_and_over_the_api(tmp_p
             assert remote.stderr == f"using the server at {url}\n"
 
 
-async def test_what_is_printed_as_json_is_what_the_types_say(tmp_path: Path, origin: Origin) -> None:
+async def test_printed_json_has_the_documented_types(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         batches, bad, refused, status, exported = await asyncio.gather(
@@ -166,7 +166,7 @@ async def test_tables_are_for_people_and_harmless_to_terminals(tmp_path: Path, o
             assert "\x1b" not in end.stdout
 
 
-async def test_a_slip_is_told_in_a_line(tmp_path: Path, origin: Origin) -> None:
+async def test_a_wrong_argument_is_reported_in_one_line(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         nowhere = f"http://127.0.0.1:{free_port()}"
@@ -191,7 +191,7 @@ async def test_a_slip_is_told_in_a_line(tmp_path: Path, origin: Origin) -> None:
             assert "Traceback" not in end.stderr
 
 
-async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tmp_path: Path, origin: Origin) -> None:
+async def test_a_recheck_through_the_daemon_requests_files_at_once(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         dry = await command(daemon, "recheck", "--batch", "bad", "--dry-run")
@@ -208,7 +208,7 @@ async def test_what_is_asked_for_anew_through_the_daemon_is_asked_for_at_once(tm
         await daemon.verdict("bad", number=3)
 
 
-async def test_what_is_asked_for_anew_on_the_file_is_asked_for_when_a_daemon_runs(
+async def test_a_recheck_on_the_database_file_takes_effect_when_a_daemon_runs(
     tmp_path: Path, origin: Origin
 ) -> None:
     async with started(tmp_path) as daemon:
@@ -260,7 +260,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(tmp_path: Path, 
         assert (await daemon.verdict("y"))["available"] == 2
 
 
-async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tmp_path: Path, origin: Origin) -> None:
+async def test_a_daemon_with_a_token_gets_it_and_a_wrong_one_is_reported(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path, auth={"admin_token": TOKEN}) as daemon:
         await fill(daemon, origin)
         wrong = clean_environment(NOTIFY_SERVER__AUTH__ADMIN_TOKEN="another-token")
@@ -281,7 +281,7 @@ async def test_a_daemon_with_a_token_is_asked_with_it_and_a_wrong_one_is_told(tm
             assert TOKEN not in end.stdout + end.stderr
 
 
-async def test_a_daemon_whose_port_nobody_has_named_can_be_read_but_not_asked(tmp_path: Path, origin: Origin) -> None:
+async def test_a_daemon_on_an_unknown_port_can_be_read_but_not_called(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path, server={"port": 0}) as daemon:
         await fill(daemon, origin)
         status, refused, named = await asyncio.gather(
@@ -628,7 +628,7 @@ def test_a_time_may_be_rfc_3339_or_a_date_of_this_machine() -> None:
 @pytest.mark.parametrize(
     "text", ["", "yesterday", "2h ago", "-2h", "12", "1700000000", "99999999d", "0001-01-01", "\x1b[2J"]
 )
-def test_what_is_no_time_is_told_with_what_is(text: str) -> None:
+def test_an_invalid_time_is_reported_with_valid_examples(text: str) -> None:
     with pytest.raises(
         UsageError, match=r"is not a time: write 2026-11-23T08:00:00Z, 2026-11-23, or 2h for two hours"
     ) as e:

@@ -109,7 +109,7 @@ async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
         assert "search_path" not in end.stdout + end.stderr
 
 
-async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once(
+async def test_a_recheck_beside_a_server_takes_effect_at_once(
     tmp_path: Path, url: str, origin: Origin
 ) -> None:
     async with started(tmp_path, url) as daemon:
@@ -131,7 +131,7 @@ async def test_what_is_asked_for_anew_beside_a_server_is_asked_for_by_it_at_once
         assert daemon.count("sharing the work") == 1
 
 
-async def test_what_is_in_flight_when_it_is_asked_for_anew_is_not_taken_for_the_answer(
+async def test_an_attempt_in_flight_at_a_recheck_does_not_answer_it(
     tmp_path: Path, url: str, origin: Origin
 ) -> None:
     async with started(tmp_path, url) as daemon:
@@ -182,7 +182,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         assert (await daemon.verdict("y"))["available"] == 2
 
 
-async def test_without_a_server_it_is_asked_for_as_soon_as_one_runs(tmp_path: Path, url: str, origin: Origin) -> None:
+async def test_without_a_server_a_recheck_takes_effect_as_soon_as_one_runs(tmp_path: Path, url: str, origin: Origin) -> None:
     async with started(tmp_path, url) as daemon:
         await fill(daemon, origin, url)
         assert await daemon.terminate() == 0
@@ -197,7 +197,7 @@ async def test_without_a_server_it_is_asked_for_as_soon_as_one_runs(tmp_path: Pa
         assert await fetch(url, "SELECT (SELECT count(*) FROM batch), (SELECT count(*) FROM attempt)") == [(0, 0)]
 
 
-async def test_a_slip_is_told_in_a_line(tmp_path: Path, url: str) -> None:
+async def test_a_wrong_argument_is_reported_in_one_line(tmp_path: Path, url: str) -> None:
     await migrate_at(url)
     asked = [
         (["show", "none"], 1, 'there is no batch "none": `notify-server batches` lists them'),
@@ -229,7 +229,7 @@ async def test_where_there_is_no_record_it_is_said_and_none_is_made(
     assert await fetch(url, f"SELECT count(*) FROM pg_class WHERE relnamespace = '{schema}'::regnamespace") == [(0,)]
 
 
-async def test_a_record_of_another_version_or_out_of_reach_is_told_with_what_to_do(tmp_path: Path, url: str) -> None:
+async def test_a_record_of_another_version_or_out_of_reach_is_reported_with_a_remedy(tmp_path: Path, url: str) -> None:
     await migrate_at(url)
     nowhere = "postgresql://u:geheim@127.0.0.1:1/d"
     for version, store, said in (

@@ -99,7 +99,7 @@ async def test_when_all_are_available_it_exits_0_and_names_none(tmp_path: Path) 
     assert end.stderr.startswith("501 URLs: 501 available; ")
 
 
-async def test_a_notification_is_asked_for_but_for_what_the_platform_reported_as_failed(tmp_path: Path) -> None:
+async def test_a_notification_is_verified_except_for_files_reported_failed(tmp_path: Path) -> None:
     async with Origin() as origin:
         (tmp_path / "body").write_bytes(batch_body("b", [origin.url("/a"), failed("k", origin.url("/b"))]))
         end = await verify(tmp_path, "-f", "body")
@@ -107,7 +107,7 @@ async def test_a_notification_is_asked_for_but_for_what_the_platform_reported_as
     assert (end.code, end.stdout) == (1, f"upload_failed\t-\t{origin.url('/b')}\n")
 
 
-async def test_a_host_is_asked_for_no_more_at_a_time_than_is_configured(tmp_path: Path) -> None:
+async def test_a_host_gets_no_more_concurrent_requests_than_configured(tmp_path: Path) -> None:
     configure(tmp_path, per_host_concurrency=3)
     async with Origin() as origin:
         gate = asyncio.Event()
@@ -144,7 +144,7 @@ async def test_a_wrong_configuration_exits_2_before_anything_is_asked(tmp_path: 
     assert (end.code, end.stderr) == (2, "[verify] concurrency: must be at least 1, not 0\n")
 
 
-async def test_addresses_are_asked_for_while_the_list_is_still_being_written(tmp_path: Path) -> None:
+async def test_addresses_are_requested_while_the_list_is_still_being_written(tmp_path: Path) -> None:
     async with Origin() as origin, running("verify", "--json", "-f", "-", cwd=tmp_path) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(f"{origin.url('/a')}\n".encode())
@@ -157,7 +157,7 @@ async def test_addresses_are_asked_for_while_the_list_is_still_being_written(tmp
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-async def test_a_signal_ends_it_at_once_with_what_is_known(tmp_path: Path, number: signal.Signals, code: int) -> None:
+async def test_a_signal_ends_it_at_once_with_the_results_so_far(tmp_path: Path, number: signal.Signals, code: int) -> None:
     async with Origin() as origin, running("verify", "--json", "-f", "-", cwd=tmp_path) as process:
         assert process.stdin and process.stdout and process.stderr
         origin.on("/silent", SILENCE)
@@ -202,7 +202,7 @@ async def test_a_host_that_cannot_be_reached_is_given_up_and_the_others_are_not(
     assert {found[url]["state"] for url in lines[-50:]} == {"available"}
 
 
-async def test_on_a_terminal_there_is_a_table_of_what_is_not_available(tmp_path: Path) -> None:
+async def test_a_terminal_shows_a_table_of_unavailable_files(tmp_path: Path) -> None:
     async with Origin() as origin:
         origin.on("/gone", Answer(410))
         origin.on("/moved", Answer(302, {"Location": "/gone"}))

@@ -218,7 +218,7 @@ async def test_somebody_new_logs_in_finds_a_failed_file_and_makes_it_available(s
             site.origin.on("/gone", Answer(410, close=True))
 
 
-async def test_what_is_missing_is_found_and_asked_for_again_in_three_clicks(site: Site) -> None:
+async def test_missing_files_are_found_and_rechecked_in_three_clicks(site: Site) -> None:
     before = site.origin.count["/gone"]
     async with site.visit("/") as seen:
         page = seen.page
@@ -325,7 +325,7 @@ async def test_batch_page_shows_what_was_sent_and_why_the_batch_is_at_risk(site:
         await expect(sent.filter(has_text="bad")).to_contain_text("answered HTTP 500")
 
 
-async def test_a_group_of_failures_is_counted_before_it_is_asked_for(site: Site) -> None:
+async def test_a_group_of_failures_is_counted_before_its_recheck(site: Site) -> None:
     async with site.visit("/ui/failures") as seen:
         section = seen.page.locator("section#bad_redirect")
         await section.get_by_role("button", name="Recheck").click()
@@ -364,7 +364,7 @@ async def test_the_overview_is_live(site: Site) -> None:
         await expect(page.get_by_role("button", name="24 hours")).to_have_attribute("aria-pressed", "true")
 
 
-async def test_pictures_are_loaded_from_the_store_only_once_they_are_asked_for(site: Site) -> None:
+async def test_pictures_are_loaded_from_the_store_only_on_request(site: Site) -> None:
     batch = site.id_of("batch", "batch_id", "whole")
     async with site.visit(f"/ui/batches/{batch}") as seen:
         page = seen.page
@@ -515,7 +515,7 @@ def client(site: Site, *, known: bool = False) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(site.base, cookies=cookies, cookie_jar=aiohttp.CookieJar(unsafe=True))
 
 
-async def test_nobody_sees_or_does_anything_without_the_token(site: Site) -> None:
+async def test_nothing_is_shown_or_changed_without_the_token(site: Site) -> None:
     """Row 90."""
     async with client(site) as session:
         for path in [path for path in all_pages(site) if path != "/ui/login"]:
@@ -620,7 +620,7 @@ async def test_files_of_pages_are_kept_for_ever_under_an_address_that_changes_wi
         ("/ui/search?q=" + "x" * 3000, 200),
     ],
 )
-async def test_what_makes_no_sense_is_told_on_a_page(site: Site, path: str, status: int) -> None:
+async def test_invalid_parameters_are_explained_on_a_page(site: Site, path: str, status: int) -> None:
     async with client(site, known=True) as session, session.get(path) as answer:
         assert (answer.status, answer.content_type) == (status, "text/html")
 

@@ -233,7 +233,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_image_is_made_of_what_it_needs_and_runs_as_nobody_in_particular(image: Path) -> None:
+def test_the_image_has_only_what_it_needs_and_runs_under_any_user(image: Path) -> None:
     dockerfile = Dockerfile.read()
     assert dockerfile.of(-1, "COPY") == [f"--from=build {INSTALLED} {INSTALLED}"]
     assert not list(image.glob("bin/pip*")) + list(image.glob("lib/*/site-packages/pip"))

@@ -217,7 +217,7 @@ async def test_once_the_headers_are_there_the_body_makes_no_difference(
     assert evidence.etag is None
 
 
-async def test_a_silent_origin_holds_up_nobody_else(prober: Prober, good: Origin) -> None:
+async def test_a_silent_origin_delays_no_other_host(prober: Prober, good: Origin) -> None:
     async with serving(mute) as silent:
         slow = [prober.request(f"{silent.url}/{n}") for n in range(20)]
         quick = [prober.request(f"{good.url}/{n}") for n in range(20)]
@@ -448,7 +448,7 @@ async def test_a_good_certificate_is_an_answer_with_the_time_its_handshake_took(
     assert evidence.tls_ms > 0
 
 
-async def test_a_certificate_of_ones_own_authority_is_not_trusted_unless_told(
+async def test_a_private_authority_is_not_trusted_unless_configured(
     prober: Prober, authority: Authority
 ) -> None:
     async with serving(well_behaved, tls=tls(authority.trusted.issue_cert("127.0.0.1"))) as origin:
@@ -679,7 +679,7 @@ async def test_an_address_that_cannot_be_asked_fails_alone(prober: Prober, good:
     assert (await prober.ask(f"{good.url}/next", timeout=PATIENCE)).status == 200
 
 
-async def test_nobody_listening_is_a_connect_error_and_no_such_name_a_dns_error(prober: Prober) -> None:
+async def test_a_closed_port_is_a_connect_error_and_an_unknown_name_a_dns_error(prober: Prober) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert (await prober.ask(f"http://127.0.0.1:{port}/")).failure is Reason.CONNECT_ERROR
@@ -713,7 +713,7 @@ async def test_a_prober_ends_within_a_frame_and_before_the_first() -> None:
         assert (out, process.returncode) == (b"", 0)
 
 
-async def test_a_prober_ends_when_nobody_reads_its_evidence() -> None:
+async def test_a_prober_ends_when_its_output_has_no_reader() -> None:
     reading, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "notify_server.processes.prober"), stdin=PIPE, stdout=writing

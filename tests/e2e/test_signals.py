@@ -132,7 +132,7 @@ async def test_a_callers_trace_is_kept_when_it_is_valid_and_else_passed_over(tmp
             assert daemon.value("SELECT traceparent FROM notification WHERE batch_id = ?", f"b{number}") == kept
 
 
-async def test_a_notification_that_cannot_be_expanded_is_told_of_by_its_request_id(tmp_path: Path) -> None:
+async def test_a_notification_that_cannot_be_expanded_is_logged_with_its_request_id(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.terminate()
         # As an older version might have let it in.
@@ -495,7 +495,7 @@ async def test_traces_survive_a_collector_that_is_not_there(tmp_path: Path) -> N
         assert await daemon.terminate() == 0
 
 
-async def test_what_is_left_is_exported_on_the_way_out_and_nobody_waits_longer_than_the_grace(tmp_path: Path) -> None:
+async def test_remaining_spans_are_exported_at_the_stop_within_the_grace(tmp_path: Path) -> None:
     config = {"server": {"host": "127.0.0.1", "port": 0, "shutdown_grace": "2s"}}
     async with collecting() as collector, Origin() as origin:
         # Nothing would be exported before the hour is over.

@@ -159,14 +159,14 @@ async def test_with_the_default_schedule_missing_files_may_still_be_retried(daem
     assert rows(text)["missing"] == ["6", "0", "6", "0"]
 
 
-async def test_what_is_not_settled_in_time_is_a_difference(daemon: Daemon) -> None:
+async def test_files_not_settled_in_time_are_differences(daemon: Daemon) -> None:
     code, text = await played(daemon, slow=0.05, slow_seconds=9.0, timeout=0.3)
     assert code == 1, text
     assert rows(text)["slow"] == ["3", "0", "3"]
     assert "--timeout" in text
 
 
-async def test_another_daemons_record_is_told(tmp_path: Path, daemon: Daemon) -> None:
+async def test_another_daemons_record_is_reported(tmp_path: Path, daemon: Daemon) -> None:
     other = tmp_path / "other.db"
     connect(other).close()
     told = r"^http://\S+ has acked 3 deliveries, \S+/other\.db has 0 of them: name that daemon's database with --store$"
@@ -174,12 +174,12 @@ async def test_another_daemons_record_is_told(tmp_path: Path, daemon: Daemon) ->
         await played(daemon, store=other)
 
 
-async def test_a_refused_token_is_told(daemon: Daemon) -> None:
+async def test_a_refused_token_is_reported(daemon: Daemon) -> None:
     with pytest.raises(SimulationError, match=r"^http://\S+ answers 401: .*401001"):
         await played(daemon, token="another-token")
 
 
-async def test_a_daemon_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+async def test_a_daemon_that_does_not_start_is_reported_with_its_own_error(tmp_path: Path) -> None:
     connect(tmp_path / "notify.db").close()
     lock = FileLock(tmp_path / "notify.db")
     try:

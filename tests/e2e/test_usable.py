@@ -62,7 +62,7 @@ def batch(numbers: Iterator[int] = itertools.count(1)) -> str:  # noqa: B008 (on
     return f"batch-{next(numbers)}"
 
 
-async def test_recorded_answers_come_to_what_is_expected(impatient: Daemon, origin: Origin, batch: str) -> None:
+async def test_recorded_answers_give_the_expected_verdicts(impatient: Daemon, origin: Origin, batch: str) -> None:
     keys: dict[str, RecordedAnswer] = {answer.key(number): answer for number, answer in enumerate(ANSWERS)}
     urls = {key: f"/{key}?{answer.query}" if answer.query else f"/{key}" for key, answer in keys.items()}
 

@@ -269,7 +269,7 @@ async def test_a_file_that_is_gone_is_unavailable_at_once(daemon: Daemon, origin
 
 
 @pytest.mark.parametrize("status", [400, 403, 405, 501])
-async def test_a_file_that_refuses_head_is_asked_for_one_byte(
+async def test_a_file_that_refuses_head_is_requested_by_get_of_one_byte(
     daemon: Daemon, origin: Origin, batch: str, status: int
 ) -> None:
     part = Answer(206, {"Content-Range": "bytes 0-0/5000", "Content-Type": "image/png"}, body=b"x")
@@ -752,7 +752,7 @@ async def test_a_late_body_that_is_no_answer_harms_nothing(daemon: Daemon, origi
 # --- Size, order, repetition ---
 
 
-async def test_a_batch_of_10000_files_is_acked_at_once_and_holds_up_nobody(daemon: Daemon, origin: Origin) -> None:
+async def test_a_batch_of_10000_files_is_acked_at_once_and_delays_no_other(daemon: Daemon, origin: Origin) -> None:
     urls = [origin.url(f"/{number:05}") for number in range(10_000)]
     body = batch_body("large", urls)
     assert (await daemon.post(body)).status == 200
@@ -835,7 +835,7 @@ async def test_a_file_reported_failed_is_not_probed_until_it_is_reported_finishe
     assert daemon.files(batch)["f"]["state"] == "available"
 
 
-async def test_an_address_that_changes_while_the_old_one_is_probed_counts_anew(
+async def test_an_address_that_changes_while_the_old_one_is_probed_starts_over(
     daemon: Daemon, origin: Origin, batch: str
 ) -> None:
     gate = asyncio.Event()

@@ -172,7 +172,7 @@ def _parts(callback: str) -> tuple[str, int, str]:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "Ctrl-C"])
-async def test_a_stop_under_load_answers_what_is_in_progress_and_burns_no_attempts(tmp_path: Path, how: str) -> None:
+async def test_a_stop_under_load_answers_requests_in_progress_and_spends_no_attempts(tmp_path: Path, how: str) -> None:
     grace = 3.0
     async with (
         Origin() as slow,
@@ -244,7 +244,7 @@ async def test_an_idle_daemon_stops_at_once(tmp_path: Path) -> None:
         assert [line["event"] for line in daemon.lines[-2:]] == ["stopping", "stopped"]
 
 
-async def test_a_log_that_nobody_reads_any_more_stops_nothing(tmp_path: Path) -> None:
+async def test_a_log_without_a_reader_stops_nothing(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         await daemon.stop_reading()
         for batch in range(5):
@@ -555,7 +555,7 @@ async def _try(session: aiohttp.ClientSession, url: str, body: bytes) -> int:
         return 0
 
 
-async def test_slow_senders_are_cut_off_and_keep_nobody_waiting(tmp_path: Path) -> None:
+async def test_slow_senders_are_cut_off_and_delay_no_other(tmp_path: Path) -> None:
     server = {"header_timeout": "1s", "body_timeout": "1s"}
     head = b"POST /notify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     starts = {

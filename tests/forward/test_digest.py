@@ -42,7 +42,7 @@ def test_chinese_has_full_width_punctuation() -> None:
             assert not set(text.replace("{", "").replace("}", "")) & set(",;!?()"), text
 
 
-def test_digest_names_what_is_missing_and_why() -> None:
+def test_digest_names_missing_files_and_reasons() -> None:
     problem = payload(EventType.BATCH_INCOMPLETE, row(), url="https://n.example.com/ui/batches/7")
     message = compose("en", [problem])
     assert message.title == "1 batch has missing files"

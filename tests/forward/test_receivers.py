@@ -73,7 +73,7 @@ def is_runnable(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name in RECEIVERS if is_runnable(name)])
-async def test_receiver_takes_what_is_signed_and_refuses_what_was_altered(tmp_path: Path, name: str) -> None:
+async def test_receiver_accepts_signed_deliveries_and_refuses_altered_ones(tmp_path: Path, name: str) -> None:
     port = free_port()
     hook = f"http://127.0.0.1:{port}/hooks/files"
     endpoint = {

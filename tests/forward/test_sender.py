@@ -63,7 +63,7 @@ async def test_event_arrives_signed_and_is_recorded(
     assert await rows(store, "SELECT last_status, last_error, attempts FROM forward") == [(200, None, 1)]
 
 
-async def test_cloudevents_carry_the_data_and_sign_what_is_sent(
+async def test_cloudevents_carry_the_data_and_sign_the_body(
     send: Send, store: SqliteStore, receiver: Receiver, time: Time
 ) -> None:
     sender = await send(endpoint(receiver, format="cloudevents"))

@@ -171,7 +171,7 @@ async def test_files_that_a_later_delivery_does_not_list_stay(store: Engine, bac
 
 
 @pytest.mark.parametrize("outcome", [found, missing])
-async def test_a_file_whose_address_has_changed_starts_anew_with_no_evidence_left(
+async def test_a_file_whose_address_has_changed_starts_over_without_evidence(
     store: Engine, backend: Backend, outcome: type
 ) -> None:
     await take_in(store, finished())
@@ -206,7 +206,7 @@ async def test_a_file_whose_new_address_the_guard_refuses_is_blocked(store: Engi
     assert await claim(store, now=NOW + 2000) == []
 
 
-async def test_a_file_that_was_failed_and_is_finished_now_starts_anew(store: Engine, backend: Backend) -> None:
+async def test_a_failed_file_that_is_finished_now_starts_over(store: Engine, backend: Backend) -> None:
     await take_in(store, failed(url=f"https://{HOST}/key"))
     await take_in(store, finished(), now=NOW + 1000)
     assert await backend.rows(FILES) == [

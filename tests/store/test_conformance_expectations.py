@@ -196,7 +196,7 @@ async def test_every_submission_that_names_the_batch_is_met(store: Engine, backe
 # Too few files
 
 
-async def test_fewer_files_than_submitted_are_told_once_after_the_verdict(store: Engine, backend: Backend) -> None:
+async def test_fewer_files_than_submitted_raise_one_event_after_the_verdict(store: Engine, backend: Backend) -> None:
     await store.outbox.subscribe((Subscription("a", list(EventType)),), "https://n.example.com", NOW)
     await register(store, new(files=12))
     await take_in(store, *(finished(f"{n}") for n in range(7)))
@@ -212,7 +212,7 @@ async def test_fewer_files_than_submitted_are_told_once_after_the_verdict(store:
     assert await backend.rows("SELECT count(*) FROM forward") == [(2,)]
 
 
-async def test_redelivery_of_the_rest_is_told_with_the_next_revision(store: Engine, backend: Backend) -> None:
+async def test_redelivery_of_the_rest_raises_an_event_with_the_next_revision(store: Engine, backend: Backend) -> None:
     await register(store, new(files=2))
     await take_in(store, finished("a"))
     await settle(store)
@@ -223,7 +223,7 @@ async def test_redelivery_of_the_rest_is_told_with_the_next_revision(store: Engi
     assert await backend.rows(TYPES) == [("batch.complete", 1), ("batch.short", 2), ("batch.complete", 3)]
 
 
-async def test_redelivery_that_is_still_short_is_not_told_again(store: Engine, backend: Backend) -> None:
+async def test_redelivery_that_is_still_short_raises_no_second_event(store: Engine, backend: Backend) -> None:
     await register(store, new(files=3))
     await take_in(store, finished("a"))
     await settle(store)
@@ -246,7 +246,7 @@ async def test_order_decides_nothing_about_the_number_of_files(store: Engine, ba
     assert (event["data"]["reference"], event["data"]["expected_files"]) == ("r", None)
 
 
-async def test_registration_of_a_batch_that_is_short_already_is_told_at_once(store: Engine, backend: Backend) -> None:
+async def test_registration_of_a_batch_already_short_raises_an_event_at_once(store: Engine, backend: Backend) -> None:
     await take_in(store, failed("a"))
     await register(store, new(files=2), now=NOW + MINUTE)
     assert await backend.rows(TYPES) == [("batch.incomplete", 1), ("batch.short", 2)]
@@ -263,7 +263,7 @@ async def test_keys_are_found_by_name_and_by_source_path(store: Engine, backend:
 # Limits
 
 
-async def test_missing_notification_is_told_once_when_its_limit_has_passed(store: Engine, backend: Backend) -> None:
+async def test_missing_notification_raises_one_event_when_its_limit_has_passed(store: Engine, backend: Backend) -> None:
     await store.outbox.subscribe((Subscription("a", list(EventType)),), None, NOW)
     await register(store, new(notify_within_ms=3 * SECOND, files=5))
     assert await watch(store, NOW, 2) == 0
@@ -309,7 +309,7 @@ async def test_open_files_at_verdict_within_put_the_batch_at_risk_once(store: En
     assert await store.outbox.find_at_risk(NOW + 10, WAITS, NOW + HOUR) == 0
 
 
-async def test_batch_that_is_at_risk_already_is_not_told_again(store: Engine, backend: Backend) -> None:
+async def test_batch_already_at_risk_raises_no_second_event(store: Engine, backend: Backend) -> None:
     await register(store, new(verdict_within_ms=3 * SECOND))
     await take_in(store, finished("a"))
     (file,) = await claim(store)

@@ -267,7 +267,7 @@ class ExpectationMachine(RuleBasedStateMachine):
         return len(self.were_late)
 
 
-def test_after_any_sequence_each_limit_and_verdict_is_told_once_as_the_model_says(
+def test_after_any_sequence_the_events_are_those_of_the_model(
     new_backend: Callable[[], Backend],
 ) -> None:
     class Machine(ExpectationMachine):

@@ -72,7 +72,7 @@ async def test_ids_are_never_given_twice_even_when_everything_older_is_pruned(st
     assert await store.accept(delivery()) > first
 
 
-async def test_what_is_accepted_after_everything_older_was_pruned_is_expanded(store: Engine) -> None:
+async def test_a_notification_accepted_after_everything_older_was_pruned_is_expanded(store: Engine) -> None:
     for name in ("a", "b"):
         await take_in(store, failed(name))
     while await store.prune(NOW + 1, NOW + 1, 100):
@@ -81,7 +81,7 @@ async def test_what_is_accepted_after_everything_older_was_pruned_is_expanded(st
     assert [item.id for item in await store.inbox(10)] == [id]
 
 
-async def test_deliveries_accepted_just_before_closing_are_there_after_reopening_and_others_are_told(
+async def test_deliveries_accepted_just_before_closing_survive_and_later_ones_are_refused(
     store: Engine, backend: Backend
 ) -> None:
     deliveries = [delivery(request_id=f"r-{n}") for n in range(400)]
@@ -254,7 +254,7 @@ async def test_a_rejection_larger_than_all_that_is_kept_does_not_stop_the_store(
 # The inbox
 
 
-async def test_the_inbox_gives_the_oldest_first_and_at_most_as_many_as_asked_for(store: Engine) -> None:
+async def test_the_inbox_gives_the_oldest_first_up_to_the_limit(store: Engine) -> None:
     ids = [await store.accept(delivery(received_at=NOW - n)) for n in range(5)]
     assert [item.id for item in await store.inbox(3)] == ids[:3]
     assert [item.id for item in await store.inbox(5)] == ids
@@ -301,7 +301,7 @@ async def test_waiting_ends_at_once_after_reopening_with_something_in_the_inbox(
         await store.wait_inbox()
 
 
-async def test_waiting_ends_at_once_while_more_is_left_than_was_asked_for(store: Engine) -> None:
+async def test_waiting_ends_at_once_while_more_is_left_than_the_limit(store: Engine) -> None:
     ids = [await store.accept(delivery()) for _ in range(3)]
     async with asyncio.timeout(5):
         for id in ids:
@@ -347,7 +347,7 @@ async def test_a_half_expanded_item_that_is_discarded_does_not_keep_its_batch_fr
 # ping
 
 
-async def test_ping_commits_and_leaves_no_trace_in_what_is_kept(store: Engine, backend: Backend) -> None:
+async def test_ping_commits_and_leaves_no_trace_in_the_record(store: Engine, backend: Backend) -> None:
     await store.ping(NOW)
     await store.ping(NOW - 1)
     tables = ("notification", "batch", "file", "attempt", "rejection")

@@ -278,7 +278,7 @@ def test_after_any_sequence_of_verbs_the_tables_hold_what_the_reference_model_kn
     run(new_backend)
 
 
-def test_so_they_do_when_what_is_ahead_of_claims_is_read_little_by_little(
+def test_so_they_do_when_due_files_are_read_ahead_in_small_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setattr(claims, "READ_AHEAD", 1)

@@ -78,7 +78,7 @@ async def test_verdict_has_an_event_in_its_transaction(store: Engine, backend: B
     assert verdict.revision == 1
 
 
-async def test_payload_says_what_is_missing(store: Engine) -> None:
+async def test_payload_names_the_missing_files(store: Engine) -> None:
     await subscribe(store)
     await take_in(store, finished("a"), finished("b"), failed("c"), blocked("d"))
     first, second = await claim(store)
@@ -402,7 +402,7 @@ async def test_settled_batch_is_not_at_risk(store: Engine) -> None:
     assert await at_risk(store) == 0
 
 
-async def test_verdict_after_at_risk_is_told_although_it_is_the_same_as_before(store: Engine, backend: Backend) -> None:
+async def test_verdict_after_at_risk_raises_an_event_although_unchanged(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"))
     (file,) = await claim(store)
     await store.record([found(file)], NOW)

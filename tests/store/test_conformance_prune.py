@@ -144,7 +144,7 @@ async def test_the_oldest_batches_go_first(store: Engine, backend: Backend) -> N
     ]
 
 
-async def test_each_call_deletes_about_as_many_rows_as_asked_for_and_repeated_calls_finish(
+async def test_each_call_deletes_about_the_given_number_of_rows_and_repeated_calls_finish(
     store: Engine, backend: Backend
 ) -> None:
     for n in range(10):
@@ -187,7 +187,7 @@ async def test_counters_stay_true_while_a_batch_is_deleted_in_parts(store: Engin
     assert await counts(backend) == dict.fromkeys(TABLES, 0)
 
 
-async def test_a_batch_that_is_delivered_again_while_it_is_deleted_in_parts_gets_back_what_is_gone(
+async def test_a_batch_redelivered_while_it_is_deleted_in_parts_gets_its_deleted_files_back(
     store: Engine, backend: Backend
 ) -> None:
     files = [failed(str(n)) for n in range(30)]

@@ -65,14 +65,14 @@ async def test_a_file_in_any_state_is_pending_at_once_with_nothing_known_and_no_
     assert await claim_one(store, now=LATER) == file
 
 
-async def test_a_file_that_the_guard_had_refused_is_asked_for_at_its_own_host(store: Engine, backend: Backend) -> None:
+async def test_a_file_that_the_guard_had_refused_is_requested_at_its_own_host(store: Engine, backend: Backend) -> None:
     await take_in(store, blocked())
     restart = await store.recheck([(await ids(backend))["key"]], LATER)
     assert restart == Restart(1, frozenset({"127.0.0.1"}))
     assert [file.target_url for file in await claim(store, "127.0.0.1", now=LATER)] == ["https://127.0.0.1/key"]
 
 
-async def test_what_cannot_be_asked_for_is_left_as_it_is(store: Engine, backend: Backend) -> None:
+async def test_a_file_that_cannot_be_requested_stays_as_it_is(store: Engine, backend: Backend) -> None:
     refused = structs.replace(blocked("c", url="https://["), host="", reason=Reason.INVALID_URL)
     await take_in(store, failed("a"), failed("b", url="https://files.example.com/b"), refused)
     before = await tables(backend)
@@ -118,7 +118,7 @@ async def test_each_batch_gets_back_its_own_files_however_many_there_are(store: 
     assert len(await settle(store, now=LATER)) == 300
 
 
-async def test_the_result_of_a_file_in_flight_is_dropped_and_it_is_asked_for_again(
+async def test_the_result_of_a_file_in_flight_is_dropped_and_it_is_requested_again(
     store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished("a"), finished("b"))
@@ -188,7 +188,7 @@ async def test_a_batch_that_is_being_expanded_has_no_verdict_before_both_are_don
     assert store.backlog == 0
 
 
-async def test_a_batch_that_is_asked_for_anew_is_not_pruned(store: Engine, backend: Backend) -> None:
+async def test_a_batch_under_recheck_is_not_pruned(store: Engine, backend: Backend) -> None:
     await take_in(store, finished())
     await settle(store)
     await store.recheck([1], LATER)

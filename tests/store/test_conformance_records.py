@@ -197,7 +197,7 @@ def batch_wanted(batch: BatchItem, wanted: BatchFilter) -> bool:
 
 
 @pytest.mark.parametrize("walked", [2, 7, 50_000])
-async def test_batches_are_the_latest_first_each_once_whatever_is_asked_for_and_however_few_at_a_time(
+async def test_batches_are_the_latest_first_each_once_with_any_filter_and_page_size(
     much: Records, backend: Backend, monkeypatch: pytest.MonkeyPatch, walked: int
 ) -> None:
     backend.walk(monkeypatch, walked)
@@ -235,7 +235,7 @@ def file_order(wanted: FileFilter) -> Callable[[FileItem], Any]:
 
 
 @pytest.mark.parametrize("walked", [2, 7, 50_000])
-async def test_files_come_in_their_order_each_once_whatever_is_asked_for_and_however_few_at_a_time(
+async def test_files_come_in_order_each_once_with_any_filter_and_page_size(
     much: Records, backend: Backend, monkeypatch: pytest.MonkeyPatch, walked: int
 ) -> None:
     backend.walk(monkeypatch, walked)
@@ -349,7 +349,7 @@ def test_no_cursor_at_all_makes_a_listing_fail(new_backend: Callable[[], Backend
 # Numbers
 
 
-async def test_totals_and_groups_are_what_is_in_the_tables(much: Records, backend: Backend) -> None:
+async def test_totals_and_groups_agree_with_the_tables(much: Records, backend: Backend) -> None:
     batches, files = await all_batches(backend), await all_files(backend)
     verdicts = Counter(batch.verdict for batch in batches)
     states = Counter(file.state for file in files)
@@ -411,7 +411,7 @@ async def test_one_batch_has_its_latest_delivery(store: Engine, records: Records
         await store.expand([Expansion(item, "batch", API_CODE, files[1:], True)], NOW)
 
 
-async def test_a_batch_whose_deliveries_are_pruned_is_still_told_of(
+async def test_a_batch_whose_deliveries_are_pruned_is_still_shown(
     store: Engine, records: Records, backend: Backend
 ) -> None:
     await take_in(store, finished("a"))
@@ -429,7 +429,7 @@ async def test_one_file_has_the_requests_made_for_it_the_latest_last(much: Recor
         assert await much.file(file.id) == FileDetail(**msgspec.structs.asdict(file), requests=requests)
 
 
-async def test_every_column_of_a_file_is_told(store: Engine, records: Records) -> None:
+async def test_every_column_of_a_file_is_shown(store: Engine, records: Records) -> None:
     await take_in(store, finished("批次", expires_at=NOW + 9), now=NOW)
     outcome = found(
         await claim_one(store), reason="http_302", content_length=2**53 + 1, etag='W/"é\\\u2028"',
@@ -566,7 +566,7 @@ def test_a_search_finds_any_batch_by_any_beginning_of_its_name(new_backend: Call
 # Beside the writer
 
 
-async def test_what_has_been_committed_is_told_at_once(store: Engine, records: Records) -> None:
+async def test_a_commit_is_visible_to_readers_at_once(store: Engine, records: Records) -> None:
     for n in range(20):
         await take_in(store, finished(), batch_id=str(n))
         assert (await records.totals()).pending == 1

@@ -64,7 +64,7 @@ async def test_a_table_or_view_has_the_columns_promised_and_those_known_to_be_ad
         assert columns == promised
 
 
-async def test_the_views_show_what_is_known_of_batches_and_files(store: Engine, backend: Backend) -> None:
+async def test_the_views_show_every_field_of_batches_and_files(store: Engine, backend: Backend) -> None:
     files = [finished("a", expires_at=NOW + 5), finished("b"), finished("c"), blocked("d"), failed("e")]
     await take_in(store, *files, received_at=NOW, now=NOW + 1)
     first, second, _ = await claim(store, now=NOW + 1)

@@ -154,7 +154,7 @@ async def test_each_batch_of_a_transaction_gets_its_own_verdict(store: Engine) -
 
 @pytest.mark.parametrize("host", [HOST, "new.example"])
 @pytest.mark.parametrize("state", [FileState.AVAILABLE, FileState.UNAVAILABLE])
-async def test_the_result_of_a_file_that_has_started_anew_since_it_was_claimed_is_dropped(
+async def test_the_result_of_a_file_that_started_over_since_its_claim_is_dropped(
     store: Engine, backend: Backend, host: str, state: FileState
 ) -> None:
     await take_in(store, finished())
@@ -170,7 +170,7 @@ async def test_the_result_of_a_file_that_has_started_anew_since_it_was_claimed_i
     assert verdict.verdict is Verdict.COMPLETE
 
 
-async def test_a_file_that_has_started_anew_on_another_host_is_nobody_elses_before_its_old_attempt_has_ended(
+async def test_a_file_that_started_over_on_another_host_is_claimed_only_after_its_old_attempt_has_ended(
     store: Engine, backend: Backend
 ) -> None:
     await take_in(store, finished())
@@ -207,7 +207,7 @@ async def test_a_file_that_was_blocked_while_it_was_claimed_stays_blocked(store:
     assert store.backlog == 0
 
 
-async def test_the_claim_of_a_file_that_has_started_anew_can_be_released(store: Engine) -> None:
+async def test_the_claim_of_a_file_that_started_over_can_be_released(store: Engine) -> None:
     await take_in(store, finished())
     stale = await claim_one(store)
     await take_in(store, finished(url="https://new.example/key", host="new.example"), now=NOW + 10)
@@ -226,7 +226,7 @@ async def test_the_identical_delivery_does_not_void_a_claim(store: Engine) -> No
 
 
 @pytest.mark.parametrize("first", ["expand", "record"])
-async def test_expanding_and_recording_one_file_at_once_leaves_it_anew_with_counters_that_are_true(
+async def test_expanding_and_recording_one_file_at_once_restarts_it_with_correct_counters(
     store: Engine, backend: Backend, first: str
 ) -> None:
     for n in range(20):

@@ -100,7 +100,7 @@ async def test_a_claimed_file_says_what_its_prober_needs_to_know(store: Engine, 
     ]
 
 
-async def test_only_what_is_due_is_claimed(store: Engine) -> None:
+async def test_only_due_files_are_claimed(store: Engine) -> None:
     await wait_at(store, {"1": NOW + 1, "2": NOW + 2, "3": NOW + 3})
     assert names_of(await claim(store, now=NOW)) == []
     assert names_of(await claim(store, now=NOW + 1)) == ["1"]
@@ -173,7 +173,7 @@ async def test_what_has_changed_since_others_were_claimed_is_claimed_as_it_is_no
     assert names_of(await claim(store, "b.example", now=NOW + 9)) == [moved]
 
 
-async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: Engine) -> None:
+async def test_a_recheck_of_the_next_due_file_is_claimed_once(store: Engine) -> None:
     await take_in(store, finished("a"), finished("b"), finished("c"))
     (first,) = await claim(store, n=1)
     everything = [1, 2, 3]
@@ -182,7 +182,7 @@ async def test_what_is_checked_again_is_claimed_once_though_it_was_next(store: E
     assert sorted([first.id, *(file.id for file in files)]) == everything
 
 
-async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(store: Engine) -> None:
+async def test_a_released_claim_comes_before_files_due_later(store: Engine) -> None:
     await wait_at(store, {str(n): NOW + n for n in range(5)})
     files = await claim(store, now=NOW + 9, n=2)
     assert names_of(await claim(store, now=NOW + 9, n=1)) == ["2"]
@@ -190,7 +190,7 @@ async def test_what_is_given_back_comes_before_what_has_been_due_for_less_long(s
     assert names_of(await claim_by_one(store, now=NOW + 9)) == ["0", "1", "3", "4"]
 
 
-async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(store: Engine, backend: Backend) -> None:
+async def test_a_released_file_can_be_claimed_again_and_has_spent_no_attempt(store: Engine, backend: Backend) -> None:
     await take_in(store, finished("a"), finished("b"))
     before = await backend.rows("SELECT * FROM file_result")
     files = await claim(store)
@@ -201,7 +201,7 @@ async def test_what_is_released_can_be_claimed_again_and_has_spent_no_attempt(st
     assert await backend.rows("SELECT * FROM file_result") == before
 
 
-async def test_releasing_what_is_not_held_does_no_harm(store: Engine) -> None:
+async def test_releasing_a_file_that_is_not_held_does_no_harm(store: Engine) -> None:
     await take_in(store, finished())
     file = await claim_one(store)
     store.release([file])
@@ -377,7 +377,7 @@ async def test_of_the_requests_made_for_a_file_the_latest_fifty_are_kept(
         assert await attempts_kept(backend) == [-1, *made[-50:]]
 
 
-async def test_the_latest_fifty_requests_are_kept_of_a_file_that_keeps_starting_anew(
+async def test_the_latest_fifty_requests_are_kept_of_a_file_that_keeps_starting_over(
     store: Engine, backend: Backend
 ) -> None:
     for n in range(60):

@@ -102,7 +102,7 @@ async def test_an_empty_record_can_be_copied(path: Path, url: str) -> None:
         assert await store.accept(delivery()) == 1
 
 
-async def test_what_postgresql_cannot_hold_is_replaced_and_told(path: Path, url: str) -> None:
+async def test_characters_that_postgresql_cannot_hold_are_replaced_and_reported(path: Path, url: str) -> None:
     with writing(path) as connection:
         for detail, body in (("a\0b", b"\0"), ("ab", b""), ("\0", b"\0\0")):
             row = NOW, "::1", "400", detail, body
@@ -243,7 +243,7 @@ def test_a_digest_is_of_values_and_kinds_and_not_of_their_order() -> None:
     assert digest() == (0, "0" * 32)
 
 
-async def test_what_is_replaced_is_counted_by_column(url: str) -> None:
+async def test_replaced_characters_are_counted_by_column(url: str) -> None:
     side = await PostgresSide.target(url)
     rows: list[Row] = [("a\0\0", 1, b"\0"), ("b", None, b""), ("\0", 2, None)]
     replaced = Counter[str]()

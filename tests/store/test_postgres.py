@@ -168,7 +168,7 @@ async def test_what_lies_before_where_claims_have_got_to_is_found_soon_though_th
     await eventually(came_back)
 
 
-async def test_what_is_given_back_is_free_though_its_node_claims_nothing_more(
+async def test_a_released_file_is_free_though_its_node_claims_nothing_more(
     one: PostgresStore, other: PostgresStore
 ) -> None:
     await take_in(one, finished())
@@ -237,7 +237,7 @@ async def test_a_file_that_has_changed_hands_is_recorded_by_who_has_it_now(
     assert await fetch(url, "SELECT file, node FROM lease") == [(a.id, other.node.id)]
 
 
-async def test_a_node_that_has_lost_its_lease_claims_nothing_before_it_is_registered_anew(
+async def test_a_node_that_has_lost_its_lease_claims_nothing_before_it_registers_again(
     url: str, one: PostgresStore
 ) -> None:
     await take_in(one, finished())
@@ -277,7 +277,7 @@ async def test_a_claim_whose_answer_was_lost_is_not_held_for_ever(url: str, one:
     assert verdict.available == 2
 
 
-async def test_a_result_that_was_committed_though_an_error_was_told_changes_nothing_when_it_is_repeated(
+async def test_a_result_that_was_committed_in_spite_of_an_error_changes_nothing_when_repeated(
     url: str, one: PostgresStore
 ) -> None:
     await take_in(one, finished("a"), finished("b"))
@@ -317,7 +317,7 @@ async def test_of_nodes_that_settle_a_batch_together_exactly_one_gets_its_verdic
     assert await fetch(url, "SELECT DISTINCT pending, available, verdict FROM batch") == [(0, 4, "complete")]
 
 
-async def test_what_is_in_flight_elsewhere_is_dropped_when_its_file_starts_anew(
+async def test_an_attempt_in_flight_elsewhere_is_dropped_when_its_file_starts_over(
     url: str, one: PostgresStore, other: PostgresStore
 ) -> None:
     await take_in(one, finished("a"), finished("b"))
@@ -347,7 +347,7 @@ async def test_recheck_and_record_of_the_same_files_on_two_nodes_leave_counters_
         assert await fetch(url, "SELECT id, pending FROM batch ORDER BY id") == await fetch(url, counted)
 
 
-async def test_a_file_that_starts_anew_while_its_result_waits_for_the_batch_drops_the_result(
+async def test_a_file_that_starts_over_while_its_result_waits_for_the_batch_drops_the_result(
     url: str, one: PostgresStore
 ) -> None:
     await take_in(one, finished())
@@ -597,7 +597,7 @@ async def test_a_connection_cut_in_the_middle_of_recording_leaves_nothing_behind
     assert len(await one.record([found(file)], NOW)) == 1
 
 
-async def test_when_no_connection_is_left_callers_are_told_and_the_others_go_on(
+async def test_without_a_free_connection_callers_get_an_error_and_the_others_go_on(
     url: str, one: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(POOL_SIZE):
@@ -766,7 +766,7 @@ def _without_nulls(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [[value for value in row if value is not None] for row in rows]
 
 
-async def test_a_database_of_the_first_version_is_brought_up_to_date_with_what_is_in_it(
+async def test_a_database_of_the_first_version_is_migrated_with_its_contents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url = await new_schema()
@@ -915,7 +915,7 @@ async def test_only_nodes_that_probe_are_called_when_files_are_due(url: str) -> 
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_node_that_is_stopped_in_a_transaction_holds_nobody_up_for_longer_than_its_lease(
+async def test_a_node_stopped_in_a_transaction_delays_others_no_longer_than_its_lease(
     url: str, one: PostgresStore
 ) -> None:
     await take_in(one, finished())
@@ -949,7 +949,7 @@ def test_a_secret_that_the_driver_tells_of_is_not_passed_on() -> None:
     assert "(*** and ***, *** and ***)" in str(postgres_session._refusal(url, error))
 
 
-async def test_what_is_sorted_by_is_sorted_byte_by_byte_whatever_the_locale(url: str) -> None:
+async def test_sort_columns_sort_byte_by_byte_in_any_locale(url: str) -> None:
     keys = ["api_code", "batch_id", "host", "key", "oss_object_name", "reason", "state", "verdict"]
     rows = await fetch(
         url,

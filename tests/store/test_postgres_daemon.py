@@ -58,7 +58,7 @@ async def test_a_daemon_acks_probes_and_tells_on_postgresql(tmp_path: Path, url:
     assert await fetch(url, "SELECT count(*) FROM lease") == [(0,)]
 
 
-async def test_daemons_share_the_work_and_each_file_is_asked_for_once(tmp_path: Path, url: str) -> None:
+async def test_daemons_share_the_work_and_each_file_is_requested_once(tmp_path: Path, url: str) -> None:
     async with AsyncExitStack() as stack:
         origin = await stack.enter_async_context(Origin())
         daemons = [
@@ -175,7 +175,7 @@ async def test_a_daemon_that_was_stopped_for_longer_than_its_lease_changes_nothi
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["in order", "by a crash"])
-async def test_while_the_server_is_away_callbacks_are_told_to_come_again_and_afterwards_all_goes_on(
+async def test_while_the_database_is_away_callbacks_get_503_and_afterwards_all_goes_on(
     tmp_path: Path, server: PostgresServer, how: signal.Signals
 ) -> None:
     """Row 82."""

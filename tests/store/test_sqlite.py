@@ -58,7 +58,7 @@ async def refusal(path: Path) -> str:
 # One daemon, one file
 
 
-async def test_a_second_daemon_on_the_same_file_is_refused_and_told_whom_to_stop(
+async def test_a_second_daemon_on_the_same_file_is_refused_and_names_the_first(
     store: SqliteStore, path: Path
 ) -> None:
     assert await refusal(path) == (
@@ -277,7 +277,7 @@ async def test_every_commit_is_synced_before_it_returns_and_readers_are_not_kept
     assert connection_of(store).execute("PRAGMA busy_timeout").fetchone() == (database.BUSY_TIMEOUT_MS,)
 
 
-async def test_the_file_can_be_told_from_other_databases(store: SqliteStore, path: Path) -> None:
+async def test_the_file_is_distinguishable_from_other_databases(store: SqliteStore, path: Path) -> None:
     assert select(path, "PRAGMA application_id") == [(0x6E746679,)]
 
 

@@ -188,7 +188,7 @@ async def test_a_claim_that_is_cut_off_at_any_step_holds_nothing(store: SqliteSt
     assert len(files) == 12
 
 
-async def test_a_file_that_started_anew_in_a_commit_that_failed_is_still_recorded(
+async def test_a_file_that_started_over_in_a_failed_commit_is_still_recorded(
     flaky: type[FlakyConnection], store: SqliteStore
 ) -> None:
     await take_in(store, finished())
@@ -218,7 +218,7 @@ async def test_rejections_that_could_not_be_committed_do_not_count_among_those_k
     assert select(path, "SELECT detail FROM rejection ORDER BY id") == [("0",), ("1",), ("2",), ("3",)]
 
 
-async def test_reading_the_inbox_in_vain_does_not_lose_sight_of_what_is_in_it(
+async def test_a_failed_read_of_the_inbox_loses_no_entry(
     flaky: type[FlakyConnection], path: Path
 ) -> None:
     async with opened(path) as store:
@@ -234,7 +234,7 @@ async def test_reading_the_inbox_in_vain_does_not_lose_sight_of_what_is_in_it(
         assert [item.id for item in await store.inbox(10)] == [id]
 
 
-async def test_what_is_released_while_the_database_cannot_be_opened_is_free_when_it_can(
+async def test_a_claim_released_while_the_database_cannot_be_opened_is_free_when_it_can(
     flaky: type[FlakyConnection], store: SqliteStore
 ) -> None:
     await take_in(store, finished("a"), finished("b"))
@@ -250,7 +250,7 @@ async def test_what_is_released_while_the_database_cannot_be_opened_is_free_when
     assert sorted(file.id for file in await claim(store)) == sorted(file.id for file in files)
 
 
-async def test_a_connection_broken_by_an_io_error_is_opened_anew_as_durable_as_before(
+async def test_a_connection_broken_by_an_io_error_is_reopened_as_durable_as_before(
     flaky: type[FlakyConnection], store: SqliteStore, path: Path
 ) -> None:
     await take_in(store, finished())

@@ -222,7 +222,7 @@ def test_a_hot_query_finds_its_rows_by_the_index_made_for_it(
         assert any(re.match(search, line) for line in plan), plan
 
 
-def test_looking_for_the_start_of_the_inbox_costs_what_is_in_the_inbox(tmp_path: Path) -> None:
+def test_finding_the_start_of_the_inbox_costs_no_more_than_its_length(tmp_path: Path) -> None:
     with closing(connect(tmp_path / "notify.db")) as connection:
         fill(connection, range(1, 321), 40)
         before = steps(connection, "inbox_start")

@@ -102,7 +102,7 @@ def direct() -> Iterator[Vector]:
         test_guard.test_row_21_whatever_readers_strip_or_split_at_differently_makes_an_authority_invalid
     ):
         yield Vector("row 21", f"http://{authority}/x", UNREADABLE)
-    for url in cases(test_guard.test_what_is_no_absolute_http_address_is_invalid):
+    for url in cases(test_guard.test_anything_but_an_absolute_http_address_is_invalid):
         yield Vector("row 21", url, UNREADABLE)
     for spelling in INVALID:
         yield Vector("row 21", spelling.format(trap="127.0.0.2:80"), UNREADABLE)

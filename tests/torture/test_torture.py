@@ -63,7 +63,7 @@ async def test_daemon_killed_while_it_forwards_loses_no_verdict_and_sends_none_s
     assert figures[0].counts["events"] > 0
 
 
-async def test_submissions_that_are_never_notified_or_short_are_told_once_in_spite_of_an_outage(
+async def test_submissions_never_notified_or_short_raise_one_event_in_spite_of_an_outage(
     tmp_path: Path, seed: int
 ) -> None:
     figures = await expect.on_sqlite(Setting(seed, 0.04, tmp_path), 5.0, 6.0)

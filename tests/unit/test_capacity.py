@@ -10,7 +10,7 @@ from notify_server.verify.capacity import CALM_SECONDS, LOWER_SECONDS, Capacity
 NOW = 1_000.0
 
 
-def test_shortage_halves_what_is_in_flight_and_is_new_once() -> None:
+def test_shortage_halves_the_requests_in_flight_and_is_reported_once() -> None:
     capacity = Capacity(128)
     assert capacity.lower(NOW, 100)
     assert (capacity.limit, capacity.is_short) == (50, True)

@@ -119,7 +119,7 @@ def test_files_read_ahead_are_not_claimed_before_they_are_due() -> None:
     assert ids(claims.take([("h", 9)], NOW - 9, disk.read)) == [0, 10]
 
 
-def test_what_is_read_ahead_of_all_hosts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_read_ahead_over_all_hosts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims_module, "MAX_AHEAD", 15)
     hosts = [f"h{n}" for n in range(4)]
     disk, claims = Disk(*hosts), Claims()

@@ -85,7 +85,7 @@ def test_durations_are_numbers_or_text_with_a_unit(given: object, seconds: float
         "5m30s", "0x10", "٣s", "nan", "inf", "1_000",
     ],
 )  # fmt: skip
-def test_what_is_not_a_duration_is_refused_in_plain_words(given: object) -> None:
+def test_an_invalid_duration_is_refused_in_plain_words(given: object) -> None:
     with pytest.raises(ValueError, match="is not a duration: write a number of seconds, or"):
         duration(given)
 
@@ -287,7 +287,7 @@ def test_a_pattern_is_spelled_as_the_guard_spells_the_host(load: Load, spelled: 
      "files.0x1f", "*.1.2.3.0x4", "a.0x", "*.0x7f000001", "1.2.3.4.5", "[::1", "*.[::1]", "x" * 64,
      "a." * 127 + "com", "例 子.com"],
 )  # fmt: skip
-def test_what_is_not_a_host_is_not_a_pattern_either(problems: Problems, pattern: str) -> None:
+def test_an_invalid_host_is_no_pattern_either(problems: Problems, pattern: str) -> None:
     [problem] = problems(toml_of("verify.allowed_hosts", json.dumps([pattern])))
     assert problem.startswith("[verify] allowed_hosts[0]: ")
     assert problem.endswith('is not a host: write "example.com", or "*.example.com" for its subdomains')
@@ -450,7 +450,7 @@ def test_with_no_path_the_working_directory_is_looked_into(tmp_path: Path, monke
     assert load_config(None, environ={}).server.port == 1234
 
 
-def test_a_file_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
+def test_a_file_that_was_named_explicitly_has_to_exist(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "gone.toml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(ConfigError) as caught:
             load_config(path, environ={})

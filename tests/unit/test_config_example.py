@@ -79,7 +79,7 @@ def test_every_key_has_its_reason_on_the_line_above() -> None:
             assert not ENTRY.fullmatch(above), key
 
 
-def test_what_is_commented_out_is_right_too(tmp_path: Path) -> None:
+def test_commented_keys_are_valid_too(tmp_path: Path) -> None:
     text = "\n".join(line.removeprefix("# ") if line[2:3] == "[" or ENTRY.fullmatch(line) else line for line in LINES)
     for name in ("tls.crt", "tls.key", "ca.pem"):
         (tmp_path / name).touch()

@@ -249,7 +249,7 @@ def test_row_18_a_zone_is_invalid_in_an_address_and_ignored_where_it_is_dialled(
 @pytest.mark.parametrize(
     "text", ["", "localhost", "127.1", "1.2.3.4%eth0", "::1%", "8.8.8.8 ", "８.8.8.8", "/run/socket", "\0"]
 )
-def test_what_is_about_to_be_dialled_and_is_no_address_is_refused(text: str) -> None:
+def test_a_value_to_dial_that_is_no_address_is_refused(text: str) -> None:
     assert GUARD.check_address(text, 80) is Reason.PRIVATE_ADDRESS
     assert OPEN.check_address(text, 80) is Reason.PRIVATE_ADDRESS
 
@@ -301,7 +301,7 @@ def test_row_21_whatever_readers_strip_or_split_at_differently_makes_an_authorit
         *("http://a,b/", "http://a;b/", "http://*.example.com/", "http://a|b/", "http://a^b/", "http://<a>/"),
     ],
 )
-def test_what_is_no_absolute_http_address_is_invalid(url: str) -> None:
+def test_anything_but_an_absolute_http_address_is_invalid(url: str) -> None:
     assert GUARD.examine(url) == INVALID
 
 
@@ -759,13 +759,13 @@ def promises_hold(target: Target) -> None:
 
 @few
 @given(any_url)
-def test_any_text_is_examined_without_raising_and_what_is_admitted_is_no_refused_literal(url: str) -> None:
+def test_any_text_is_examined_without_raising_and_admits_no_refused_literal(url: str) -> None:
     promises_hold(GUARD.examine(url))
 
 
 @few
 @given(any_url, any_url)
-def test_any_location_is_followed_without_raising_and_what_is_admitted_is_no_refused_literal(
+def test_any_location_is_followed_without_raising_and_admits_no_refused_literal(
     url: str, location: str
 ) -> None:
     promises_hold(GUARD.follow(url, location))

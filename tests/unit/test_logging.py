@@ -54,7 +54,7 @@ def test_lines_to_anything_else_have_no_priority() -> None:
     assert not any(line.startswith("<") for line in logged("console", "1:2"))
 
 
-def test_a_reader_that_stalls_drops_lines_and_keeps_nobody_waiting() -> None:
+def test_a_stalled_reader_loses_lines_and_delays_no_writer() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", encoding="utf-8") as stream, os.fdopen(reading, encoding="utf-8") as reader:
         log = BackgroundStream(stream, max_lines=50)

@@ -94,7 +94,7 @@ def test_a_long_body_is_shown_around_its_fault() -> None:
 @pytest.mark.parametrize(
     "body", ["not JSON", "[" * 5000, "[" * 200 + "]" * 200, '{"n": ' + "9" * 5000 + "}", "", "\x00\n\x1b[31m"]
 )
-def test_what_is_not_json_or_too_deep_is_shown_as_it_came(body: str) -> None:
+def test_text_that_is_not_json_or_too_deep_is_shown_unchanged(body: str) -> None:
     shown = readable(body, "x")
     assert not shown.is_json
     assert "\n".join(line.text for line in shown.lines) == body.rstrip("\n")

@@ -226,7 +226,7 @@ def test_head_that_was_redirected_to_an_error_page_falls_back_to_get_of_the_orig
     assert judge(redirected, evidence(status), DEFAULTS, follow) == get()
 
 
-def test_last_attempt_ends_with_get_for_every_status_but_410_and_what_is_busy() -> None:
+def test_last_attempt_ends_with_get_for_every_status_but_410_and_the_busy_ones() -> None:
     for status in {*range(100, 600)} - {*range(200, 300), 301, 302, 303, 307, 308, 410, 429}:
         assert judge(head(), evidence(status), DEFAULTS, follow, last=True) == get(), status
     assert judge(head(), evidence(410), DEFAULTS, follow, last=True) == Conclusion(
@@ -301,7 +301,7 @@ def test_416_to_get_shows_that_an_empty_object_is_there() -> None:
 
 
 @pytest.mark.parametrize(("ask", "length"), [(get(ranged=False), None), (get(ranged=False), 1), (head(), 0)])
-def test_416_is_a_bad_answer_when_the_object_is_not_known_to_be_empty_or_no_range_was_asked_for(
+def test_416_is_a_bad_answer_without_a_range_or_a_known_empty_object(
     ask: NextRequest, length: int | None
 ) -> None:
     found = judge(ask, evidence(416, content_length=length), DEFAULTS, follow)
@@ -323,7 +323,7 @@ def test_a_redirect_is_followed_with_the_same_method_and_counted(status: int) ->
 
 
 @pytest.mark.parametrize("status", [300, 304, 305, 306])
-def test_what_is_no_redirect_is_not_followed(status: int) -> None:
+def test_an_answer_that_is_no_redirect_is_not_followed(status: int) -> None:
     found = judge(head(), evidence(status, location="http://cdn.example.net/x"), DEFAULTS, follow)
     assert found == Conclusion(FileState.PENDING, f"http_{status}")
 
@@ -535,13 +535,13 @@ def test_a_greater_chance_waits_longer() -> None:
     [(0, 30_000), (29_999, 30_000), (30_000, 30_000), (45_000, 45_000), (60_000, 60_000), (60_001, 60_000)],
 )
 @pytest.mark.parametrize("chance", [0.0, 0.99])
-def test_a_wait_that_was_asked_for_is_kept_between_one_and_two_scheduled_waits(
+def test_retry_after_is_kept_between_one_and_two_scheduled_waits(
     asked: int, wait: int, chance: float
 ) -> None:
     assert conclude(RETRY, 2, SCHEDULE, 0.2, chance, asked) == Outcome(FileState.PENDING, wait)
 
 
-def test_a_wait_that_was_asked_for_does_not_lengthen_the_schedule() -> None:
+def test_retry_after_does_not_lengthen_the_schedule() -> None:
     assert conclude(RETRY, 4, SCHEDULE, 0.2, 0.5, 60_000) == Outcome(FileState.UNAVAILABLE)
 
 

@@ -266,7 +266,7 @@ any_line = any_field | st.binary() | st.sampled_from([b"HTTP/1.1 200 OK\r\n", b"
 @given(st.lists(any_line, max_size=12))
 @example([b"Content-Length: " + b"9" * 5000])
 @example([b"Content-Range: bytes 0-0/" + b"9" * 5000])
-def test_no_lines_make_reading_raise_or_return_what_is_not_safe(some: list[bytes]) -> None:
+def test_no_header_lines_make_reading_raise_or_return_unsafe_values(some: list[bytes]) -> None:
     found = read_headers(some)
     assert found.content_length is None or 0 <= found.content_length < 10**18
     assert all(is_safe(text, VALUE_LIMIT) for text in found[1:5] if text is not None)

@@ -24,7 +24,7 @@ def test_a_second_s_worth_is_admitted_at_once_and_then_one_an_interval() -> None
     assert limit.wait(SOURCE, 0.25) == pytest.approx(0.25)
 
 
-def test_being_refused_costs_nothing_so_that_the_wait_told_is_enough() -> None:
+def test_a_refused_request_costs_nothing_so_that_the_stated_wait_is_enough() -> None:
     limit = RateLimit(1)
     assert limit.wait(SOURCE, 0.0) == 0
     waits = [limit.wait(SOURCE, 0.5) for _ in range(100)]

@@ -83,7 +83,7 @@ def test_one_host_alone_never_cuts_us_off(answers: list[str]) -> None:
         assert not reach.failed("dead")
 
 
-def test_strangers_that_are_dead_do_not_cut_us_off_while_nobody_who_is_known_fails() -> None:
+def test_dead_unknown_hosts_are_no_outage_while_no_known_host_fails() -> None:
     reach: Connectivity[int] = Connectivity()
     assert [reach.failed(f"dead{number}") for number in range(ANY_TO_CUT_OFF)] == [False] * (ANY_TO_CUT_OFF - 1) + [
         True

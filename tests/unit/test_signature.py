@@ -219,7 +219,7 @@ def test_of_both_spellings_the_newer_one_counts(signer: Signer) -> None:
         '{"params": {}}'.encode("utf-16"),
     ],
 )
-def test_what_is_not_a_json_object_is_left_to_the_notification_parser(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_left_to_the_notification_parser(body: bytes) -> None:
     assert open_envelope(body) is None
     with pytest.raises(ContractError):
         parse_notification(body, max_files=1)
@@ -536,7 +536,7 @@ def test_a_key_of_another_kind_is_refused() -> None:
         ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----", "a certificate"),
     ],
 )
-def test_a_text_that_is_no_key_is_told_what_it_lacks(text: str, beginning: str) -> None:
+def test_a_text_that_is_no_key_is_refused_with_the_reason(text: str, beginning: str) -> None:
     assert unloadable(text).startswith(beginning)
 
 

@@ -283,7 +283,7 @@ async def test_a_missing_object_is_missing_for_ever() -> None:
                 assert answer.status == 404
 
 
-async def test_what_is_not_planted_is_not_there() -> None:
+async def test_an_object_that_is_not_planted_does_not_exist() -> None:
     async with origin() as (_, session), session.head("what") as answer:
         assert answer.status == 404
 
@@ -419,7 +419,7 @@ async def test_a_rate_spreads_the_posts() -> None:
 
 
 @pytest.mark.parametrize("trouble", [503, 429, "cut off"])
-async def test_what_is_not_taken_is_posted_again(trouble: int | str) -> None:
+async def test_a_notification_that_is_not_acked_is_posted_again(trouble: int | str) -> None:
     posts = Counter[bytes]()
 
     async def ack(request: web.Request) -> web.Response:
@@ -668,7 +668,7 @@ def test_a_batch_that_differs_though_its_files_do_not_is_reported(
     ]
 
 
-def test_a_file_reported_failed_must_not_have_been_asked_for(played: Played) -> None:
+def test_a_file_reported_failed_must_not_have_been_requested(played: Played) -> None:
     file = of_kind(Kind.FAILED)
     played.requests[file.key] = 2
     assert [difference.reason for difference in played.compare().differences] == [
@@ -676,7 +676,7 @@ def test_a_file_reported_failed_must_not_have_been_asked_for(played: Played) -> 
     ]
 
 
-def test_a_file_said_to_be_available_must_have_been_asked_for(played: Played) -> None:
+def test_a_file_reported_available_must_have_been_requested(played: Played) -> None:
     del played.requests[of_kind(Kind.PRESENT).key]
     assert [difference.reason for difference in played.compare().differences] == ["never requested"]
 
@@ -706,7 +706,7 @@ def test_only_the_first_differences_are_listed_and_all_are_counted(played: Playe
 
 
 @pytest.mark.parametrize("reason", ["private_address", "port_not_allowed"])
-def test_a_daemon_that_refuses_loopback_is_told_what_to_set(played: Played, reason: str) -> None:
+def test_a_daemon_that_refuses_loopback_gets_an_error_naming_the_setting(played: Played, reason: str) -> None:
     played.change_file(of_kind(Kind.PRESENT), state="blocked", reason=reason)
     code, text = played.shown()
     assert code == 1
@@ -866,7 +866,7 @@ def test_the_record_and_the_token_are_the_configurations() -> None:
     assert (daemon.record, daemon.token) == (Path("/var/lib/notify.db"), "sesame-open")
 
 
-def test_what_is_given_goes_before_the_configuration() -> None:
+def test_arguments_take_precedence_over_the_configuration() -> None:
     daemon = configured(Config(), options(url="https://a/b", store=Path("c.db")))
     assert (daemon.url, daemon.record, daemon.tls) == ("https://a/b", Path("c.db"), True)
 
@@ -911,7 +911,7 @@ def test_a_bad_configuration_exits_2_with_a_line_for_the_key(tmp_path: Path, cap
     assert capfd.readouterr() == ("", "[server] port: must be from 0 to 65535, not 99999\n")
 
 
-def test_a_daemon_that_cannot_be_reached_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_daemon_is_reported_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/notify"
     with pytest.raises(SystemExit) as end:
@@ -924,7 +924,7 @@ def test_a_daemon_that_cannot_be_reached_is_told_in_one_line(capfd: pytest.Captu
     )
 
 
-def test_a_directory_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_directory_is_reported_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
         run(Plan(seed=1), options(own_daemon=True, keep=tmp_path / "file"))

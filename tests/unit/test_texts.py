@@ -121,7 +121,7 @@ def said() -> set[str]:
     return keys | {f"{family}.{word}" for family, words in FAMILIES.items() for word in words}
 
 
-def test_all_that_is_asked_for_is_there_and_nothing_else() -> None:
+def test_the_vocabulary_has_every_key_in_use_and_no_other() -> None:
     there = {key for key in EN.by_key if not key.startswith("reason.") and not singular(key)}
     assert said() - there == set()
     assert there - said() == set()
@@ -151,7 +151,7 @@ def test_a_number_chooses_between_singular_and_plural() -> None:
     assert ZH("count.files", n=1) == "1 个文件"
 
 
-def test_what_is_put_into_a_text_is_escaped() -> None:
+def test_values_put_into_a_text_are_escaped() -> None:
     assert EN("search.found", q="<b>") == "Found for &lt;b&gt;"
 
 

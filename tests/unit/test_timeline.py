@@ -167,7 +167,7 @@ def times(story: list[tuple[float, str, bool, float | None]]) -> Iterator[tuple[
 
 
 @given(st.lists(outcomes, min_size=1, max_size=60), st.floats(0, 90))
-def test_a_host_is_told_of_by_what_it_did_in_the_last_minute(
+def test_host_rates_cover_the_last_minute(
     story: list[tuple[float, str, bool, float | None]], pause: float
 ) -> None:
     rates = HostRates()

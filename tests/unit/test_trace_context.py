@@ -84,7 +84,7 @@ def test_of_a_later_version_what_all_versions_have_is_read(
     ],
     ids=ascii,
 )
-def test_what_is_no_valid_header_is_as_good_as_none(header: str) -> None:
+def test_an_invalid_header_is_ignored(header: str) -> None:
     assert parse_traceparent([header]) is None
 
 

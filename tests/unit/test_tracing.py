@@ -120,7 +120,7 @@ def test_a_callback_is_a_server_span_that_hangs_on_its_callers(traces: Tracing, 
 
 
 @pytest.mark.parametrize(("status", "is_error"), [(400, False), (429, False), (500, True), (503, True)])
-def test_only_what_is_our_fault_is_an_error(
+def test_only_faults_of_this_server_are_errors(
     traces: Tracing, exporter: InMemorySpanExporter, status: int, is_error: bool
 ) -> None:
     with traces.callback("request-1", None, "POST", "/notify", "") as callback:
@@ -265,7 +265,7 @@ async def test_no_more_callbacks_are_remembered_than_there_is_room_for(
     assert [span.parent is None for span in exporter.get_finished_spans()] == [True, False, False]
 
 
-async def test_what_cannot_be_told_of_in_time_is_dropped(traces: Tracing, exporter: InMemorySpanExporter) -> None:
+async def test_spans_that_cannot_be_exported_in_time_are_dropped(traces: Tracing, exporter: InMemorySpanExporter) -> None:
     for _ in range(tracing.GROUPS_WAITING + 10):
         traces.probed([result(request())])
     await tell(traces)

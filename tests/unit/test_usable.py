@@ -84,7 +84,7 @@ def test_there_are_enough_recorded_answers_and_each_has_a_name() -> None:
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=NAMES)
-def test_recorded_answer_comes_to_what_is_expected(answer: RecordedAnswer) -> None:
+def test_recorded_answer_gives_the_expected_verdict(answer: RecordedAnswer) -> None:
     conclusion, item, shown, _ = play(answer, UsableConfig())
     expect = answer.expect
     assert (state(conclusion), conclusion.reason, list(shown)) == (expect.state, expect.reason, expect.flags)
@@ -201,7 +201,7 @@ def test_the_first_bytes_are_read_where_the_headers_leave_doubt(
         (b"\0" * 512, None),
     ],
 )
-def test_the_kind_of_a_file_is_told_by_its_beginning(beginning: bytes, type: str | None) -> None:
+def test_the_kind_of_a_file_is_recognised_by_its_first_bytes(beginning: bytes, type: str | None) -> None:
     assert sniff(beginning) == type
 
 

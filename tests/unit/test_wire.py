@@ -300,7 +300,7 @@ def test_a_body_that_is_not_an_object_is_named_for_what_it_is(body: bytes, kind:
         (b'{"batch_id":"a\nb"}', "invalid character (byte 14)"),
     ],
 )
-def test_a_body_that_is_not_json_is_told_where_it_stops_being_json(body: bytes, detail: str) -> None:
+def test_an_error_names_the_position_where_a_body_stops_being_json(body: bytes, detail: str) -> None:
     assert refusal(body) == ("body", f"not valid JSON ({detail})")
 
 
@@ -319,7 +319,7 @@ def test_bytes_that_are_not_utf_8_are_refused_wherever_they_stand(octets: bytes)
 
 @pytest.mark.parametrize("depth", [1_000, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"x":', b"}")])
-def test_what_is_nested_a_thousand_deep_or_more_is_refused(depth: int, opening: bytes, closing: bytes) -> None:
+def test_a_body_nested_a_thousand_deep_or_more_is_refused(depth: int, opening: bytes, closing: bytes) -> None:
     nest = opening * depth + b"0" + closing * depth
     body = as_bytes(document(extra="HERE")).replace(b'"HERE"', nest)
     assert refusal(body) == ("body", "nested too deeply")

@@ -26,7 +26,7 @@ def in_debt(seconds: float, now: float = T) -> JobScheduler:
     return scheduler
 
 
-def test_jobs_run_at_once_while_nobody_waits_for_acks() -> None:
+def test_jobs_run_at_once_while_no_ack_waits() -> None:
     scheduler = JobScheduler()
     for number in range(5):
         assert scheduler.may_run_job(T + number * LITTLE)

@@ -65,7 +65,7 @@ def admin_of(daemon: AppServer) -> Admin:
         {"X-Forwarded-For": "127.0.0.1", "Host": "localhost"},
     ],
 )
-async def test_nothing_is_told_to_who_has_no_token(guarded: AppServer, path: str, headers: dict[str, str]) -> None:
+async def test_nothing_is_shown_without_a_token(guarded: AppServer, path: str, headers: dict[str, str]) -> None:
     """Threat row 90."""
     sent = {name: value.encode("latin-1", "replace").decode("latin-1") for name, value in headers.items()}
     answer = await guarded.get(path, headers=sent, allow_redirects=False)

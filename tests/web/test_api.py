@@ -163,7 +163,7 @@ async def test_the_process_tells_what_it_is_at(filled: Filled) -> None:
     assert status.last is not None and status.last.backlog <= 9
 
 
-async def test_the_record_is_told_in_numbers(filled: Filled) -> None:
+async def test_status_counts_the_record(filled: Filled) -> None:
     totals = await filled.get("totals", Totals)
     assert (totals.batches, totals.batches_complete, totals.batches_incomplete, totals.batches_pending) == (3, 1, 1, 1)
     assert (totals.files, totals.available, totals.unavailable, totals.blocked, totals.upload_failed) == (9, 4, 1, 1, 1)
@@ -171,7 +171,7 @@ async def test_the_record_is_told_in_numbers(filled: Filled) -> None:
     assert totals.oldest_pending_at is not None
 
 
-async def test_what_went_on_is_told_by_the_second_and_by_the_minute(filled: Filled) -> None:
+async def test_activity_is_given_by_the_second_and_by_the_minute(filled: Filled) -> None:
     async with asyncio.timeout(SECONDS):
         while sum(sample.refused for sample in (await filled.get("series", Page[Sample])).items) < 3:
             await asyncio.sleep(0.05)
@@ -213,7 +213,7 @@ async def test_pages_of_batches_follow_each_other_without_a_gap(filled: Filled) 
     assert pieces == everything
 
 
-async def test_a_batch_is_told_with_its_latest_delivery_and_its_files(filled: Filled) -> None:
+async def test_a_batch_has_its_latest_delivery_and_its_files(filled: Filled) -> None:
     id = filled.id_of(filled.incomplete)
     batch = await filled.get(f"batches/{id}", BatchDetail)
     assert (batch.files, batch.available, batch.unavailable, batch.blocked, batch.upload_failed) == (4, 1, 1, 1, 1)
@@ -231,7 +231,7 @@ async def test_a_batch_is_told_with_its_latest_delivery_and_its_files(filled: Fi
     assert first.items + rest.items == files
 
 
-async def test_a_file_is_told_with_the_requests_made_for_it(filled: Filled) -> None:
+async def test_a_file_has_its_requests(filled: Filled) -> None:
     page = await filled.get("files", Page[FileItem], reason="http_404", host=filled.origin.host, state="pending")
     assert len(page.items) == 2
     file = await filled.get(f"files/{page.items[0].id}", FileDetail)
@@ -241,7 +241,7 @@ async def test_a_file_is_told_with_the_requests_made_for_it(filled: Filled) -> N
     assert (await filled.get("files", Page[FileItem], reason="http_404", state="available")).items == []
 
 
-async def test_what_fails_is_told_by_reason_and_host_and_so_is_what_waits(filled: Filled) -> None:
+async def test_failures_and_pending_files_are_grouped_by_reason_and_host(filled: Filled) -> None:
     groups = (await filled.get("failures", Page[FailureGroup])).items
     assert {(group.reason, group.host, group.state, group.files) for group in groups} == {
         ("http_404", filled.origin.host, "pending", 2),
@@ -272,7 +272,7 @@ async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_key(
 
 
 @pytest.mark.parametrize("text", ["%", "_", "*", "' OR 1=1 --", '"; DROP TABLE file; --', "\0", "\udcff", "😀", "null"])
-async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Filled, text: str) -> None:
+async def test_search_and_filter_texts_are_taken_literally(filled: Filled, text: str) -> None:
     """Threat row 88."""
     if not text.isascii() and not text.isprintable():
         text = "%FF"
@@ -328,7 +328,7 @@ async def test_what_is_searched_or_filtered_for_is_taken_literally(filled: Fille
         ("totals?fresh=1", "fresh: is not a parameter here, there are none"),
     ],
 )  # fmt: skip
-async def test_a_wrong_parameter_is_told_by_its_name_in_plain_words(filled: Filled, asked: str, said: str) -> None:
+async def test_a_wrong_parameter_is_named_in_plain_words(filled: Filled, asked: str, said: str) -> None:
     answer = await filled.daemon.get(f"/api/v1/{asked}")
     assert answer.refusal(400, "400") == said
     assert answer.headers["Cache-Control"] == "no-store"
@@ -355,7 +355,7 @@ async def test_a_wrong_parameter_is_told_by_its_name_in_plain_words(filled: Fill
         ("prune", b'{"completed_before": 1}', "completed_before: must be a time like 2026-11-23T08:00:00Z"),
     ],
 )
-async def test_a_wrong_body_is_told_by_its_field_in_plain_words(
+async def test_a_wrong_field_of_a_body_is_named_in_plain_words(
     filled: Filled, path: str, body: bytes, said: str
 ) -> None:
     assert (await filled.daemon.post(body, path=f"/api/v1/{path}")).refusal(400, "400").startswith(said)
@@ -378,16 +378,16 @@ async def test_a_cursor_of_another_listing_is_refused(filled: Filled) -> None:
 
 @pytest.mark.parametrize("id", ["0", "4711", str(2**63 - 1), "9" * 19, "0000000000000004711"])
 @pytest.mark.parametrize("path", ["batches/{}", "batches/{}/files", "files/{}", "rejections/{}"])
-async def test_what_is_not_there_is_not_found(filled: Filled, path: str, id: str) -> None:
+async def test_an_unknown_resource_is_not_found(filled: Filled, path: str, id: str) -> None:
     assert await filled.refusal(path.format(id), 404) == "no row has this id: it may have been deleted"
 
 
 @pytest.mark.parametrize("id", ["-1", "x", "1.5", "9" * 20, "1%00", "%EF%BC%91"])
-async def test_what_is_no_id_is_not_served(filled: Filled, id: str) -> None:
+async def test_an_invalid_id_is_not_served(filled: Filled, id: str) -> None:
     assert await filled.refusal(f"batches/{id}", 404) == "nothing is served at this path"
 
 
-async def test_actions_on_what_is_not_there_are_not_found(filled: Filled) -> None:
+async def test_actions_on_unknown_resources_are_not_found(filled: Filled) -> None:
     for path, body in (("recheck", {"file": 4711}), ("recheck", {"batch": 4711}), ("rejections/4711/replay", None)):
         (await act(filled.daemon, path, body)).refusal(404, "404")
 
@@ -447,7 +447,7 @@ async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch
     assert answer.headers["Connection"] == "close"
 
 
-async def test_a_record_that_cannot_be_read_is_told_as_busy_and_read_again_when_it_can_be(
+async def test_an_unreadable_record_is_answered_busy_and_read_again_later(
     start: Start, tmp_path: Path
 ) -> None:
     daemon = await start()
@@ -483,7 +483,7 @@ async def failing(start: Start, origin: Origin, **sections: Any) -> AppServer:
     return await start(verify={**PROBING, "allowed_hosts": ["127.0.0.1"]}, **sections)
 
 
-async def test_a_file_is_asked_for_anew_at_once(start: Start) -> None:
+async def test_a_recheck_of_a_file_takes_effect_at_once(start: Start) -> None:
     async with Origin() as origin:
         daemon = await failing(start, origin)
         body = notification(entry(target_url=origin.url("/f")))
@@ -502,7 +502,7 @@ async def test_a_file_is_asked_for_anew_at_once(start: Start) -> None:
         assert again["verdict"] == "complete"
 
 
-async def test_the_files_that_would_be_asked_for_are_those_that_are(start: Start) -> None:
+async def test_a_dry_run_counts_the_files_that_a_recheck_takes(start: Start) -> None:
     async with Origin() as origin:
         daemon = await failing(start, origin)
         origin.statuses["/later"] = 404
@@ -541,7 +541,7 @@ async def test_the_files_that_would_be_asked_for_are_those_that_are(start: Start
             await eventually(lambda: daemon.rows("SELECT 1 FROM batch WHERE blocked = 3"))
 
 
-async def test_a_file_that_is_being_asked_for_is_asked_for_again(start: Start) -> None:
+async def test_a_recheck_of_a_file_in_flight_requests_it_again(start: Start) -> None:
     async with Origin() as origin:
         gate = origin.gates["/f"] = asyncio.Event()
         daemon = await failing(start, origin)
@@ -555,7 +555,7 @@ async def test_a_file_that_is_being_asked_for_is_asked_for_again(start: Start) -
         assert origin.reached["/f"] == 2
 
 
-async def test_what_is_too_much_for_one_request_is_told_and_done_by_the_next(
+async def test_a_recheck_too_large_for_one_request_says_so_and_goes_on_with_the_next(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ACTION_SECONDS", 0.0)
@@ -592,7 +592,7 @@ async def test_a_refused_body_is_taken_after_all_when_more_is_allowed(start: Sta
     assert (await daemon.get("/api/v1/totals")).json["batches"] == 1
 
 
-async def test_what_is_old_is_deleted_by_retention_or_by_a_time(start: Start) -> None:
+async def test_old_batches_are_deleted_by_retention_or_by_a_time(start: Start) -> None:
     clock = Clock(1_700_000_000_000)
     daemon = await start(clock=clock, retention={"completed": "1d", "rejections": "1d"})
     old, new = notification(entry()), notification(entry())
@@ -780,7 +780,7 @@ async def test_an_export_ends_with_its_client(start: Start, tmp_path: Path) -> N
     assert pages <= records.pages < 1.5 * pages
 
 
-async def test_an_export_that_nobody_reads_waits_and_is_given_up(
+async def test_an_export_without_a_reader_waits_and_is_given_up(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "STALLED_SECONDS", 0.3)

@@ -268,7 +268,7 @@ async def test_the_old_key_and_the_new_are_accepted_while_both_are_configured(
     (await daemon.post(other_signer.seal(daemon.notification()))).accepted()
 
 
-async def test_what_is_proven_and_breaks_the_contract_is_named_and_kept(
+async def test_a_proven_notification_that_breaks_the_contract_is_named_and_kept(
     start: Start, signer: Signer, signed: dict[str, Any]
 ) -> None:
     daemon = await start(auth=signed)
@@ -621,7 +621,7 @@ def test_an_ipv6_address_is_in_its_networks_whatever_its_zone(address: IPv6Addre
 @example("127.0.0.1 ")
 @example("127.0.0.1/8")
 @example("/tmp/socket")
-def test_what_is_no_address_is_in_no_network(text: str) -> None:
+def test_an_invalid_address_is_in_no_network(text: str) -> None:
     try:
         ip_address(text.partition("%")[0])
     except ValueError:

@@ -346,7 +346,7 @@ async def test_mutilated_bodies_are_accepted_or_refused_and_never_fail(daemon: A
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
-async def test_any_other_method_is_refused_with_what_is_allowed(daemon: AppServer, method: str) -> None:
+async def test_any_other_method_is_refused_with_the_allowed_ones(daemon: AppServer, method: str) -> None:
     before = daemon.counts()
     answer = await daemon.ask(method, "/notify", json=daemon.notification())
     assert answer.headers["Allow"] == "POST"
@@ -561,7 +561,7 @@ CHUNKED = b"Transfer-Encoding: chunked"
         pytest.param(b"\r\n\r\n\0\xff\xfe garbage \r\n\r\n", id="garbage"),
     ],
 )
-async def test_what_is_not_http_is_refused_and_the_next_caller_served(served: AppServer, request_bytes: bytes) -> None:
+async def test_bytes_that_are_not_http_are_refused_and_the_next_caller_served(served: AppServer, request_bytes: bytes) -> None:
     before = served.count("notification")
     connection = await served.connect()
     await connection.send(request_bytes)
@@ -689,7 +689,7 @@ async def test_a_backlog_at_its_limit_refuses_what_comes_next_and_writes_nothing
     assert daemon.counts() == before == (2, 0)
 
 
-async def test_what_is_settled_at_once_does_not_count_as_backlog(start: Start) -> None:
+async def test_files_settled_at_once_do_not_count_as_backlog(start: Start) -> None:
     daemon = await start(verify={"backlog_limit": 1})
     for _ in range(3):
         await daemon.serves()

@@ -106,7 +106,7 @@ async def test_an_expectation_that_cannot_be_met_is_refused_in_the_shape(served:
 
 
 @pytest.mark.parametrize("verb", ["accept", "reject"])
-async def test_an_error_that_nobody_foresaw_is_answered_in_the_shape_and_logged(
+async def test_an_unexpected_error_is_answered_in_the_documented_form_and_logged(
     daemon: AppServer, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     async def fail(self: SqliteClient, given: Any) -> int:

@@ -105,7 +105,7 @@ async def test_many_are_registered_at_once_and_paged(start: Start) -> None:
     assert await ask(daemon, "DELETE", f"{PATH}?reference=many-8") == {"deleted": 0}
 
 
-async def test_late_and_short_are_told_and_met_by_what_comes(start: Start) -> None:
+async def test_late_and_short_raise_events_and_later_arrivals_meet_them(start: Start) -> None:
     daemon = await start()
     (last,) = (await events(daemon))[-1:] or [{"id": 0}]
     await register(daemon, reference="late", batch_id="late", notify_within="100ms")
@@ -141,7 +141,7 @@ async def test_late_and_short_are_told_and_met_by_what_comes(start: Start) -> No
     ]
 
 
-async def test_gate_knows_what_is_expected_and_waits_for_its_verdict(start: Start) -> None:
+async def test_gate_knows_expected_batches_and_waits_for_their_verdict(start: Start) -> None:
     daemon = await start()
     await ask(daemon, "GET", "/api/v1/verdict?batch_id=gated", status=404)
     await register(daemon, reference="g", batch_id="gated", files=2)

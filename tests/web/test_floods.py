@@ -13,12 +13,12 @@ async def post_as(daemon: AppServer, address: str) -> tuple[int, str | None]:
     return answer.status, answer.headers.get("Retry-After")
 
 
-async def test_without_a_limit_nobody_is_refused(start: Start) -> None:
+async def test_without_a_limit_no_source_is_refused(start: Start) -> None:
     daemon = await start()
     assert {(await daemon.post(daemon.notification())).status for _ in range(200)} == {200}
 
 
-async def test_beyond_the_limit_a_source_is_told_to_wait_and_others_go_on(start: Start, events: Events) -> None:
+async def test_beyond_the_limit_a_source_gets_retry_after_and_others_go_on(start: Start, events: Events) -> None:
     daemon = await start(server={"rate_limit": 1, "trusted_proxies": ["127.0.0.1"]})
     assert await post_as(daemon, "192.0.2.1") == (200, None)
     assert await post_as(daemon, "192.0.2.1") == (429, "1")
@@ -30,7 +30,7 @@ async def test_beyond_the_limit_a_source_is_told_to_wait_and_others_go_on(start:
     assert events.find("callbacks beyond [server] rate_limit are answered 429", remote="2001:db8::2") is None
 
 
-async def test_what_is_refused_has_the_platform_s_form_and_is_refused_whatever_it_is(start: Start) -> None:
+async def test_a_refusal_has_the_platforms_form_for_any_path(start: Start) -> None:
     daemon = await start(server={"rate_limit": 1})
     (await daemon.post(daemon.notification())).accepted()
     assert "429" not in (await daemon.post(b"[]")).refusal(429, "429")

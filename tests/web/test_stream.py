@@ -135,7 +135,7 @@ async def test_a_listener_that_is_too_far_behind_is_ended() -> None:
     assert received[-1] == b"event: event\ndata: %d\n\n" % (stream.MAX_BEHIND - 1)
 
 
-async def test_once_closed_all_listeners_are_ended_and_nobody_may_listen() -> None:
+async def test_once_closed_all_listeners_end_and_no_new_one_is_accepted() -> None:
     it = Stream()
     with it.listen() as one, it.listen() as other:
         it.publish("last", None)
