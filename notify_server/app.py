@@ -89,8 +89,8 @@ STREAM = web.AppKey("stream", Stream)
 TRACING: web.AppKey[Tracing | None] = web.AppKey("tracing")
 GRACE = web.AppKey("grace", Grace)
 
-# Shares of the remaining shutdown_grace: probes in flight, then the end of the probers, then closing the store. The
-# rest is for everything else.
+# Shares of the remaining shutdown_grace, in this order: attempts in flight and the probers, deliveries of events,
+# closing the store. The rest is for everything else.
 PROBES_SHARE = 0.5
 FORWARD_SHARE = 0.3
 STORE_SHARE = 0.8

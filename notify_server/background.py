@@ -78,8 +78,8 @@ async def prune_record(live: Live, store: Store, metrics: Metrics, now: Callable
 async def limit_waits(
     store: Store, verify: VerifyConfig, now: Callable[[], int], add_hosts: Callable[[frozenset[str]], object]
 ) -> None:
-    """Make files due that wait for longer than the schedule says: a clock was wrong when they were written, the one of
-    this machine before a restart, or that of another server.
+    """Make files due whose next attempt is later than the schedule allows. The clock of this machine (before a restart)
+    or of another server was wrong when that time was written.
     """
     longest = max([LONGEST_REST, *verify.retry_schedule]) * (1 + verify.jitter) + CLOCK_MARGIN
     while True:

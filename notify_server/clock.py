@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# The share of elapsed time that it may run ahead or behind: less than the jitter of a retry's wait.
+# The clock runs at most 1/SLEW faster or slower than elapsed time, which is less than the jitter of a retry's wait.
 SLEW = 10
 # A wall clock this wrong was never set. It is followed at once.
 NEVER_SET_NS = 86_400 * 10**9

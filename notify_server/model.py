@@ -1,4 +1,4 @@
-"""The types that every layer speaks. They are frozen, hold no behaviour that does I/O, and import nothing of the house.
+"""The types that all layers share. They are frozen, do no I/O, and import nothing from this package.
 
 Times are integer Unix milliseconds, UTC (`_at`), unless a name says otherwise; durations are milliseconds (`_ms`)
 or, in configuration, seconds.
@@ -221,10 +221,10 @@ class HostView(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One HTTP request for a prober to make. `id` is echoed in the evidence; times are milliseconds.
 
-    `fresh` asks for a connection of its own; `keep` allows the connection to be reused afterwards. A GET asks for the
-    first byte alone when it is `ranged`; otherwise for everything, and is cut off after the headers. With `sniff` a GET
-    reads the first 512 bytes, to tell what kind of file it is. `address_limit` is
-    how many requests of this prober may dial one address and port at a time (0: any number). `headers` are whole lines
+    `fresh` requires a new connection; `keep` allows the connection to be reused afterwards. A `ranged` GET requests the
+    first byte only; any other GET requests the whole object and is cut off after the headers. With `sniff` a GET reads
+    the first 512 bytes, from which the type of the file is detected. `address_limit` is the maximum of requests that
+    this prober may have under way to one address and port (0: no limit). `headers` are whole lines
     to add.
     """
 
@@ -242,13 +242,13 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one HTTP request showed. Strings come from strangers and are sanitised by the prober.
+    """The result of one HTTP request. Its strings come from untrusted servers; the prober sanitises them.
 
     `failure` is None exactly when a final status line and its headers arrived; otherwise `status` is None.
     `reused` is true when the answer came on a connection that had carried another answer before.
     Phases are durations in milliseconds, None when the phase did not take place; `total_ms` is always there.
     `content_length` is the length of the whole object, also for an answer to a ranged GET.
-    `refused` is true when the connection was refused: the host, or one on the way to it, has said so.
+    `refused` is true when the host, or a machine on the way to it, refused the connection.
     `shortage` is true when this machine had no port or descriptor left, so that nothing was sent; `crowded` when as
     many requests as allowed were under way to the address, which is `remote_addr` then, or as many look-ups of names.
     `vendor_request_id` and `vendor_code` are the storage vendor's id of the request and code of its error; `headers`
@@ -328,8 +328,8 @@ class FileResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class BatchVerdict(msgspec.Struct, frozen=True):
     """A verdict that has just been reached and committed. `request_id` and `traceparent` are those of the batch's
-    latest delivery, None when it is not kept any more. `event` is the id of its event and `revision` that event's, None
-    when the batch's last event said the same.
+    latest delivery, None when retention has deleted it. `event` and `revision` are the id and the revision of the event
+    that was written; None when the batch's last event had the same verdict, so that no event was written.
     """
 
     batch: int

@@ -147,7 +147,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def awaits_request(self) -> bool:
-        """True while the caller has begun a request, or has never sent one, and is the one who is waited for."""
+        """True while the server waits for the caller to send a request, or the rest of one, or to read an answer."""
         return not self._answering and (self._head is not None or not self._served or self._choked)
 
     @property

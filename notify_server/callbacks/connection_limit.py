@@ -8,11 +8,11 @@ from typing import Protocol
 from notify_server.callbacks.access import source_of, within
 from notify_server.config import IPNetwork
 
-# While connections are short, one whose request has not come gives way after this time, one that is kept alive between
-# two requests after a longer time. Those of a source with more than its share give way at once.
+# When `max_connections` are open, a connection whose request has not arrived may be closed after SILENT_SECONDS, and an
+# idle kept-alive one after IDLE_SECONDS. Connections of a source with more than its share may be closed at once.
 SILENT_SECONDS = 1.0
 IDLE_SECONDS = 5.0
-# The part of all connections that a source has as its share.
+# A source's share is `max_connections` divided by this number.
 SHARE = 4
 
 
@@ -24,7 +24,7 @@ class Member(Protocol):
 
     @property
     def awaits_request(self) -> bool:
-        """True while its caller has begun a request, or has never sent one, and is the one who is waited for."""
+        """True while the server waits for its caller to send a request, or the rest of one, or to read an answer."""
         ...
 
     @property
@@ -40,8 +40,9 @@ class Member(Protocol):
 class ConnectionLimit:
     """Counts the open connections by their source.
 
-    When all are taken, a new one replaces the oldest silent one of the source that has most of them and more than a
-    quarter, trusted proxies excepted; without such a source, the oldest one that has been silent for some time.
+    When all are taken, a new connection replaces the oldest idle or waiting one of the source that has the most, if
+    that is more than its share; trusted proxies and the new connection's own source are excepted. Without such a source
+    it replaces the oldest connection that has been silent for SILENT_SECONDS or IDLE_SECONDS.
     """
 
     def __init__(self, limit: int, trusted: Sequence[IPNetwork], clock: Callable[[], float]) -> None:

@@ -30,7 +30,7 @@ class DeliveryReader:
     def read(self, headers: Headers, body: bytes, request_id: str, caller: str, parent: TraceParent | None) -> Delivery:
         """Return the body as a delivery. Raises RefusedError, ContractError, SignatureError.
 
-        Content-Type is not looked at: the platform's document promises none, and what parses as a notification is one.
+        Content-Type is ignored: the platform's document specifies none. Any body that parses as a notification is one.
         """
         if "Content-Encoding" in headers:
             codings = {coding.strip().lower() for coding in headers["Content-Encoding"].split(",")}

@@ -101,8 +101,9 @@ class Callback:
     def open(
         self, method: str, headers: Headers, url: URL, length: int, peer: str, reply: Reply
     ) -> tuple[Exchange, bool]:
-        """Begin an exchange with the head of a request, whose body has `length` bytes, 0 when that is not known; False
-        when the head is a reason to refuse it, which is then done. Each request is counted once by the rate limit.
+        """Begin an exchange with the head of a request. `length` is the size of its body in bytes, 0 if unknown. Return
+        False if the head alone is a reason to refuse the request; the refusal is then sent. The rate limit counts each
+        request once, here.
         """
         exchange = Exchange(headers, peer, reply)
         if "traceparent" in headers:
@@ -146,7 +147,7 @@ class Callback:
 
     def refuse(self, exchange: Exchange, refused: RefusedError, body: bytes = b"") -> None:
         """Answer with a refusal; a body worth keeping is kept first."""
-        # Where a signature is required, anything that comes before its proof may be anybody's.
+        # If a signature is required, a body that is refused before it is verified may come from any sender.
         if refused.keep and (refused.proven or self._auth.signature != "required"):
             task = asyncio.create_task(self._keep(exchange, refused, body), name="keep a refused body")
             self._refusing.add(task)

@@ -17,7 +17,7 @@ from notify_server.config import AckConfig
 REQUEST_ID = "{request_id}"
 # Without a version, which helps only attackers.
 SERVER_NAME = "notify_server"
-# RFC 9110 8.6, 15.3.5, 15.3.6: the one has neither a body nor its length, the other has none.
+# RFC 9110 8.6, 15.3.5, 15.3.6: a 204 has neither a body nor a Content-Length, a 205 has no body.
 NO_CONTENT, RESET_CONTENT = 204, 205
 
 

@@ -22,7 +22,7 @@ from notify_server.simulator.receiver import Behaviour, Receivers
 
 SHARES = {Kind.MISSING: 0.02, Kind.SLOW: 0.05, Kind.REFUSES_HEAD: 0.1, Kind.FAILS_FIRST: 0.05, Kind.FAILED: 0.02}
 SLOW_SECONDS = 1.0
-# What is there when the page is opened, and what comes while somebody looks.
+# Batches that are posted before the address is shown, and files per batch.
 FIRST_BATCHES, FILES = 40, 25
 PAUSE_SECONDS = 4.0
 

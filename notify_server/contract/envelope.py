@@ -28,7 +28,7 @@ _MILLISECONDS = re.compile(r"[1-9][0-9]{12}")
 
 
 class Spelling(NamedTuple):
-    """How one of the two published spellings of the envelope calls what differs between them."""
+    """The names of the fields that differ between the two published spellings of the envelope."""
 
     app_id: str
     api_code: str

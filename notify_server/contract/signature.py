@@ -86,7 +86,7 @@ def verify(envelope: Envelope, keys: Sequence[PlatformKey], *, now_ms: int, wind
     That the nonce is new is not checked here: see `nonce_key`.
 
     Raises `SignatureError` with the platform's code: 401001 when no key verifies the signature, 403001 when one does
-    but the timestamp is outside the window. In that order, so that who cannot sign learns nothing of the clock.
+    but the timestamp is outside the window. In that order, so that a sender without a key learns nothing of the clock.
     """
     if not envelope.sign:
         raise SignatureError(SIGNATURE_WRONG, "sign is missing")

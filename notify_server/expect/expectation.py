@@ -20,8 +20,8 @@ import msgspec
 from notify_server.contract.object_key import decode_object_key
 from notify_server.expect.clock import ReadyClock
 
-# A batch that came before its registration, which does not name it, is matched if it is not older than this, or than
-# notify_within: an older one was never registered.
+# An expectation without a batch_id is matched with a batch that came before the registration if the batch is not older
+# than this time or notify_within, whichever is longer. An older batch belongs to no expectation.
 MIN_LOOK_BACK_MS = 3_600_000
 # Bytes of the source file's path that an object's name holds.
 NAME_BYTES = 24
@@ -61,7 +61,7 @@ class NewExpectation(msgspec.Struct, frozen=True, array_like=True):
         return now + self.notify_within_ms, now + self.verdict_within_ms
 
     def look_back(self, now: int) -> int:
-        """Return the time from which on a batch counts that came before its registration."""
+        """Return the time of arrival before which a batch is too old to be matched by a registration at `now`."""
         return now - max(MIN_LOOK_BACK_MS, self.notify_within_ms)
 
 

@@ -46,7 +46,7 @@ class Circuit:
             self._trial = True
 
     def try_now(self, now: int) -> None:
-        """End the rest: a person wants to know."""
+        """End the rest, because a person tests or starts the endpoint."""
         if self.state(now) is CircuitState.OPEN:
             self._open_until = now
 
@@ -62,8 +62,8 @@ class Circuit:
         self._trial = False
 
     def failed(self, now: int) -> None:
-        """Note a failure. While the circuit is open only the trial's lengthens the rest: others were in flight before
-        it opened.
+        """Note a failure. Once the circuit has opened, only a failed trial lengthens the rest: the other deliveries
+        started before it opened.
         """
         self.failures += 1
         state = self.state(now)

@@ -116,7 +116,7 @@ class BotQueue:
         if all(each.type == EventType.TEST_PING for each in deliveries):
             await self._deliver(deliveries, self._compose([_payload(each) for each in deliveries[:1]]))
             return
-        # The wait of the first is over: all that has happened meanwhile goes with it.
+        # The group_wait of the first event is over: the events since then join its message.
         horizon = now + round(self._endpoint.group_wait * 1000)
         room = MAX_EVENTS - len(deliveries)
         if room and horizon > now:
@@ -149,7 +149,7 @@ class BotQueue:
             await self._post(self._compose(problems, reminder=True))
 
     async def _keep(self, recoveries: Sequence[Outgoing]) -> None:
-        """Note recoveries; the one message of all is sent when the last problem has ended."""
+        """Hold recoveries back: one message for all of them is sent when the last problem has ended."""
         if not recoveries:
             return
         self._recovered += [_payload(each) for each in recoveries]
@@ -189,7 +189,7 @@ class BotQueue:
         return attempt.delivered
 
     async def _post(self, message: Message) -> tuple[Attempt, int]:
-        """Post a message; return the attempt, and how long a robot that throttles wants to be left alone."""
+        """Post a message; return the attempt, and how long to wait in ms if the robot throttles."""
         endpoint, now = self._endpoint, self._now()
         secret = endpoint.secret.get_secret_value() if endpoint.secret is not None else ""
         request = self._robot.build(

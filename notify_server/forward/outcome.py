@@ -9,8 +9,9 @@ ANSWER_BYTES = 2048
 
 
 class Attempt(NamedTuple):
-    """`status` is the HTTP status or the exit code, `error` None exactly when the event was delivered; `response` is
-    the beginning of the answer, printable. `fatal` stops the endpoint; `wait_ms` is the receiver's wish.
+    """`status` is the HTTP status or the exit code; `error` is None only when the event was delivered; `response` is
+    the printable beginning of the answer. `retry_after_ms` is the wait that the receiver requested, `fatal` stops the
+    endpoint, and `throttled` means that a robot limits its messages.
     """
 
     status: int | None

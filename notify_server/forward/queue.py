@@ -31,7 +31,7 @@ MIN_WAIT_SECONDS = 0.002
 
 
 class Listener(Protocol):
-    """Hears of every attempt."""
+    """Receives every attempt."""
 
     def on_attempt(self, endpoint: str, delivery: Outgoing, attempt: Attempt) -> None:
         """Note an attempt, before it is recorded."""

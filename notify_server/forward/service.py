@@ -1,4 +1,4 @@
-"""What people and programs do with forwarding: pull events, ask for a verdict, look at endpoints and act on them."""
+"""Serves the forwarding calls of the API and the dashboard: events, verdicts, endpoints and their deliveries."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Keeper:
         if self._expanding is not None:
             self._expanding.cancel()
         await self._store.close()
-        # All of them have their answers now and are about to send more.
+        # Every call has its answer now. Wait until the answers are sent.
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def verbs(self, store: SqliteStore) -> Mapping[str, Callable[..., Awaitable[object]]]:

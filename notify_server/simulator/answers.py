@@ -1,4 +1,4 @@
-"""Reads the recorded-shape answers: how storage vendors, servers and CDNs answer, and what each answer comes to.
+"""Reads the recorded answers of storage vendors, servers and CDNs, each with the result that is expected of it.
 
 They are written from the vendors' documents, one file for each of them.
 """

@@ -113,8 +113,8 @@ class FileQueue(Protocol):
     async def record(self, results: Sequence[FileResult], now: int) -> list[BatchVerdict]:
         """Write outcomes with their attempts, end the claims, and return the verdicts that were reached.
 
-        Dropped are results of files that were reset since they were claimed (they speak of the state before), of files
-        that are not claimed, and all but the first of several results of one file.
+        Results are dropped if their file was reset after the claim (they are about the old address) or is not claimed.
+        Of several results of one file only the first is written.
         """
 
 
@@ -175,9 +175,9 @@ class Store(FileQueue, Editable, Protocol):
         """Keep a refused body, within MAX_REJECTIONS and MAX_REJECTION_BYTES; the oldest go first."""
 
     async def make_due(self, beyond: int, now: int, limit: int) -> Restart:
-        """Make pending files due, at most `limit`, whose next attempt is later than `beyond`, which no schedule asks
-        for: they were written while a clock was wrong. The same for deliveries of events beyond a later time of their
-        own.
+        """Make at most `limit` pending files due whose next attempt is later than `beyond`. No schedule leads to such a
+        time: a clock was wrong when it was written. Deliveries of events are made due in the same way when their next
+        attempt is later than `beyond` by more than DELIVERY_WAIT_MS.
         """
 
     async def end_session(self, session: str, ends_at: int) -> None:

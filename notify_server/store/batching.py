@@ -1,8 +1,8 @@
 """Group commit: callers that arrive together share one transaction.
 
-A Batcher collects callers. What takes a group from it decides when a transaction is made: the SQLite writer between two
-jobs (sqlite/writer.py), its client once a turn of the event loop (sqlite/client.py), and a GroupCommit as soon as the
-last transaction has ended.
+A Batcher collects callers. The component that takes a group from it decides when a transaction is made: the SQLite
+writer between two jobs (sqlite/writer.py), its client once per turn of the event loop (sqlite/client.py), and a
+GroupCommit (PostgreSQL) as soon as the last transaction has ended.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Batcher(Generic[Item, Answer]):
 
 
 class ByteGate:
-    """Bounds the bytes that are under way: what would exceed the limit waits for its turn, in order.
+    """Bounds the bytes under way. An item that would exceed the limit waits, in order.
 
-    One that is larger than the limit goes alone.
+    An item that is larger than the limit starts when nothing else is under way.
     """
 
     def __init__(self, limit: int) -> None:

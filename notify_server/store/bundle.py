@@ -1,7 +1,7 @@
-"""Writes the dispute bundle of a batch: a ZIP with what the platform said, what was found, and when.
+"""Writes the dispute bundle of a batch: a ZIP with the platform's notifications, the check results and their times.
 
-It opens anywhere, is checked by `sha256sum -c SHA256SUMS`, and holds no query of an address unless it is asked for:
-queries may sign. It is written page by page, so its size does not matter.
+`sha256sum -c SHA256SUMS` checks it. Queries of addresses are included only on request, because they may hold
+signatures. It is written page by page, in bounded memory.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ MAX_REJECTIONS = 10_000
 MAX_REJECTION_BYTES = 256 * 1024 * 1024
 # The latest requests of each file are kept.
 MAX_ATTEMPT_ROWS = 50
-# Beyond the longest wait of a file, an event waits for its next delivery at most this much longer: a receiver may ask
-# for a day, after a day of the schedule.
+# By how much the wait for the next delivery of an event may exceed the longest wait of a file: the schedule's longest
+# wait is a day, and so is the longest wait that Retry-After may request.
 DELIVERY_WAIT_MS = 2 * 86_400_000
 
 

@@ -28,7 +28,7 @@ class Known(NamedTuple):
 class Merge:
     """The changes that an expansion makes to its batch: files added, files replaced (by id), and counts by state.
 
-    `restarted` are the replaced files that were pending: results in flight for them speak of the state before.
+    `restarted` are the replaced files that were pending: results in flight for them are out of date.
     `probed_again_at` is when the delivery arrived that last had unavailable files probed again although it changed
     nothing; None if none did, or if a FAILED report has come since.
     """
@@ -73,8 +73,8 @@ class Merge:
         return list(added.values())
 
     def _probes_again(self, known: Known, file: NewFile) -> bool:
-        """Return True if a report that changes nothing has an unavailable file probed again: who sends it once more
-        means "look again".
+        """Return True if an unchanged report resets an unavailable file: a sender that repeats a notification requests
+        another check.
         """
         if known.state is not FileState.UNAVAILABLE or file.reported_status is ReportedStatus.FAILED:
             return False

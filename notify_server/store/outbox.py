@@ -1,7 +1,7 @@
 """The outbox of every store: events, and which endpoint each of them is delivered to.
 
 An event is written in the transaction of the change that it is about, with a delivery (a row of `forward`) for each
-endpoint that subscribes to it. Whoever sends them may die at any moment: what was claimed is claimed again.
+endpoint that subscribes to it. The sender may end at any moment: the deliveries that it had claimed are claimed again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class DeliveryState(StrEnum):
 
 
 class Subscription(msgspec.Struct, frozen=True, array_like=True):
-    """What an endpoint wants: `types` of events, of batches with one of `api_codes` (none: of all). Deliveries become
-    due `delay_ms` after their event. With `recoveries` it gets batch.complete of the batches that it has had a problem
-    of, and endpoint.recovered of the endpoints.
+    """The events that an endpoint receives: those of `types`, of batches with one of `api_codes` (empty: all batches).
+    Deliveries become due `delay_ms` after their event. With `recoveries` the endpoint also receives batch.complete of
+    batches whose problems were delivered to it, and endpoint.recovered.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Outgoing(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Claimed(msgspec.Struct, frozen=True, array_like=True):
-    """The deliveries claimed, and for each endpoint asked for when its next one becomes due, if any waits."""
+    """The claimed deliveries, and by endpoint the time at which the next delivery becomes due, if one waits."""
 
     deliveries: list[Outgoing]
     next_at: dict[str, int]
@@ -103,7 +103,8 @@ class Claimed(msgspec.Struct, frozen=True, array_like=True):
 
 class DeliveryResult(msgspec.Struct, frozen=True, array_like=True):
     """The outcome of an attempt. `state` is pending with `next_attempt_at`, delivered, failed or superseded. With
-    `stop` the endpoint is stopped until a person starts it. `sent` is False when nothing was sent: no attempt is kept.
+    `stop` the endpoint is stopped until a person starts it. With `sent` False the attempt is neither kept nor counted
+    for the endpoint: nothing was sent, the robot throttled it, or another delivery of the same message is counted.
     """
 
     id: int
@@ -156,15 +157,15 @@ class Outbox(Protocol):
         """Give claims back untouched."""
 
     async def record_deliveries(self, results: Sequence[DeliveryResult], now: int) -> list[Notice]:
-        """Write outcomes with their attempts, end the claims, and return what has become of the endpoints. Events
-        about endpoints are written in the same transaction. A delivery that is pending again, and that a newer event
-        supersedes, is superseded.
+        """Write outcomes with their attempts, end the claims, and return the changes of the endpoints' states. Events
+        about endpoints are written in the same transaction. A delivery that would be pending again becomes superseded
+        if a newer event supersedes it.
         """
 
     async def find_at_risk(self, received_before: int, waits: Sequence[int], now: int) -> int:
-        """Write batch.at_risk of the pending batches first received before then of which a file's latest attempt
-        failed, once for each; return how many. `waits[n]` is the longest time, in ms, from attempt n + 1 to the
-        verdict.
+        """Write batch.at_risk, once, for each pending batch that was first received before `received_before` and has a
+        file whose latest attempt failed; return the number of events. `waits[n]` is the longest time, in ms, from
+        attempt n + 1 to the verdict.
         """
 
     async def find_expiring(self, until: int, now: int) -> int:
@@ -176,8 +177,8 @@ class Outbox(Protocol):
         """Write test.ping for the endpoint alone; return the delivery's id, None when there is no such endpoint."""
 
     async def replay_deliveries(self, endpoint: str, since: int, until: int, now: int, dry_run: bool) -> int:
-        """Deliver the events of [since, until) again, of every batch the newest that supersedes others only; return
-        how many. Those that are pending stay as they are, and do not count.
+        """Deliver the events of [since, until) again; of the superseding events of a batch only the newest. Return the
+        number of deliveries. Pending deliveries are left unchanged and are not counted.
         """
 
     async def stop_endpoint(self, endpoint: str, reason: str | None, now: int) -> bool:

@@ -1,4 +1,4 @@
-"""Decides what deliveries' outcomes make of their endpoint: failing, recovered, stopped. Pure."""
+"""Decides from the outcomes of deliveries whether their endpoint is failing, recovered or stopped. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers submissions, and answers what has become of them."""
+"""Registers submissions, and finds, lists and deletes their expectations."""
 
 from __future__ import annotations
 

@@ -70,12 +70,12 @@ class Metrics:
         self._prune: tuple[float, float] | None = None
         self.gauge(
             "notify_server_prune_last_run_timestamp_seconds",
-            "When retention was last gone through to its end, in Unix time; missing until then.",
+            "When pruning last finished, in Unix time; missing until then.",
             lambda: self._prune[0] if self._prune else None,
         )
         self.gauge(
             "notify_server_prune_last_run_duration_seconds",
-            "How long retention took when it was last gone through to its end.",
+            "How long the pruning that last finished took.",
             lambda: self._prune[1] if self._prune else None,
         )
 

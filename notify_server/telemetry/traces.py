@@ -17,7 +17,7 @@ log = structlog.get_logger("notify_server")
 
 
 def open_tracing() -> Tracing | None:
-    """Traces, where the environment says that they are wanted; what is wrong with it does not stop the daemon."""
+    """Return the tracing that the environment configures, None without one. An invalid setting stops nothing."""
     if not tracing_wanted(os.environ):
         return None
     try:

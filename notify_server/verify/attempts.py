@@ -80,14 +80,14 @@ def _headers(flight: Flight, settings: HostSettings) -> tuple[str, ...]:
     return () if is_downgraded else settings.header_lines
 
 
-# The address has ended: nothing is sent, or what was sent was refused for that.
+# The signed address has expired: no request was made, or the request was refused for this reason.
 EXPIRED = policy.Conclusion(FileState.PENDING, Reason.EXPIRED, final=True)
 
 Doubted = tuple[Flight, policy.Conclusion, Evidence]
 
 
 class Slots(Protocol):
-    """The part of the scheduler in the end of an attempt."""
+    """The methods of the scheduler that are called when an attempt ends."""
 
     def free(self, flight: Flight) -> None:
         """Free the slot of a flight that has ended."""

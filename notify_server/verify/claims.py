@@ -19,8 +19,8 @@ from notify_server.verify.hosts import BUSY_SECONDS, Host, hostname_of
 
 log = structlog.get_logger("notify_server.verify")
 
-# Files claimed ahead for each slot, and the minimum of hosts that share them: a higher one, so smaller claims, while
-# acks share the writer.
+# Files claimed ahead for each slot, and the minimum number of hosts among which they are divided. While acks share the
+# writer the minimum is higher, so that each claim is smaller.
 AHEAD_PER_SLOT = 32
 MIN_AHEAD_SHARES = 8
 MIN_SMALL_AHEAD_SHARES = 64

@@ -27,7 +27,7 @@ from notify_server.verify.hosts import hostname_of
 log = structlog.get_logger("notify_server.verify")
 
 # Declare an outage after 2 consecutive failures of hosts that answered before, or 5 of any hosts. Hosts that never
-# answered may simply be dead: they count only beside one that did, or while no host has answered yet.
+# answered may simply be dead: they count only if a host that answered before fails too, or if none has answered yet.
 KNOWN_TO_CUT_OFF = 2
 ANY_TO_CUT_OFF = 5
 # The number of hosts whose answers are remembered.
@@ -155,7 +155,7 @@ class Outages(Generic[T]):
         return None if self.is_cut_off(hostname) else self._begun
 
     def heard(self, target: Target, evidence: Evidence) -> None:
-        """Note the evidence about the network and the name servers in a request."""
+        """Note that the network, or a name server, works if the evidence of a request proves it."""
         if evidence.status is not None or evidence.connect_ms is not None or evidence.refused:
             self._answered(self._network, target.host)
         if evidence.dns_ms is not None and is_name(target.hostname):

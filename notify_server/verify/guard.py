@@ -233,14 +233,14 @@ class Guard:
     def check_address(self, address: str, port: int) -> Reason | None:
         """Judge the socket address that is about to be dialled: IPv4 or IPv6 text, a %zone allowed. None: go ahead.
 
-        PORT_NOT_ALLOWED comes before PRIVATE_ADDRESS, which is also the answer to a text that is no address.
+        PORT_NOT_ALLOWED takes precedence over PRIVATE_ADDRESS. A text that is no IP address gives PRIVATE_ADDRESS.
 
         An address that carries an IPv4 address is judged by it: IPv4-mapped, because that is what is dialled, and
         NAT64's well-known prefix (RFC 6052), because in a network with IPv6 only every IPv4 site is reached through it
         and a translator may sit in front of a private network (its section 5.1 forbids that; not all obey). Refused
         even with a public address inside: IPv4-compatible and 6to4 (deprecated), Teredo, NAT64's local-use prefix.
-        IPv6 outside 2000::/3 is refused, whether a registry names it or not. A hole (`allowed_networks`) opens an
-        address when it holds it as dialled or holds the IPv4 address carried within.
+        IPv6 outside 2000::/3 is refused, whether a registry names it or not. `allowed_networks` permits an address
+        if it contains the dialled address, or the IPv4 address that is embedded in it.
         """
         return self._judge_dial(address, port)
 

@@ -3,12 +3,12 @@
 **Circuit.** It opens after `circuit_failures` consecutive connection-level failures. While it is open nothing is sent
 and no attempt is spent: the files stay pending. Afterwards it is half open, and the host on trial: as many files as its
 limit allows are tried, within the slots that all hosts on trial share. One answer closes the circuit; otherwise it
-opens again, for twice as long. It stays open ten times as long as its failures take, so a silent host costs a tenth of
-the slots; for a second at least, and for `circuit_rest` at most.
+opens again, for twice as long. It stays open for ten times the duration of the failure, so that a silent host uses a
+tenth of the slots, but for at least a second and at most `circuit_rest`.
 
 **Pacing.** A 429, or a 503 with Retry-After, slows the host down: it is paused for as long as it asked, and
-afterwards paced to a little less than it has just served. The rate grows like TCP's while nothing is refused, until it
-no longer limits anything. A host whose answers become slow has fewer requests under way (latency.py).
+afterwards paced to a little less than it has just served. The rate grows by 5 % per second while nothing is refused,
+and ends above MAX_RATE. A host whose answers become slow has fewer requests under way (latency.py).
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Host:
         return now - self.answered_at > LATELY
 
     def pause(self, until: float) -> None:
-        """Pause the host until then, for a reason that is not its own."""
+        """Pause the host until `until`, because this machine is short of ports or descriptors."""
         self.rest_until = max(self.rest_until, until)
 
     def delay_start(self, until: float) -> None:

@@ -1,7 +1,7 @@
 """Bounds the requests under way at a host by its latency. Has no clock.
 
-A host at its limit answers more slowly instead of refusing. When its answers take much longer than its fastest ones,
-fewer requests are under way; when they do not, one more after as many answers as are under way.
+An overloaded host answers more slowly instead of refusing. When an answer takes much longer than the fastest one, the
+number of requests under way is reduced. Otherwise each answer raises it by 1/size, up to the host's limit.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ REFUSALS = frozenset(
 )
 # A signed address that has expired is refused with these.
 EXPIRED_STATUS = frozenset({401, 403})
-# The last attempt at a signed address is made so long before its end, because requests take time and clocks differ.
+# The last attempt at a signed address is made this long before the address expires: requests take time, clocks differ.
 BEFORE_EXPIRY_MS = 30_000
 # Failures of the host rather than of the file. They count for the host's circuit.
 CONNECTION_FAILURES = frozenset({Reason.TIMEOUT, Reason.DNS_ERROR, Reason.CONNECT_ERROR, Reason.TLS_ERROR})
@@ -218,7 +218,7 @@ def conclude(
 
 
 def is_last(attempts: int, schedule: Sequence[float], now: int, expires_at: int | None) -> bool:
-    """Return True if no attempt follows the one that is made now, after so many."""
+    """Return True if the attempt that is made now, after `attempts` others, is the last."""
     return attempts >= len(schedule) or (expires_at is not None and now >= expires_at - BEFORE_EXPIRY_MS)
 
 

@@ -1,4 +1,4 @@
-"""Turns what an attempt showed into what is recorded of it. Pure."""
+"""Converts the evidence of an attempt into the rows that are recorded. Pure."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ class Share:
         self._waiting.append(host)
 
     def take_waiting(self) -> list[Host]:
-        """Remove and return as many hosts as there are free slots, by turns the oldest and the newest: many silent
-        hosts delay the one that comes after them by no more than it takes to free a slot or two.
+        """Remove and return as many hosts as there are free slots, the oldest and the newest alternately, so that a new
+        host waits for two free slots at most, however many silent hosts were there before.
         """
         taken: list[Host] = []
         for _ in range(min(len(self._waiting), self._slots - self.flights)):
@@ -114,7 +114,7 @@ class Scheduler:
         self._config = config
         self._links = links
         self._now = now
-        # The maximum in flight at one prober: the living do not take over the dead ones' share.
+        # The maximum in flight at one prober. When a prober has died, the others do not take over its share.
         self._slots_a_prober = -(-config.concurrency // max(1, len(links)))
 
         # Hosts that may start a file now, in the order of their turns.

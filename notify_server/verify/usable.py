@@ -1,7 +1,7 @@
 """Decides from an answer whether the file can be used, beyond that it is there. Pure.
 
-A rule speaks only where the object's key, or `[verify.usable] expect`, says that the file is a picture or a video, and
-the server contradicts it; `archived` and `hotlink` are the storage vendor's own words.
+`empty` and `not_media` apply only if the object's key, or `[verify.usable] expect`, marks the file as a picture or a
+video and the answer contradicts that. `archived` and `hotlink` come from the storage vendor's headers and error codes.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _problems(key: str, evidence: Evidence, rules: UsableConfig, *, accepted: bo
         elif any(_is_markup(each) and not _matches(each, media) for each in (type, _sniffed(evidence))):
             yield Problem(Reason.NOT_MEDIA)
     if method != "HEAD":
-        return  # It has been read.
+        return  # A GET was answered, so the object is not archived.
     storage = (headers.get("x-oss-storage-class") or headers.get("x-amz-storage-class") or "").lower()
     restore = _restore(headers)
     if storage in _COLD and restore != "false":

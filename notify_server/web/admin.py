@@ -1,6 +1,6 @@
 """Authorizes access to the dashboard and the API: by the admin_token, as a Bearer or through a log-in.
 
-Where the request comes from never counts: a proxy in front gives every request the address of this machine.
+The address of a request is not considered: behind a proxy every request has the address of this machine.
 
 The session cookie holds its expiry, a random text and a MAC keyed by the admin_token. Only sessions that were ended
 before their time are stored, so one is valid on every node, and changing the token ends all sessions.
@@ -223,7 +223,7 @@ class Admin:
         try:
             await self._on_session_end(session, int(session.partition(".")[0]) * 1000)
         except StoreUnavailableError as error:
-            log.warning("the end of a session is not recorded: it holds again after a restart", error=str(error))
+            log.warning("the log-out is not recorded: the session is valid again after a restart", error=str(error))
 
     def end_sessions(self, sessions: Iterable[str]) -> None:
         """Take over which sessions were ended, here before a restart or on another server."""

@@ -17,7 +17,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Cache the store's state for this long, so that frequent probes do not load it.
 FRESH_SECONDS = 1.0
-# An orchestrator that gets no answer in time does not learn the reason either.
+# Answer within this time, so that an orchestrator gets the reason before its own time-out.
 CHECK_SECONDS = 0.8
 
 

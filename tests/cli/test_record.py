@@ -208,9 +208,7 @@ async def test_a_recheck_through_the_daemon_requests_files_at_once(tmp_path: Pat
         await daemon.verdict("bad", number=3)
 
 
-async def test_a_recheck_on_the_database_file_takes_effect_when_a_daemon_runs(
-    tmp_path: Path, origin: Origin
-) -> None:
+async def test_a_recheck_on_the_database_file_takes_effect_when_a_daemon_runs(tmp_path: Path, origin: Origin) -> None:
     async with started(tmp_path) as daemon:
         await fill(daemon, origin)
         assert await daemon.terminate() == 0

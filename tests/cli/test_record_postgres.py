@@ -109,9 +109,7 @@ async def test_the_record_is_shown_the_same_from_the_database_and_over_the_api(
         assert "search_path" not in end.stdout + end.stderr
 
 
-async def test_a_recheck_beside_a_server_takes_effect_at_once(
-    tmp_path: Path, url: str, origin: Origin
-) -> None:
+async def test_a_recheck_beside_a_server_takes_effect_at_once(tmp_path: Path, url: str, origin: Origin) -> None:
     async with started(tmp_path, url) as daemon:
         await fill(daemon, origin, url)
         before = await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node")
@@ -131,9 +129,7 @@ async def test_a_recheck_beside_a_server_takes_effect_at_once(
         assert daemon.count("sharing the work") == 1
 
 
-async def test_an_attempt_in_flight_at_a_recheck_does_not_answer_it(
-    tmp_path: Path, url: str, origin: Origin
-) -> None:
+async def test_an_attempt_in_flight_at_a_recheck_does_not_answer_it(tmp_path: Path, url: str, origin: Origin) -> None:
     async with started(tmp_path, url) as daemon:
         gate = asyncio.Event()
         origin.on("/slow", Answer(410, gate=gate, close=True), Answer())
@@ -182,7 +178,9 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         assert (await daemon.verdict("y"))["available"] == 2
 
 
-async def test_without_a_server_a_recheck_takes_effect_as_soon_as_one_runs(tmp_path: Path, url: str, origin: Origin) -> None:
+async def test_without_a_server_a_recheck_takes_effect_as_soon_as_one_runs(
+    tmp_path: Path, url: str, origin: Origin
+) -> None:
     async with started(tmp_path, url) as daemon:
         await fill(daemon, origin, url)
         assert await daemon.terminate() == 0

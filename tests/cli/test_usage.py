@@ -47,7 +47,9 @@ from tests.support.daemon import clean_environment, run_command
         (["verify"], "Name URLs, or a list of them with --file."),
     ],
 )  # fmt: skip
-async def test_a_misspelling_is_reported_in_one_line_with_a_suggestion(tmp_path: Path, arguments: list[str], said: str) -> None:
+async def test_a_misspelling_is_reported_in_one_line_with_a_suggestion(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
     end = await run_command(*arguments, cwd=tmp_path)
     assert (end.code, end.stdout, end.stderr) == (2, "", said + "\n")
 

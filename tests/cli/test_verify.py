@@ -157,7 +157,9 @@ async def test_addresses_are_requested_while_the_list_is_still_being_written(tmp
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-async def test_a_signal_ends_it_at_once_with_the_results_so_far(tmp_path: Path, number: signal.Signals, code: int) -> None:
+async def test_a_signal_ends_it_at_once_with_the_results_so_far(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     async with Origin() as origin, running("verify", "--json", "-f", "-", cwd=tmp_path) as process:
         assert process.stdin and process.stdout and process.stderr
         origin.on("/silent", SILENCE)

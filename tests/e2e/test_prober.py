@@ -448,9 +448,7 @@ async def test_a_good_certificate_is_an_answer_with_the_time_its_handshake_took(
     assert evidence.tls_ms > 0
 
 
-async def test_a_private_authority_is_not_trusted_unless_configured(
-    prober: Prober, authority: Authority
-) -> None:
+async def test_a_private_authority_is_not_trusted_unless_configured(prober: Prober, authority: Authority) -> None:
     async with serving(well_behaved, tls=tls(authority.trusted.issue_cert("127.0.0.1"))) as origin:
         assert (await prober.ask(f"{origin.url}/x", timeout=2.0)).failure is Reason.TLS_ERROR
 

@@ -165,7 +165,9 @@ async def kill_between_commit_and_ack(daemon: Daemon, body: bytes) -> None:
             assert connection.recv(100) == b""
 
 
-async def test_a_kill_between_commit_and_ack_loses_nothing_and_the_resent_notification_is_merged(tmp_path: Path) -> None:
+async def test_a_kill_between_commit_and_ack_loses_nothing_and_the_resent_notification_is_merged(
+    tmp_path: Path,
+) -> None:
     """Row 69."""
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         # Less than a pipe holds, and more than anything else that is written.

@@ -58,9 +58,7 @@ async def refusal(path: Path) -> str:
 # One daemon, one file
 
 
-async def test_a_second_daemon_on_the_same_file_is_refused_and_names_the_first(
-    store: SqliteStore, path: Path
-) -> None:
+async def test_a_second_daemon_on_the_same_file_is_refused_and_names_the_first(store: SqliteStore, path: Path) -> None:
     assert await refusal(path) == (
         f"in use by another notify_server (process {os.getpid()}): "
         "stop that one, or give this one a file of its own in [store] url"

@@ -218,9 +218,7 @@ async def test_rejections_that_could_not_be_committed_do_not_count_among_those_k
     assert select(path, "SELECT detail FROM rejection ORDER BY id") == [("0",), ("1",), ("2",), ("3",)]
 
 
-async def test_a_failed_read_of_the_inbox_loses_no_entry(
-    flaky: type[FlakyConnection], path: Path
-) -> None:
+async def test_a_failed_read_of_the_inbox_loses_no_entry(flaky: type[FlakyConnection], path: Path) -> None:
     async with opened(path) as store:
         id = await store.accept(delivery())
     async with opened(path) as store:

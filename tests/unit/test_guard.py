@@ -765,9 +765,7 @@ def test_any_text_is_examined_without_raising_and_admits_no_refused_literal(url:
 
 @few
 @given(any_url, any_url)
-def test_any_location_is_followed_without_raising_and_admits_no_refused_literal(
-    url: str, location: str
-) -> None:
+def test_any_location_is_followed_without_raising_and_admits_no_refused_literal(url: str, location: str) -> None:
     promises_hold(GUARD.follow(url, location))
     promises_hold(GUARD.follow(BASE, location))
 

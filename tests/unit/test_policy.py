@@ -301,9 +301,7 @@ def test_416_to_get_shows_that_an_empty_object_is_there() -> None:
 
 
 @pytest.mark.parametrize(("ask", "length"), [(get(ranged=False), None), (get(ranged=False), 1), (head(), 0)])
-def test_416_is_a_bad_answer_without_a_range_or_a_known_empty_object(
-    ask: NextRequest, length: int | None
-) -> None:
+def test_416_is_a_bad_answer_without_a_range_or_a_known_empty_object(ask: NextRequest, length: int | None) -> None:
     found = judge(ask, evidence(416, content_length=length), DEFAULTS, follow)
     assert found == Conclusion(FileState.PENDING, "http_416")
 
@@ -535,9 +533,7 @@ def test_a_greater_chance_waits_longer() -> None:
     [(0, 30_000), (29_999, 30_000), (30_000, 30_000), (45_000, 45_000), (60_000, 60_000), (60_001, 60_000)],
 )
 @pytest.mark.parametrize("chance", [0.0, 0.99])
-def test_retry_after_is_kept_between_one_and_two_scheduled_waits(
-    asked: int, wait: int, chance: float
-) -> None:
+def test_retry_after_is_kept_between_one_and_two_scheduled_waits(asked: int, wait: int, chance: float) -> None:
     assert conclude(RETRY, 2, SCHEDULE, 0.2, chance, asked) == Outcome(FileState.PENDING, wait)
 
 

@@ -167,9 +167,7 @@ def times(story: list[tuple[float, str, bool, float | None]]) -> Iterator[tuple[
 
 
 @given(st.lists(outcomes, min_size=1, max_size=60), st.floats(0, 90))
-def test_host_rates_cover_the_last_minute(
-    story: list[tuple[float, str, bool, float | None]], pause: float
-) -> None:
+def test_host_rates_cover_the_last_minute(story: list[tuple[float, str, bool, float | None]], pause: float) -> None:
     rates = HostRates()
     happened = list(times(story))
     for (at, host, available, _), (_, _, _, elapsed_ms) in zip(happened, story, strict=True):

@@ -265,7 +265,9 @@ async def test_no_more_callbacks_are_remembered_than_there_is_room_for(
     assert [span.parent is None for span in exporter.get_finished_spans()] == [True, False, False]
 
 
-async def test_spans_that_cannot_be_exported_in_time_are_dropped(traces: Tracing, exporter: InMemorySpanExporter) -> None:
+async def test_spans_that_cannot_be_exported_in_time_are_dropped(
+    traces: Tracing, exporter: InMemorySpanExporter
+) -> None:
     for _ in range(tracing.GROUPS_WAITING + 10):
         traces.probed([result(request())])
     await tell(traces)

@@ -447,9 +447,7 @@ async def test_a_body_that_does_not_come_is_given_up(filled: Filled, monkeypatch
     assert answer.headers["Connection"] == "close"
 
 
-async def test_an_unreadable_record_is_answered_busy_and_read_again_later(
-    start: Start, tmp_path: Path
-) -> None:
+async def test_an_unreadable_record_is_answered_busy_and_read_again_later(start: Start, tmp_path: Path) -> None:
     daemon = await start()
     served = served_api(daemon)
     there, away = served.records, SqliteRecords(tmp_path / "elsewhere.db")

@@ -561,7 +561,9 @@ CHUNKED = b"Transfer-Encoding: chunked"
         pytest.param(b"\r\n\r\n\0\xff\xfe garbage \r\n\r\n", id="garbage"),
     ],
 )
-async def test_bytes_that_are_not_http_are_refused_and_the_next_caller_served(served: AppServer, request_bytes: bytes) -> None:
+async def test_bytes_that_are_not_http_are_refused_and_the_next_caller_served(
+    served: AppServer, request_bytes: bytes
+) -> None:
     before = served.count("notification")
     connection = await served.connect()
     await connection.send(request_bytes)

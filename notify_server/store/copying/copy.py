@@ -224,8 +224,8 @@ async def copy(
     """Copy the missing rows, and verify all of them. Unless every table is identical the copy stays unfinished.
 
     With `restart` an unfinished copy is emptied first. Raises StoreRefusedError when `target` has rows and is no
-    unfinished copy of `source`, StoreUnavailableError when one of them cannot be used any longer; what has been copied
-    then stays, and is gone on with.
+    unfinished copy of `source`, StoreUnavailableError when one of them cannot be used any longer. The rows copied so
+    far then stay, and the next call continues after them.
     """
     begun = await target.copied_from()
     if begun is None and (table := await target.filled()):

@@ -1,7 +1,7 @@
 """Registers this daemon as one of several on a database: its name, its lease, and notifications between nodes.
 
-A node is alive as long as it renews its row. One that did not in time has lost every claim: it forgets them and
-registers again under another id, and late results under the old id change nothing.
+A node is alive as long as it renews its row. A node that does not renew it in time loses every claim: it drops them and
+registers again under another id. Results under the old id change nothing.
 """
 
 from __future__ import annotations
@@ -161,8 +161,7 @@ class Node:
 
     def _forget(self) -> None:
         log.warning(
-            "this node was not heard of for longer than its lease: others may have its files, what it knows of them "
-            "is dropped",
+            "this node did not renew its lease in time: its claims are dropped, other nodes may have claimed its files",
             node=self._id,
         )
         self._id = None

@@ -69,7 +69,7 @@ async def login_form(dashboard: Dashboard, request: web.Request) -> web.Response
 
 
 async def log_in_once(dashboard: Dashboard, request: web.Request) -> web.Response:
-    """Log in by the code in the address, which a look ahead at the address does not use up."""
+    """Log in by the code in the address. A HEAD request or a prefetch of the address does not consume the code."""
     if request.method != "GET" or _is_prefetch(request):
         return dashboard.render(request, "login.html", to="/", wrong="")
     code = request.match_info["code"]
