@@ -151,6 +151,20 @@ def _meta(delivery: DeliveryRow, body: bytes, shown: bytes) -> bytes:
     )
 
 
+# How the notifications of a bundle differ from what was received: with and without the queries of addresses.
+WHOLE = (
+    "原始报文与收到时逐字节相同。地址含查询参数，可能带签名，请勿外传。",
+    "Notifications are byte for byte as received. Queries of addresses may hold signatures: keep this private.",
+)
+CUT = (
+    "所有地址的查询参数（可能带签名）均已去除，包括原始报文中的地址；报文的其余部分与收到时逐字节相同。",
+    "收到的原文的 SHA-256 见 N.meta.json；需要完整原文时，请用 notify-server bundle --with-secrets 重新导出。",
+    "Queries of addresses, which may hold signatures, are cut, in notifications too. The rest of a body",
+    "is byte for byte as received. N.meta.json has the SHA-256 of the body as received. For whole bodies run",
+    "notify-server bundle --with-secrets.",
+)
+
+
 def _readme(
     batch: BatchItem, deliveries: list[DeliveryRow], missing: list[FileItem], now: datetime, *, with_secrets: bool
 ) -> bytes:
@@ -185,20 +199,6 @@ def _readme(
         ]
     if not missing:
         lines.append("  无 / none")
-    secrets = (
-        (
-            "原始报文与收到时逐字节相同。地址含查询参数，可能带签名，请勿外传。",
-            "Notifications are byte for byte as received. Queries of addresses may hold signatures: keep this private.",
-        )
-        if with_secrets
-        else (
-            "所有地址的查询参数（可能带签名）均已去除，包括原始报文中的地址；报文的其余部分与收到时逐字节相同。",
-            "收到的原文的 SHA-256 见 N.meta.json；需要完整原文时，请用 notify-server bundle --with-secrets 重新导出。",
-            "Queries of addresses, which may hold signatures, are cut, in notifications too. The rest of a body",
-            "is byte for byte as received. N.meta.json has the SHA-256 of the body as received. For whole bodies run",
-            "notify-server bundle --with-secrets.",
-        )
-    )
     lines += [
         "",
         "文件说明 / Contents:",
@@ -208,7 +208,7 @@ def _readme(
         "  attempts.ndjson            所有请求 / every request",
         "  SHA256SUMS                 校验：sha256sum -c SHA256SUMS / check the files with it",
         "",
-        *secrets,
+        *(WHOLE if with_secrets else CUT),
         "时间均为 UTC。 / Times are UTC.",
     ]
     return ("\ufeff" + "\r\n".join(lines) + "\r\n").encode()

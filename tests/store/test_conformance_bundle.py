@@ -31,7 +31,7 @@ from tests.store.builders import (
 )
 
 WRITTEN = datetime(2026, 11, 27, 22, 0, 0, tzinfo=UTC)
-BODY = b'{"batch_id": "batch", "file_list": [{"target_url": "https://h/a.jpg?Signature=secret&x=1"}]}'
+BODY = b'{"batch_id": "batch", "file_list": [{"target_url": "https://h/a.jpg?Signature=hidden-7&x=1"}]}'
 
 
 async def fill(store: Engine, backend: Backend) -> None:
@@ -40,12 +40,12 @@ async def fill(store: Engine, backend: Backend) -> None:
     for body, signature in ((BODY, "none"), (b'{"second": "\xe7\xad\xbe\xe5\x90\x8d"}', "a1b2")):
         id = await store.accept(delivery("batch", body=body, signature=signature, request_id=f"r-{signature}", files=3))
         (item,) = [item for item in await store.inbox(1000) if item.id == id]
-        files = [finished("a", url=f"https://{HOST}/a?Signature=secret"), finished("b"), failed("c")]
+        files = [finished("a", url=f"https://{HOST}/a?Signature=hidden-7"), finished("b"), failed("c")]
         await store.expand([chunk(item, *files)], NOW)
     for file in await claim(store):
         outcome = found if file.target_url.endswith("/b") else missing
-        hop = request(url=f"https://{HOST}/hop?Signature=secret", http_status=404, reason="http_404")
-        await store.record([outcome(file, requests=(request(), hop), final_url="https://h/f?Signature=secret")], NOW)
+        hop = request(url=f"https://{HOST}/hop?Signature=hidden-7", http_status=404, reason="http_404")
+        await store.record([outcome(file, requests=(request(), hop), final_url="https://h/f?Signature=hidden-7")], NOW)
 
 
 async def bundle(records: Records, *, with_secrets: bool) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ async def test_bundle_has_what_was_said_and_what_was_found(store: Engine, backen
     assert [(row["oss_object_name"], row["state"]) for row in rows] == [
         ("a", "unavailable"), ("b", "available"), ("c", "upload_failed"),
     ]  # fmt: skip
-    assert rows[0]["target_url"] == f"https://{HOST}/a?Signature=secret"
+    assert rows[0]["target_url"] == f"https://{HOST}/a?Signature=hidden-7"
     attempts = [json.loads(line) for line in entries["attempts.ndjson"].splitlines()]
     assert [(each["oss_object_name"], each["http_status"]) for each in attempts] == [
         ("a", 200), ("a", 404), ("b", 200), ("b", 404),
@@ -105,7 +105,7 @@ async def test_bundle_has_what_was_said_and_what_was_found(store: Engine, backen
 async def test_bundle_without_secrets_has_no_query_of_an_address(store: Engine, backend: Backend) -> None:
     await fill(store, backend)
     entries = await bundle(await backend.records(), with_secrets=False)
-    assert not [name for name, content in entries.items() if b"secret" in content]
+    assert not [name for name, content in entries.items() if b"hidden-7" in content]
     meta = json.loads(entries["notifications/1.meta.json"])
     assert (meta["as_received"], meta["sha256_as_received"]) == (False, hashlib.sha256(BODY).hexdigest())
     assert json.loads(entries["notifications/1.json"])["file_list"] == [{"target_url": "https://h/a.jpg"}]

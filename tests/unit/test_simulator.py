@@ -983,7 +983,7 @@ async def test_gone_receiver_must_have_been_stopped() -> None:
 
 
 def test_unknown_receiver_is_named() -> None:
-    with pytest.raises(ValueError, match="--receivers: stedy is unknown: there are steady, down, slow"):
+    with pytest.raises(ValueError, match="--receivers: stedy is not a receiver, did you mean steady"):
         receivers_named("slow,stedy")
     assert receivers_named("slow, steady,slow") == [Behaviour.SLOW, Behaviour.STEADY]
     assert receivers_named("") == []
