@@ -40,7 +40,7 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
             if VERBOSE.get():
                 print(f"using {source.name}", file=sys.stderr)
             if not source.served:
-                _name_other_servers(config_path, url)
+                _name_other_servers(config, config_path, url)
             return await work(config, source)
 
     stopped_by: list[int] = []
@@ -58,13 +58,13 @@ def run(config_path: Path | None, url: str | None, work: Callable[[Config, Sourc
     except (NotifyServerError, OSError) as error:
         print(f"notify_server: {error}", file=sys.stderr)
         if isinstance(error, NoRecordError):
-            _name_other_servers(config_path, url)
+            _name_other_servers(config, config_path, url)
         code = EXIT_FAILED
     raise SystemExit(code)
 
 
-def _name_other_servers(config_path: Path | None, url: str | None) -> None:
+def _name_other_servers(config: Config, config_path: Path | None, url: str | None) -> None:
     """Without a configuration that was named or is here, the record is perhaps not the one that was meant."""
-    if config_file(config_path) is None and url is None:
+    if config_file(config_path) is None and url is None and config.store == Config().store:
         for server in running_servers()[:MAX_SERVERS]:
             print(f"note: {server.advice}", file=sys.stderr)

@@ -58,7 +58,7 @@ async def test_a_sound_database_has_no_problem_and_nothing_is_changed(tmp_path: 
     assert not files_only & seen.findings.keys()
     assert all(seen.worst(check).level is Level.OK for check in OF_POSTGRES)
     assert "PostgreSQL 1" in seen.worst("database").text and "connected in" in seen.worst("database").text
-    assert seen.worst("schema").text == "there is none yet, the daemon creates it"
+    assert seen.worst("schema").text == "there is none yet; the server creates it"
     assert snapshot(tmp_path) == before
     assert await fetch(url, "SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace") == [
         (0,)

@@ -287,7 +287,7 @@ async def test_a_daemon_on_an_unknown_port_can_be_read_but_not_called(tmp_path: 
             command(daemon, "recheck", "--batch", "bad", "--yes"),
             command(daemon, "recheck", "--batch", "bad", "--yes", "--url", daemon.callback.removesuffix("/notify")),
         )
-        assert status.code == 0 and "the activity of the daemon is unknown" in status.stdout
+        assert status.code == 0 and "current activity is unknown" in status.stdout
         assert refused.code == 1
         assert "[server] port is 0: name the address from the server's log with --url" in refused.stderr
         assert (named.code, named.stdout) == (0, "2 files queued for recheck\n")

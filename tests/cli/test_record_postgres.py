@@ -122,7 +122,7 @@ async def test_a_recheck_beside_a_server_takes_effect_at_once(tmp_path: Path, ur
         assert (await daemon.verdict("bad", number=2))["available"] == 2
         ((id,),) = await fetch(url, "SELECT id FROM file WHERE oss_object_name = 'gone' AND state = 'available'")
         end = await command(daemon, "recheck", "--file", str(id), "-y")
-        assert (end.code, end.stdout) == (0, "1 files queued for recheck\n")
+        assert (end.code, end.stdout) == (0, "1 file queued for recheck\n")
         await daemon.verdict("bad", number=3)
         # Whoever did it was no node: nobody's share of the work was less for it.
         assert before == (await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node"))
@@ -136,7 +136,7 @@ async def test_an_attempt_in_flight_at_a_recheck_does_not_answer_it(tmp_path: Pa
         await daemon.deliver("slow", [origin.url("/slow")])
         await origin.reached(1, "/slow")
         end = await command(daemon, "recheck", "--batch", "slow", "-y")
-        assert (end.code, end.stdout) == (0, "1 files queued for recheck\n")
+        assert (end.code, end.stdout) == (0, "1 file queued for recheck\n")
         gate.set()
         assert (await daemon.verdict("slow"))["verdict"] == "complete"
         assert origin.count["/slow"] == 2
@@ -164,7 +164,7 @@ async def test_refused_bodies_are_replayed_and_old_ones_deleted(
         ]  # fmt: skip
         assert "it is still refused: batch_id" in end.stderr.splitlines()[-1]
         again = await command(daemon, "replay", "--json", ids[0])
-        assert json.loads(again.stdout)["problem"] == "is not there, it may have been replayed"
+        assert json.loads(again.stdout)["problem"] == "there is none; it may have been processed"
         end = await command(daemon, "prune", "--rejections", "0s", "--yes")
         assert (end.code, end.stdout) == (0, "1 rows deleted\n"), end.stderr
         kept = await command(daemon, "prune", "--yes", "--json")
@@ -186,7 +186,7 @@ async def test_without_a_server_a_recheck_takes_effect_as_soon_as_one_runs(
         assert await daemon.terminate() == 0
         origin.on("/gone", Answer())
         end = await command(daemon, "recheck", "--batch", "bad", "--state", "unavailable", "--yes")
-        assert (end.code, end.stdout) == (0, "1 files queued for recheck, as soon as a daemon runs\n")
+        assert (end.code, end.stdout) == (0, "1 file queued for recheck: the server checks it when it runs\n")
         await daemon.start()
         assert (await daemon.verdict("bad"))["available"] == 2
         rows = await fetch(url, "SELECT count(*) FROM batch WHERE completed_at IS NOT NULL")
@@ -201,10 +201,10 @@ async def test_a_wrong_argument_is_reported_in_one_line(tmp_path: Path, url: str
         (["show", "none"], 1, 'there is no batch "none": `notify-server batches` lists them'),
         (["batches", "--since", "soon"], 2, '"soon" is not a time'),
         (["recheck"], 2, "name files with --file, --batch or --reason"),
-        (["recheck", "--file", "4711", "--yes"], 1, "there is no such file or batch"),
-        (["replay", str(2**63)], 1, "is not there, it may have been replayed"),
-        (["replay", "4711"], 1, "rejection 4711: is not there, it may have been replayed"),
-        (["prune"], 2, "confirmation needs a terminal: add --yes"),
+        (["recheck", "--file", "4711", "--yes"], 1, 'there is no file "4711"'),
+        (["replay", str(2**63)], 1, "there is none; it may have been processed"),
+        (["replay", "4711"], 1, "rejection 4711: there is none; it may have been processed"),
+        (["prune"], 2, "not a terminal: add --yes to confirm"),
     ]
     environ = clean_environment(NOTIFY_SERVER__STORE__URL=url)
     ends = await asyncio.gather(*(run_command(*arguments, cwd=tmp_path, environ=environ) for arguments, *_ in asked))

@@ -23,6 +23,7 @@ from notify_server.cli.doctor.findings import (
     warning,
 )
 from notify_server.cli.servers import running_servers
+from notify_server.config import Config
 from notify_server.store.admin_token import token_file
 from notify_server.store.sql import load_migrations, load_queries, unfinished
 from notify_server.store.sqlite.database import APPLICATION_ID, BUSY_TIMEOUT_MS, copied_from
@@ -113,7 +114,9 @@ def filesystem(path: Path, mounts: str) -> tuple[str, list[str]]:
 def check_daemon(subject: Subject) -> Iterator[Finding]:
     path = subject.config.store.path
     process = holder(path)
-    others = [] if process or subject.file is not None else running_servers()
+    others = (
+        running_servers() if not process and subject.file is None and subject.config.store == Config().store else []
+    )
     if others:
         yield warning("daemon", f"no server has {path} open, but another server runs here", others[0].advice)
     else:
