@@ -193,7 +193,7 @@ async def test_help_names_every_option(tmp_path: Path) -> None:
     end = await run(tmp_path, "--help")
     assert end.code == 0
     parameters = set(inspect.signature(simulate).parameters)
-    assert len(parameters) == 19
+    assert len(parameters) == 20
     for name in parameters:
         assert f"--{name.replace('_', '-')} " in end.stdout
 
