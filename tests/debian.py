@@ -34,7 +34,7 @@ def main(packages: list[str]) -> int:
     if not wanted:
         return 0
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        # Offline: what is installed starts no service.
+        # Offline: installed packages start no service.
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "SYSTEMD_OFFLINE": "1"}
         print(f"installing from Debian: {' '.join(wanted)}", flush=True)
         for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *wanted]):

@@ -72,7 +72,7 @@ def about(given: Sequence[str], work: Path) -> dict[str, str]:
 
 
 def header(facts: Mapping[str, str]) -> str:
-    """What is known of the run, as a line."""
+    """Return the facts about the run as one line."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
@@ -102,7 +102,7 @@ def run_parts(console: Console, names: Sequence[str], *, quick: bool) -> tuple[d
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    """What was asked for. Exits 2 when that is not understood."""
+    """Return the parsed arguments. Exits 2 when they are invalid."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all when none is named")
     parser.add_argument("--quick", action="store_true", help="one short round of everything, to see whether it runs")
@@ -118,7 +118,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main(given: Sequence[str]) -> int:
-    """Run what was asked for; the exit status."""
+    """Run the chosen parts; return the exit status."""
     options = arguments(given)
     # In a file or a pipe, lines are as long as they need to be read.
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -25,7 +25,7 @@ class MissingToolError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part is run with. `work` is an empty directory of its own, `say` is told what is going on."""
+    """The arguments of a part. `work` is an empty directory of its own; `say` reports progress."""
 
     work: Path
     quick: bool = False

@@ -41,7 +41,7 @@ def _measure(store: Path, origin: Origin, files: int, seconds: int, turn: int) -
             (first,) = connection.execute(query).fetchone()
             (last,) = connection.execute(f"SELECT max(completed_at) FROM batch WHERE id > {batches}").fetchone()
         acks = wrk(server, 64, seconds, SMALL)
-    # Their hosts are nobody's: left as they are, they would be asked for in the next run.
+    # Their hosts do not exist: left as they are, they would be requested in the next run.
     forget_pending(store)
     return Grown((first - started) / 1000, files / ((last - first) / 1000), acks.rate, acks.p99_ms, acks.cpu_us)
 

@@ -42,7 +42,7 @@ def run(setting: Setting) -> Outcome:
 
     def measure(name: str, rate: int, turn: int) -> Load:
         with PEERS[name](setting.work) as server:
-            # What is done once only, at the first request.
+            # Work that is done once only, at the first request.
             start(server.port, 100, 0.5, salt=time.time_ns()).result()
             return start(server.port, rate, seconds, salt=time.time_ns()).result()
 

@@ -26,7 +26,7 @@ from tests.bench.figures import quantile
 from tests.bench.record import body_of, object_name
 from tests.bench.servers import module, mortal
 
-# What is still not answered so long after the last request was due is counted with what it has waited until then.
+# A request still unanswered so long after the last one was due counts with its waiting time until then.
 PATIENCE_SECONDS = 10.0
 # Where the curve of latencies is sampled: closer and closer to 1.
 SHARES = tuple(1 - 10 ** (-step / 10) for step in range(41))
@@ -172,7 +172,7 @@ class _Client:
 
 def requests(number: int, files: int, salt: int) -> list[bytes]:
     """So many different notifications of `files` files each, as HTTP requests. `salt` sets them apart from others'."""
-    # Nobody is there: the files wait, and what is measured is the acks.
+    # No origin listens: the files wait, and only the acks are measured.
     addresses = [f"https://files.invalid/{object_name(file)}" for file in range(files)]
     start, _, end = body_of(0, addresses).encode().partition(b'"batch_id":"')
     _, _, end = end.partition(b'"')

@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-# Of the facts about a run, those that are told below each picture.
+# The facts about a run that are printed below each picture.
 BELOW = ("Python", "SQLite", "libcurl", "aiohttp", "commit")
 Part = Mapping[str, Any]
 
@@ -255,7 +255,7 @@ def draw(results: Mapping[str, Any], directory: Path) -> list[Path]:
     )
     paths = []
     for name, part in results["parts"].items():
-        # What is as well told by its tables has no drawing.
+        # Parts whose tables say as much have no drawing.
         if name not in DRAWINGS:
             continue
         with mpl.rc_context(STYLE):

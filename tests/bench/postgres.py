@@ -61,12 +61,12 @@ class Used(msgspec.Struct):
 
 
 class Record(Protocol):
-    """A new store, and what is asked of it beside the daemon that has it."""
+    """A new store, and the queries made beside the daemon that has it."""
 
     url: str
 
     def add(self, addresses: Sequence[str], due_at: int) -> None:
-        """Batches of FILES_A_BATCH files that wait to be asked for at these addresses, from `due_at` (Unix ms) on."""
+        """Batches of FILES_A_BATCH files that wait to be requested at these addresses, from `due_at` (Unix ms) on."""
 
     def row(self, query: str) -> Sequence[int]:
         """The one row that the query gives."""
@@ -91,7 +91,7 @@ class SqliteRecord:
         return row
 
     def taken(self) -> tuple[float, int, int]:
-        # What is in the WAL is in the file later.
+        # Pages in the WAL reach the file later.
         return 0.0, self._path.stat().st_size if self._path.exists() else 0, 0
 
 

@@ -1,4 +1,4 @@
-"""What each step of a file's way costs on PostgreSQL, on either side of the connection, and what is kept of it."""
+"""The cost of each step of a file's way on PostgreSQL, on either side of the connection, and the bytes it stores."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Probing(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be asked for: the addresses, also as a file with one to a line, and who answers."""
+    """The addresses to request, also as a file with one to a line, and the server that answers."""
 
     origin: Origin
     addresses: Sequence[str]

@@ -46,7 +46,7 @@ def body_of(number: int, addresses: Sequence[str]) -> str:
 
 @contextmanager
 def _in_bulk(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for one large transaction that nothing protects: the file is nobody's while it is made."""
+    """A connection for one large transaction without protection: no other process uses the file meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     connect(path).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -118,7 +118,7 @@ def add_settled(path: Path, files: int) -> None:
 
 
 def add_pending(path: Path, addresses: Sequence[str], due_at: int) -> None:
-    """Batches of FILES_A_BATCH files that wait to be asked for at these addresses, from `due_at` (Unix ms) on."""
+    """Batches of FILES_A_BATCH files that wait to be requested at these addresses, from `due_at` (Unix ms) on."""
     now = unix_ms()
     with _in_bulk(path) as connection:
         (known,) = connection.execute("SELECT coalesce(max(id), 0) FROM notification").fetchone()

@@ -201,7 +201,7 @@ def nginx(directory: Path, *, tls: bool = False) -> Iterator[Origin]:
 
 @contextlib.contextmanager
 def slow_origin(delay: float) -> Iterator[Origin]:
-    """An origin of our own that waits `delay` seconds before each answer, which nginx cannot be told to do."""
+    """An origin of our own that waits `delay` seconds before each answer, which nginx cannot do."""
     port = free_port()
     with running(module("peers.slow_origin", port, delay), port):
         yield Origin("http", port)

@@ -1,4 +1,4 @@
-"""The latency of acks at a fixed rate, while nothing else is to be done, and while a backlog is asked for flat out."""
+"""The latency of acks at a fixed rate, on an idle server and while a backlog is probed at full speed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.bench.record import add_pending, reading
 from tests.bench.servers import ONE_HOST, daemon, nginx
 
 RATE = 500
-# The drain must outlast the acks: more files than can be asked for meanwhile.
+# The drain must outlast the acks: more files than can be probed meanwhile.
 FILES_A_SECOND = 40_000
 IDLE, DRAINING = "nothing else to do", "a backlog is drained"
 
 
 class Shared(msgspec.Struct):
-    """The acks, and how many files a second were asked for and recorded meanwhile."""
+    """The acks, and how many files a second were probed and recorded meanwhile."""
 
     load: Load
     files_a_second: float = 0.0

@@ -395,7 +395,7 @@ async def test_a_server_on_the_copy_goes_on_with_what_was_pending(tmp_path: Path
             await daemon.deliver("pending", [origin.url("/1"), origin.url("/2")])
             await origin.reached(2)
             assert await daemon.terminate() == 0
-        # What has been acked, and no more: nobody has expanded it.
+        # Only acked notifications: none is expanded.
         opened = await SqliteStore.open(daemon.database)
         await opened.accept(delivery("acked", body=batch_body("acked", [finished(origin.url("/3"))]), received_at=NOW))
         await opened.close()

@@ -124,7 +124,7 @@ async def test_a_recheck_beside_a_server_takes_effect_at_once(tmp_path: Path, ur
         end = await command(daemon, "recheck", "--file", str(id), "-y")
         assert (end.code, end.stdout) == (0, "1 file queued for recheck\n")
         await daemon.verdict("bad", number=3)
-        # Whoever did it was no node: nobody's share of the work was less for it.
+        # The command was no node: no node's share of the work became smaller.
         assert before == (await fetch(url, "SELECT last_value FROM node_id"), await fetch(url, "SELECT id FROM node"))
         assert daemon.count("sharing the work") == 1
 

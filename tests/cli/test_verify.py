@@ -1,4 +1,4 @@
-"""`verify`, as a user runs it: addresses in, what is not available out."""
+"""`verify`, as a user runs it: addresses in, unavailable ones out."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ async def test_on_a_terminal_the_progress_is_shown_and_taken_away_again(tmp_path
     assert text.rpartition("\x1b[2K")[2].strip().startswith("300 URLs: 300 available")
 
 
-# --- What is in memory ---
+# --- Memory ---
 
 
 def listing() -> AddressQueue:

@@ -1,4 +1,4 @@
-"""What is in deploy/ for those who run it: each file is checked by the program that reads it, or done as it says.
+"""The files of deploy/: each is checked by the program that reads it, or followed step by step.
 
 Images are not built here, which takes a container engine: the Dockerfile's own commands are run without one.
 """
@@ -538,7 +538,7 @@ async def test_a_server_that_is_killed_behind_nginx_costs_no_notification_and_ca
         assert len({line.split()[5] for line in front.logs().splitlines() if '" 200 ' in line}) >= 2
         assert await fetch(url, "SELECT DISTINCT remote_addr FROM notification") == [(CALLER,)]
 
-        # Without any server, callers are told the same.
+        # Without any server, callers get the same answer.
         await daemons[1].kill()
         status, headers, answer = await post(caller, front, batch_body("last", []))
         assert (status, answer["code"], answer["data"], headers["Retry-After"]) == (503, "503", None, "5")
@@ -572,7 +572,7 @@ async def test_the_rest_of_the_server_is_reached_through_nginx_as_without_it(
 ) -> None:
     async with behind_nginx(tmp_path, await new_schema()) as (front, _):
         bearer = {"Authorization": "Bearer token-of-the-administrator"}
-        # What is too large is refused by the server, in its own words.
+        # A body that is too large is refused by the server, with its own message.
         status, _, answer = await post(
             caller, front, batch_body("large", []).ljust(Config().server.body_limit_bytes + 1)
         )

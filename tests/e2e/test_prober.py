@@ -270,7 +270,7 @@ async def test_long_values_are_cut(prober: Prober, good: Origin) -> None:
     assert (evidence.status, evidence.etag) == (200, "x" * 255)
 
 
-# -- row 61: bytes that nobody asked for -------------------------------------------------------------------------------
+# -- row 61: bytes that were not requested -----------------------------------------------------------------------------
 
 
 async def test_a_body_sent_with_the_answer_to_head_is_not_the_next_answer(prober: Prober) -> None:
@@ -470,7 +470,7 @@ async def test_a_handshake_that_never_ends_is_a_timeout(trusting: Prober) -> Non
     assert evidence.failure is Reason.TIMEOUT
 
 
-# -- row 67: what is asked for, and how much is taken ------------------------------------------------------------------
+# -- row 67: requests, and how much of an answer is read ---------------------------------------------------------------
 
 
 async def test_a_request_says_no_more_than_it_must(prober: Prober) -> None:
@@ -532,7 +532,7 @@ async def test_a_server_that_ignores_the_range_is_cut_off(prober: Prober, good: 
     assert sent <= 8 * 1024 * 1024
 
 
-# -- section A: what is dialled ----------------------------------------------------------------------------------------
+# -- section A: the addresses that are dialled -------------------------------------------------------------------------
 
 
 def anywhere() -> socket.socket:
@@ -543,7 +543,7 @@ def anywhere() -> socket.socket:
 
 
 async def untouched(trap: Origin) -> bool:
-    """Whether nobody has connected; a connection of our own proves that none is still on its way."""
+    """Return whether no connection came; one of our own proves that none is still on its way."""
     _, writer = await asyncio.open_connection("127.0.0.1", trap.port)
     await trap.wait_for(1)
     writer.close()
@@ -804,7 +804,7 @@ def many_descriptors() -> Iterator[None]:
 @pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.parametrize("concurrency", [400, 1600])
 async def test_connections_kept_to_many_hosts_never_crowd_out_new_ones(concurrency: int) -> None:
-    """select() knows no descriptor above 1,023: a connection beyond it would be watched by nobody."""
+    """select() knows no descriptor above 1,023: a connection beyond it would not be watched."""
     hosts = [f"127.0.{1 + n // 200}.{1 + n % 200}" for n in range(1200)]
     listener = socket.create_server(("0.0.0.0", 0), backlog=1024)
     async with serving(well_behaved, listener=listener) as origin, probing(concurrency=concurrency) as prober:

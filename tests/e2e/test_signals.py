@@ -76,7 +76,7 @@ async def value(daemon: Daemon, name: str, **labels: str) -> float | None:
 
 
 async def value_becomes(daemon: Daemon, wanted: float, name: str, **labels: str) -> None:
-    """Return once /metrics says so: for what is counted in the background only."""
+    """Return once /metrics says so: for values that are counted in the background only."""
     async with asyncio.timeout(30):
         while await value(daemon, name, **labels) != wanted:
             await asyncio.sleep(0.02)
@@ -608,12 +608,12 @@ async def test_no_secret_is_in_a_log_an_answer_or_a_metric(tmp_path: Path, form:
         ):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(home.rpartition(":")[2]))
             writer.write(malformed.encode())
-            # It is quoted to its sender, and must be to nobody else.
+            # It is quoted to its sender, and to no one else.
             assert (await reader.readline()).endswith(b" 400 Bad Request\r\n")
             writer.close()
         assert await daemon.terminate() == 0
         log = daemon.text
-    # What an answer's request_id leads to: all that is told of the request.
+    # An answer's request_id leads to everything that is recorded of the request.
     without_an_id = {"asked", "request", "logged in", "log-in refused", "malformed request"}
     for line in daemon.lines:
         if form == "json" and "remote" in line and line["event"] not in without_an_id:

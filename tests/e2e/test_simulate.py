@@ -142,7 +142,7 @@ async def test_a_daemon_that_refuses_loopback_exits_1_with_what_to_set(tmp_path:
 
 
 async def played(daemon: Daemon | None, *, token: str = TOKEN, **given: Any) -> tuple[int, str]:
-    """Play three batches of twenty against the daemon; the exit code, and what is printed."""
+    """Play three batches of twenty against the daemon; return the exit code and the output."""
     shares = {Kind(name): given.pop(name) for name in list(given) if name in set(Kind)}
     settings = {"store": None, "own_daemon": False, "keep": None, "slow_seconds": 0.1, "timeout": 20.0, "settle": 20.0}
     options = Options(config=None, url=None, rate=0.0, **(settings | given))

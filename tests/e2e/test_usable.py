@@ -30,7 +30,7 @@ SIGNED = "?OSSAccessKeyId=key&Signature=sig&Expires="
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One for all tests. The only wait is longer than a test: what is asked for again is asked for early."""
+    """One for all tests. The only wait is longer than a test: retries have to come early."""
     verify = {
         "allowed_networks": OPEN,
         "retry_schedule": ["1h"],

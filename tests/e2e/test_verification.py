@@ -1,4 +1,4 @@
-"""What becomes of files, through the real daemon: posted as the platform does, probed at origins that do as told."""
+"""Verdicts of files by the real daemon: posted as the platform does, probed at origins that behave as configured."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def only(verify: dict[str, Any]) -> Config:
     return {"verify": {"allowed_networks": OPEN, **verify}}
 
 
-# --- What is there ---
+# --- Files that exist ---
 
 
 async def test_an_available_file_has_every_column_of_evidence(daemon: Daemon, origin: Origin, batch: str) -> None:
@@ -226,7 +226,7 @@ async def test_a_file_behind_a_bad_certificate_is_unavailable_with_tls_error(
     assert {attempt["reason"] for attempt in attempts} == {"tls_error"}
 
 
-# --- What is not there, yet or at all ---
+# --- Files that do not exist, yet or at all ---
 
 
 async def test_a_file_not_found_is_retried_on_the_schedule_and_then_unavailable(
@@ -316,7 +316,7 @@ async def test_a_host_that_refuses_connections_is_a_connect_error(daemon: Daemon
 async def test_a_name_that_does_not_resolve_is_retried(daemon: Daemon, batch: str) -> None:
     file, attempts = await settle_one(daemon, batch, "http://no-such-host.invalid/a")
     assert file["state"] == "unavailable"
-    # A resolver that nobody answers is a time-out.
+    # A resolver without an answer is a time-out.
     assert file["reason"] in ("dns_error", "timeout")
     assert file["attempts"] == len(attempts) == 3
 
@@ -893,7 +893,7 @@ async def test_a_dead_host_does_not_keep_other_hosts_files_waiting(tmp_path: Pat
                 " FROM file WHERE host = ? AND state = 'pending'",
                 *[where.removeprefix("http://")] * 2,
             )
-            # Only those that were asked for have spent an attempt; those that waited have not.
+            # Only requested files have spent an attempt; waiting ones have not.
             assert row["files"] == 2000
             assert row["most"] == 1
             assert row["spent"] == row["tried"]

@@ -85,7 +85,7 @@ async def running(folder: Path, wall: Wall, schedule: list[str]) -> AsyncIterato
 
 @pytest.mark.parametrize("step", [HOUR_MS, -HOUR_MS])
 async def test_a_step_of_the_wall_clock_neither_hastens_nor_delays_what_waits(tmp_path: Path, step: int) -> None:
-    """Row 79: no file is asked for again at once, nor an hour late, and every duration is what it was."""
+    """Row 79: no file is retried at once, nor an hour late, and every duration is unchanged."""
     wall = Wall()
     async with Origin() as origin, running(tmp_path, wall, ["800ms", "2h"]) as daemon:
         origin.default = Answer(404, close=True)

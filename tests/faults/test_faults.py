@@ -189,7 +189,7 @@ async def test_a_stop_under_load_answers_requests_in_progress_and_spends_no_atte
             for number, streams in enumerate(half_sent)
         ]
         await asyncio.gather(*(upload.begin() for upload in uploads))
-        # Those who say nothing, or not enough, hold up nobody.
+        # Connections that send nothing, or not enough, delay no other.
         for _, writer in idle[5:]:
             writer.write(b"POST /notify HTTP/1.1\r\nHost: x\r\n")
 

@@ -25,7 +25,7 @@ async def test_stopped_keeper_refuses_callbacks_and_readiness_at_once_and_is_rep
         os.kill(keeper, signal.SIGSTOP)
         posts = [daemon.post(batch_body(f"during-{n}", [origin.url(f"/{n}")])) for n in range(20)]
         *replies, ready = await asyncio.gather(*posts, daemon.get("/readyz"))
-        # All of them were answered while the keeper was still there and stopped: nobody waited for its end.
+        # All of them were answered while the keeper was still there and stopped: no caller waited for its end.
         assert daemon.keeper_pid() == keeper
         assert daemon.count("keeper hangs, killing it") == 0
         assert {(reply.status, reply.code) for reply in replies} == {(503, "503")}

@@ -17,7 +17,7 @@ FILES = 3
 
 
 class Senders:
-    """Post batch after batch until they are told to stop; what is answered 503 is sent again."""
+    """Post batch after batch until `stop` is set; repeat those answered 503."""
 
     def __init__(self, daemon: Daemon, origin: Origin) -> None:
         self.acked: list[str] = []
@@ -89,7 +89,7 @@ async def test_a_keeper_killed_under_load_is_replaced_and_nothing_acked_is_lost_
 async def test_while_there_is_no_keeper_the_daemon_says_so_and_goes_on_by_itself_afterwards(tmp_path: Path) -> None:
     async with Origin() as origin, Daemon(tmp_path) as daemon:
         keeper = daemon.keeper_pid()
-        # One that stands still answers nobody; one that is dead is replaced.
+        # A stopped keeper answers no call; a dead one is replaced.
         os.kill(keeper, signal.SIGSTOP)
         waiting = asyncio.create_task(daemon.post(batch_body("during", [origin.url("/during")])))
         await daemon.get("/healthz")
@@ -111,7 +111,7 @@ async def test_a_daemon_that_was_killed_alone_can_be_started_again_at_once(tmp_p
                 for number in range(40)
             ]
             await asyncio.wait(senders, return_when=asyncio.FIRST_COMPLETED)
-            # The keeper goes on with what it was told, and is gone by itself soon.
+            # The keeper finishes the calls that it has received, and ends by itself soon.
             await daemon.kill(alone=True)
             done = await asyncio.gather(*senders, return_exceptions=True)
             acked = {f"{life}-{number}" for number, reply in enumerate(done) if not isinstance(reply, BaseException)}

@@ -104,7 +104,7 @@ async def test_of_a_name_with_public_and_private_addresses_only_the_public_one_i
 
 
 async def test_a_name_that_is_bound_to_another_address_after_it_was_vetted_leads_nowhere(tmp_path: Path) -> None:
-    """Row 25: with a TTL of 0 every look-up may have another answer. What is dialled is vetted, whatever it was."""
+    """Row 25: with a TTL of 0 every look-up may have another answer. Each address is vetted when it is dialled."""
     async with Network(PUBLIC, *HERE) as network, traps() as trapped, Origin(PUBLIC, PORT) as origin:
         origin.default = Answer(close=True)
         turns: list[NameAnswer] = [[PUBLIC], ["127.0.0.1"], ["10.1.2.3"], [PUBLIC], ["169.254.169.254", "::1"]]
@@ -154,7 +154,7 @@ CUT_OFF = "no host answers: files wait, no attempts are spent"
 BACK = "connected again"
 # Spent long before what the tests below take is over.
 SHORT = ["50ms", "50ms"]
-# A file that fails before any other host has been asked has spent an attempt: there was nobody to compare with.
+# A file that fails before any other host was tried has spent an attempt: there was no host to compare with.
 SPENT = "SELECT count(*) FROM file WHERE state NOT IN ('pending', 'available') OR attempts > 1"
 
 
@@ -293,7 +293,7 @@ async def test_a_way_out_that_is_lost_with_requests_under_way_costs_no_file_its_
 
 
 async def test_a_dead_host_spends_its_schedule_while_another_answers(tmp_path: Path) -> None:
-    """Row 81: what is one host's fault is charged to its files."""
+    """Row 81: the fault of one host is charged to its files."""
     async with Network(PUBLIC) as network, Origin(PUBLIC, PORT) as origin:
         config = guarded(retry_schedule=SHORT, connect_timeout="200ms")
         async with Daemon(tmp_path, config, prefix=network.prefix) as daemon:
@@ -307,7 +307,7 @@ async def test_a_dead_host_spends_its_schedule_while_another_answers(tmp_path: P
 
 
 async def test_the_only_host_there_is_spends_its_schedule_though_nothing_else_answers(tmp_path: Path) -> None:
-    """Row 81: with nobody to compare it with, a host that does not answer is a dead host."""
+    """Row 81: without another host to compare it with, a host that does not answer is a dead host."""
     config = guarded(retry_schedule=SHORT, connect_timeout="200ms")
     async with Network() as network, Daemon(tmp_path, config, prefix=network.prefix) as daemon:
         files = await daemon.settle("b", [f"http://{PUBLIC}:{PORT}/{n}" for n in range(3)])

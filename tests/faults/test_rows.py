@@ -48,7 +48,7 @@ def post_without_reading(daemon: Daemon, body: bytes) -> socket.socket:
 
 
 async def assert_merged(daemon: Daemon, origin: Origin, batch_id: str, path: str) -> None:
-    """The batch came twice; it has one file, asked for once, and one verdict."""
+    """The batch came twice; it has one file, requested once, and one verdict."""
     await daemon.eventually("SELECT sum(deliveries) = 2 FROM batch WHERE batch_id = ?", batch_id)
     # Deliveries are expanded in the order of their arrival: when this one is through, so are those.
     await daemon.settle(f"{batch_id}-after", [])
@@ -227,7 +227,7 @@ async def test_reads_of_the_daemon_itself_that_never_cease_do_not_let_the_log_gr
         for task in readers:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-        # It is cut only when it begins anew. One that never did would hold all that went through it.
+        # It is truncated only at a restart. One that never restarted would hold everything written through it.
         assert largest < 0.7 * 20 * LARGE
         assert exports > 0
 

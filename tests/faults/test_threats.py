@@ -45,7 +45,7 @@ TABLE = read()
 
 @cache
 def functions(path: str) -> frozenset[str]:
-    """The functions at the top level of a module, told from its text."""
+    """The functions at the top level of a module, read from its text."""
     module = ast.parse((TESTS / path).read_text(encoding="utf-8"))
     return frozenset(node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 

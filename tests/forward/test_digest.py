@@ -1,4 +1,4 @@
-"""The texts of bots' messages: what, which batch, what is missing and why, what to do, a link."""
+"""The texts of bots' messages: the event, the batch, the missing files with reasons, what to do, a link."""
 
 from __future__ import annotations
 

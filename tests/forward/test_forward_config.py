@@ -1,4 +1,4 @@
-"""`[[forward]]`: what is accepted, what is refused by its place, and that no secret is ever shown."""
+"""`[[forward]]`: valid tables, refusals that name the key, and that no secret is ever shown."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_patterns_match_types() -> None:
 
 
 def write_docs() -> None:
-    """Write schemas and samples anew: `python -m tests.forward.test_payload`."""
+    """Rewrite schemas and samples: `python -m tests.forward.test_payload`."""
     for kind in EventType:
         schema = json.dumps(json_schema(kind), indent=2, ensure_ascii=False)
         (DOCS / f"{kind}.schema.json").write_text(schema + "\n", "utf-8")

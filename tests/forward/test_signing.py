@@ -1,4 +1,4 @@
-"""Signatures and headers of what is forwarded: Standard Webhooks and CloudEvents."""
+"""Signatures and headers of forwarded events: Standard Webhooks and CloudEvents."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Backend(ABC):
 
     @abstractmethod
     def bound(self, patch: pytest.MonkeyPatch, *, rejections: int, rejection_bytes: int) -> None:
-        """Keep no more than this of what is refused."""
+        """Keep at most so many rejections."""
 
     @abstractmethod
     def walk(self, patch: pytest.MonkeyPatch, rows: int) -> None:
@@ -188,7 +188,7 @@ class KeptBackend(SqliteBackend):
 
 
 class PostgresBackend(Backend):
-    """A schema of its own on the server that all tests share; it is emptied and used again when nobody holds it."""
+    """A schema of its own on the server that all tests share; it is emptied and reused when no test holds it."""
 
     _free: ClassVar[list[str]] = []
     _url: str | None = None

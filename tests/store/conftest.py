@@ -34,7 +34,7 @@ async def store(backend: Backend) -> Engine:
 
 @pytest.fixture
 async def records(backend: Backend, store: Engine) -> Records:
-    """What is beside `store` for people to read."""
+    """Return the records that people read beside `store`."""
     return await backend.records()
 
 

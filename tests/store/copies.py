@@ -1,4 +1,4 @@
-"""Records to be copied, and what is looked at in a copy."""
+"""Records to be copied, and the checks of a copy."""
 
 from __future__ import annotations
 

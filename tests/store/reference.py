@@ -20,7 +20,7 @@ TEN_MINUTES = 600_000
 
 @dataclass
 class File:
-    """A file of a batch. `generation` counts how often it has started anew."""
+    """A file of a batch. `generation` counts how often it has started over."""
 
     name: str
     reported: NewFile
@@ -183,7 +183,7 @@ class Reference:
         self.rejections.append(self.rejected)
 
     def recheck(self, files: Sequence[tuple[str, str]], now: int) -> Restart:
-        """Ask anew for these files, by batch and name."""
+        """Recheck these files, by batch and name."""
         hosts = []
         for batch_id, name in set(files):
             batch = self.batches[batch_id]

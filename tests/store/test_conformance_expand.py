@@ -27,7 +27,7 @@ from tests.store.builders import (
     take_in,
 )
 
-# What is new
+# New files
 
 
 async def test_new_files_are_added_as_the_notification_and_the_guard_leave_them(
@@ -300,7 +300,7 @@ async def test_a_delivery_that_lists_a_key_twice_is_a_no_op_when_it_comes_again(
     assert await backend.rows(FILES) == before
 
 
-# What is reported again while it is unavailable
+# Unavailable files that are reported again
 
 MINUTE = 60_000
 

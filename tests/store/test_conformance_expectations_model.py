@@ -1,5 +1,5 @@
-"""Any sequence of registrations, arrivals, outages and clock steps: each limit and each verdict is told as the model
-says, once.
+"""Any sequence of registrations, arrivals, outages and clock steps: each limit and each verdict raises the events of
+the model, once.
 """
 
 from __future__ import annotations

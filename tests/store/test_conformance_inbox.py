@@ -1,4 +1,4 @@
-"""What is accepted, refused, and waits to be expanded."""
+"""Accepting and refusing notifications, and the inbox that waits for expansion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any sequence of verbs, with restarts in between: what is in the tables is what the reference model knows."""
+"""Any sequence of verbs, with restarts in between: the tables agree with the reference model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.inbox)
     @rule(count=st.integers(1, 8), together=st.booleans())
     def expand(self, count: int, together: bool) -> None:
-        """Expand so many chunks from the start of the inbox; what is cut off is begun again next time."""
+        """Expand so many chunks from the start of the inbox; an interrupted one is repeated next time."""
         chunks = self.next_chunks(count)
         for part in [chunks] if together else [[one] for one in chunks]:
             verdicts = self.run(self.store.expand(self.expansions(part), self.now))

@@ -1,4 +1,4 @@
-"""What is deleted when it is old, and what never is."""
+"""Pruning: which old rows are deleted, and which never are."""
 
 from __future__ import annotations
 

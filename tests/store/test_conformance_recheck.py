@@ -1,4 +1,4 @@
-"""Files that are asked for anew because somebody wants to know."""
+"""Files that are rechecked on request."""
 
 from __future__ import annotations
 

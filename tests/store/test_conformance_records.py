@@ -533,7 +533,7 @@ async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_whol
 
 
 def test_a_search_finds_any_batch_by_any_beginning_of_its_name(new_backend: Callable[[], Backend]) -> None:
-    # What is no text cannot be a name, and U+10FFFF is no character.
+    # Lone surrogates cannot be in a name, and U+10FFFF is no character.
     letters = st.characters(exclude_categories=["Cs"], exclude_characters="\0\U0010ffff")
     names = st.lists(st.text(letters, min_size=1, max_size=8), min_size=1, max_size=8, unique=True)
 

@@ -1,4 +1,4 @@
-"""From what is due to what is recorded."""
+"""From due files to recorded results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying between the engines: what is kept, what is told of what cannot be, and what is in memory at most."""
+"""Copying between the engines: kept contents, reports of lost characters, and bounded memory."""
 
 from __future__ import annotations
 

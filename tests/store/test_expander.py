@@ -35,7 +35,7 @@ async def expand_all(store: Engine, backend: Backend) -> list[BatchVerdict]:
     async with asyncio.timeout(20):
         while await backend.rows("SELECT count(*) FROM notification WHERE expanded_at IS NULL") != [(0,)]:
             await store.ping(NOW)
-        # What the last expansion has brought about is told before this is answered.
+        # The results of the last expansion are reported before this is answered.
         await store.ping(NOW)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What is PostgreSQL's alone: several nodes on one database, and what becomes of them when it or they go wrong."""
+"""PostgreSQL only: several nodes on one database, and failures of it and of them."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ async def test_a_stale_node_that_records_changes_nothing_and_works_again_under_a
     a, b, c = await claim(one)
     await expire(url, one)
     assert [file.id for file in await claim(other, n=1)] == [a.id]
-    # One file is another node's by now, nobody has the second, and the third is not even due.
+    # One file belongs to another node by now, the second to none, and the third is not due.
     assert await one.record([missing(a), missing(b), again(c, NOW + 5)], NOW) == []
     assert await fetch(url, "SELECT DISTINCT state, attempts FROM file") == [("pending", 0)]
     assert await fetch(url, "SELECT pending FROM batch") == [(3,)]
@@ -284,7 +284,7 @@ async def test_a_result_that_was_committed_in_spite_of_an_error_changes_nothing_
     first, second = await claim(one)
     assert await one.record([found(first)], NOW) == []
     before = await fetch(url, "SELECT * FROM batch"), await fetch(url, "SELECT * FROM file ORDER BY id")
-    # Nobody has told this node that it was done.
+    # This node does not know that it was done.
     one.claims.hold(first)
     assert await one.record([missing(first)], NOW + 1) == []
     assert (await fetch(url, "SELECT * FROM batch"), await fetch(url, "SELECT * FROM file ORDER BY id")) == before
@@ -375,7 +375,7 @@ async def test_a_file_that_is_settled_elsewhere_while_its_result_waits_for_it_dr
     await take_in(one, finished("a"), finished("b"))
     a, b = await claim(one)
     connection = await asyncpg.connect(url)
-    # What is counted first, so that the batch is not held: it would be waited for instead.
+    # Counted first, so that the batch is not locked: the statement would wait for it instead.
     await connection.execute("UPDATE batch SET pending = pending - 1, available = available + 1")
     transaction = connection.transaction()
     await transaction.start()
@@ -514,7 +514,7 @@ async def test_the_backlog_of_a_node_comes_to_what_others_have_made_of_it(
     await eventually(lambda: is_now(one, 0))
 
 
-# What is shared
+# Shared work
 
 
 async def test_of_deliveries_with_one_nonce_on_two_nodes_exactly_one_is_stored(
@@ -890,7 +890,7 @@ async def test_the_inbox_is_left_to_nodes_that_probe_and_taken_care_of_by_others
             assert await taking.inbox(10) == []
             with pytest.raises(StoreUnavailableError, match="another node expands"):
                 await taking.expand([chunk(item, finished(), batch_id="first")], NOW)
-            # It hears of what is accepted elsewhere as if it had taken it itself.
+            # It is notified of what another node accepts as if it had accepted it itself.
             await probing.inbox(10)
             waiting = asyncio.create_task(probing.wait_inbox())
             second = await taking.accept(delivery("second"))

@@ -77,7 +77,7 @@ async def test_daemons_share_the_work_and_each_file_is_requested_once(tmp_path: 
 
         await eventually(settled)
         assert all(len(origin.of(f"/{n}")) == 1 for n in range(200))
-        # A verdict is told by one of them.
+        # A verdict is logged by one of them.
         await eventually(lambda: told(daemons, 10))
         assert await fetch(url, "SELECT count(*), count(DISTINCT file) FROM attempt") == [(200, 200)]
 

@@ -30,7 +30,7 @@ SQL = load_queries("postgres")
 
 # These grow; the others hold a few thousand rows at most.
 GROWING = {"notification", "batch", "file", "attempt", "nonce"}
-# Walk from one end of an index and stop early, or over what is waiting alone.
+# Walk from one end of an index and stop early, or over waiting rows only.
 MAY_WALK = {
     "backlog": "notification_inbox",
     "prune_notifications": "notification_pkey",
@@ -324,7 +324,7 @@ async def test_the_inbox_costs_what_waits_though_nothing_that_has_been_expanded_
         assert await pages(last - 100) < 20 < 200 < await pages(0)
 
 
-# What is read for people
+# Reads for people
 
 
 class Observed(PostgresRecords):
@@ -344,7 +344,7 @@ NextRequest = Callable[[Records], Awaitable[object]]
 
 
 def listings() -> Iterator[tuple[str, NextRequest]]:
-    """Every combination of filters that batches and files can be asked for with, and one thing of each kind."""
+    """Every combination of filters for batches and files, and one read of each other kind."""
     for values in product((None, *Verdict), (None, "a", "nowhere"), (None, "b7"), (None, 30), (None, 3000)):
         batches = BatchFilter(*values)
         yield str(batches), lambda records, wanted=batches: records.batches(wanted, None, 20)  # type: ignore[misc]

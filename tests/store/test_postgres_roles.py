@@ -139,7 +139,7 @@ async def test_without_a_node_that_probes_what_needs_no_probe_has_its_verdict_an
             await taking.deliver("later", [failed("1")])
             await probing.verdict("later")
             await probing.kill()
-            # And what nobody probes any more is not left lying in the inbox.
+            # And without a probing node the inbox is still expanded.
             await taking.deliver("last", [failed("1")])
             await taking.verdict("last")
         assert origin.count["/1"] == 1

@@ -1,4 +1,4 @@
-"""What is SQLite's own: what is refused at the start, and what makes it durable."""
+"""SQLite only: databases refused at the start, and durability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is SQLite's own about reading beside the writer: what fails, what lasts too long, and what is held."""
+"""SQLite only: reading beside the writer, with failures, time limits and held transactions."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.store.builders import NOW
 
 FILES = 14
 VERDICTS = ("pending", "complete", "incomplete")
-# Of each batch's files, in turns; what is available has a reason too when it has failed before.
+# In turns among each batch's files; an available file that failed before has a reason too.
 KINDS = (
     ("pending", None, NOW),
     ("pending", "timeout", NOW),
@@ -160,7 +160,7 @@ def pages(
 
 
 def batch_listings() -> dict[str, NextRequest]:
-    """Every combination of filters that batches can be asked for with."""
+    """Every combination of filters for batches."""
     asked: dict[str, NextRequest] = {}
     filters = product(
         (None, "batch 7"), (None, *Verdict), (None, "a", "b", "nowhere"), (None, NOW + 2), (None, NOW + 8)
@@ -172,7 +172,7 @@ def batch_listings() -> dict[str, NextRequest]:
 
 
 def file_listings() -> dict[str, NextRequest]:
-    """Every combination of filters that files can be asked for with."""
+    """Every combination of filters for files."""
     asked: dict[str, NextRequest] = {}
     reasons, hosts = (None, "timeout", "http_404", "nothing"), (None, "h0001", "nowhere")
     for values in product((None, 7), (None, *FileState), reasons, hosts):
@@ -251,7 +251,7 @@ async def test_one_thing_costs_the_same_however_large_the_record_is(
     assert large <= 1.2 * small + 10, plan
 
 
-# What is walked over, and how: by the order of what is grouped, and without looking at the rest.
+# The walk follows the order of the groups and skips the other rows.
 WALKS: list[tuple[NextRequest, str]] = [
     (lambda records: records.totals(), r"SCAN batch$"),
     (

@@ -46,7 +46,7 @@ class Clock:
 
 
 class Events:
-    """What is logged, as it is logged: something to wait for."""
+    """The log lines as they come: something to wait for."""
 
     def __init__(self) -> None:
         self.all: list[dict[str, Any]] = []
@@ -221,7 +221,7 @@ async def start_app(directory: Path, events: Events, clock: Clock, sections: Map
     async def stop(*, hang_up: bool = True) -> None:
         if hang_up:
             await daemon.hang_up()
-        # As `serve` does: what has not been asked for yet need not be.
+        # As `serve` does: requests that have not begun need not begin.
         pool = app[POOL]
         assert pool is not None
         pool.finish()

@@ -83,7 +83,7 @@ class Watched:
 
 @asynccontextmanager
 async def context(browser: Browser, **settings: Any) -> AsyncIterator[BrowserContext]:
-    """A visitor: cookies of its own, English and a desktop's window unless told otherwise."""
+    """A visitor with cookies of its own; English and a desktop's window by default."""
     defaults = {"viewport": {"width": DESKTOP, "height": 900}, "locale": "en-GB", "timezone_id": "Asia/Shanghai"}
     visitor = await browser.new_context(**{**defaults, **settings})
     visitor.set_default_timeout(10_000)

@@ -35,9 +35,9 @@ from tests.support.waiting import Bell
 # libc's resolver gives up on a silent server after a second.
 RESOLV_CONF = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"
 NSSWITCH_CONF = "hosts: files dns\n"
-# Binds these files over those of /etc that are there, for the command that follows and for nobody else.
+# Binds these files over the existing ones of /etc, only for the command that follows.
 BIND = 'for file in "$0"/*; do [ ! -e "/etc/${file##*/}" ] || mount --bind "$file" "/etc/${file##*/}"; done; exec "$@"'
-# Frames leave by one end, and the other end takes none of them for its own: what is sent there is never answered.
+# Frames leave by one end, and the other end accepts none of them: packets sent there are never answered.
 SETUP = """
 link set lo up
 link add void type veth peer name end
@@ -55,7 +55,7 @@ SILENT = None
 
 # Addresses; or a name, of which this is another name (CNAME).
 NameAnswer = Sequence[str] | dns.rcode.Rcode | None
-# What becomes of a packet to an address that is not here: it is lost, or the sender is told at once by EHOSTUNREACH or
+# The fate of a packet to an address that is not here: it is lost, or the sender gets an error at once, EHOSTUNREACH or
 # ENETUNREACH.
 ROUTES = {"silent": "unicast {} dev void", "unreachable": "unreachable {}", "no route": "throw {}"}
 
@@ -69,7 +69,7 @@ def _check(result: int) -> None:
 
 
 class Names:
-    """The name server, on 127.0.0.1, over UDP; every record has a TTL of 0. What it was not told of does not exist."""
+    """The name server, on 127.0.0.1, over UDP; every record has a TTL of 0. Other names do not exist."""
 
     def __init__(self) -> None:
         # How many queries there were for each name: a look-up makes two, for IPv4 and for IPv6 addresses.

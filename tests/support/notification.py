@@ -34,7 +34,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 def notification(*entries: Any, **changes: Any) -> dict[str, Any]:
-    """A notification of a batch of its own, with one file unless told; a field set to ... is left out."""
+    """A notification of a batch of its own, with one file by default; a field set to ... is left out."""
     fields = {"batch_id": f"batch-{next(numbers)}", "api_code": "code", "file_list": list(entries) or [entry()]}
     return _changed(fields, changes)
 

@@ -70,7 +70,7 @@ SILENCE = Answer(gate=_Never())
 
 
 class Origin:
-    """A server on a loopback address, told path by path what to answer. Use it with `async with`.
+    """A server on a loopback address with an answer for each path. Use it with `async with`.
 
     As a trap it needs no instructions: `connections` must stay 0.
     """
@@ -234,7 +234,7 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         if answer.reset:
             raw = self._transport.get_extra_info("socket")
-            # Linger for no time at all: what is closed is reset.
+            # Linger for no time at all: a close resets the connection.
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             self._transport.abort()
         elif answer.close:

@@ -38,7 +38,7 @@ SETTINGS = {
     "log_min_messages": "warning",
 }
 
-# What is referred to comes last.
+# Referenced tables come last.
 TABLES = (
     "forward_attempt", "forward", "event", "endpoint", "expectation", "ready_clock", "arrival", "quiet_clock",
     "action", "acknowledgement", "history",

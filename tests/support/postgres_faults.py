@@ -51,7 +51,7 @@ async def until_waiting(connection: asyncpg.Connection[asyncpg.Record], number: 
     )
 
     async def enough() -> list[int]:
-        # What is seen of locks within a transaction is not kept from one look to the next.
+        # The view of locks within a transaction is not kept from one look to the next.
         pids = [pid for (pid,) in await connection.fetch(waiting)]
         return pids if len(pids) >= number else []
 

@@ -201,7 +201,7 @@ async def mute(reader: StreamReader, writer: StreamWriter) -> None:
 
 
 async def well_behaved(reader: StreamReader, writer: StreamWriter) -> None:
-    """/missing is not there, anything else is; the ETag is the path that was asked for."""
+    """/missing does not exist, any other path does; the ETag is the requested path."""
     while True:
         head = await read_head(reader)
         if path_of(head) == b"/missing":

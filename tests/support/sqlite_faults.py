@@ -1,4 +1,4 @@
-"""Ways to make SQLite fail under a store: other processes, and a connection that fails where it is told to."""
+"""Ways to make SQLite fail under a store: other processes, and a connection that fails at a chosen statement."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ asyncio.run(main())
 
 
 class Child:
-    """A Python process that says when it is ready, and ends what it does when it is told."""
+    """A Python process that says when it is ready, and finishes on request."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -98,7 +98,7 @@ async def opened(path: Path) -> AsyncIterator[SqliteStore]:
 
 
 def connection_of(store: SqliteStore) -> sqlite3.Connection:
-    """The writer's own connection, to set what is its alone. For use while nothing is being written."""
+    """The writer's own connection, for its settings. For use while nothing is being written."""
     connection = store._writer._connection
     assert connection is not None
     return connection

@@ -144,7 +144,7 @@ def report(
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    """What was asked for. Exits 2 when that is not understood."""
+    """Return the parsed arguments. Exits 2 when they are invalid."""
     parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all when none is named")
     parser.add_argument("--seed", type=int, help="to draw the same again; it decides no race")

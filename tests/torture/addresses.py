@@ -218,7 +218,7 @@ def trapped() -> list[str]:
 
 @dataclass
 class Traps:
-    """Listeners that nobody may reach. `nowhere` has the addresses that no machine can have, such as multicast ones."""
+    """Listeners that must not be reached. `nowhere` has addresses that no machine can have, such as multicast."""
 
     origins: dict[tuple[str, int], Origin] = field(default_factory=dict)
     nowhere: list[str] = field(default_factory=list)

@@ -63,7 +63,7 @@ class Connection:
         await writer.drain()
 
     async def finish(self, batch: str, rest: bytes) -> Posted:
-        """Send what is left of a request, and wait for its answer."""
+        """Send the rest of a request, and wait for its answer."""
         assert self._streams is not None
         reader, writer = self._streams
         sent_at = 0

@@ -38,7 +38,7 @@ SENDERS = 8
 MAX_ROUND = 1000
 MOMENTS = ("starting", "acking", "expanding", "recording")
 LARGE = (6000, 9000)
-# Kills of the daemon alone: what keeps its record finishes what it was told, and is in the next one's way meanwhile.
+# Kills of the daemon alone: its keeper finishes the calls it has received, and the next daemon waits meanwhile.
 ALONE = 0.2
 SETTLED = (
     "SELECT NOT EXISTS (SELECT 1 FROM notification WHERE expanded_at IS NULL)"
@@ -190,7 +190,7 @@ class Torture:
         await self.daemon.eventually(SETTLED, seconds=SETTLE_SECONDS)
 
     def figures(self, rounds: int) -> list[Figure]:
-        """Compare what is recorded with what was sent and answered."""
+        """Compare the record with the requests and their answers."""
         daemon, platform = self.daemon, self.platform
         batches = {row["batch_id"]: row for row in daemon.sql("SELECT * FROM batch")}
         deliveries: Counter[str] = Counter()

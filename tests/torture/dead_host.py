@@ -18,7 +18,7 @@ DEAD = "93.184.216.200"
 LIVING = [f"93.184.216.{last}" for last in range(1, 9)]
 DEAD_FILES = 10_000
 LIVING_FILES = 12_000
-# Answers take so long that slots are what is scarce, and not this machine's processors.
+# Answers take so long that slots are scarce, and not this machine's processors.
 ANSWER_SECONDS = 0.05
 # A machine's own addresses are private, and those of this network are; these stand for other machines'.
 CONFIG = {"verify": {"allowed_networks": ["93.184.216.0/24"], "allowed_ports": [PORT]}}
@@ -62,7 +62,7 @@ async def run(setting: Setting) -> list[Figure]:
             origin.default = Answer(delay=ANSWER_SECONDS)
         alone = await files_a_second(setting.work / "alone", network, files, 0)
         silent = await files_a_second(setting.work / "silent", network, files, DEAD_FILES)
-        # The address is here now, and nobody listens.
+        # The address exists now, without a listener.
         network.add(DEAD)
         refusing = await files_a_second(setting.work / "refusing", network, files, DEAD_FILES)
     return [

@@ -111,7 +111,7 @@ async def play(
         async with asyncio.timeout(TOLD_SECONDS + notify_seconds):
             while len(receiver.references("batch.late")) < len(never):
                 await asyncio.sleep(0.1)
-    # Nothing else is told in the seconds in which false alarms would come.
+    # No other event comes in the seconds in which false alarms would come.
     await asyncio.sleep(notify_seconds / 2)
     late, told_short = receiver.references("batch.late"), receiver.references("batch.short")
     states = Counter()  # type: Counter[str]

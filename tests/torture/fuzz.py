@@ -238,7 +238,7 @@ def _signed_texts(envelope: Opened) -> Iterator[str]:
         yield "&".join(f"{name}={_scalar(fields[name])}" for name in sorted(fields))
 
 
-# --- What is sent ---
+# --- Requests ---
 
 
 class Shot(NamedTuple):
@@ -466,7 +466,7 @@ class Mutator:
                 del holder[key]
             elif act == 3:
                 other, there = chance.choice(places)
-                # Not into itself: what is copied is written out first.
+                # Not into itself: the copy is written out first.
                 holder[key] = json.loads(json.dumps(other[there]))
             elif act == 4 and isinstance(holder, list):
                 holder.insert(chance.randrange(len(holder) + 1), _fresh(chance.choice([*NASTY, holder[key]])))
@@ -517,7 +517,7 @@ class Mutator:
         return "".join(self.chance.choices(LETTERS, k=max(1, length)))
 
     def plausible(self) -> bytes:
-        """A notification that is right, or wrong by a hair, at the edges of what is allowed."""
+        """A notification that is right, or wrong by a hair, at the edges of the contract."""
         chance = self.chance
         files: list[dict[str, Any]] = []
         for _ in range(chance.choice((0, 1, 1, 2, 7, 20))):
@@ -714,7 +714,7 @@ def _places(document: Any) -> Iterator[Place]:
 
 
 def _fresh(value: Any) -> Any:
-    """The value; a container as a copy, so that what is done to it later is not done to the pool."""
+    """The value; a container as a copy, so that later changes do not reach the pool."""
     return json.loads(json.dumps(value)) if isinstance(value, dict | list) else value
 
 
@@ -881,7 +881,7 @@ class Tally:
             self.examples.append(f"{what}: {shot.kind}: {text} to {shot.request[:120]!r} … {shot.body!r}")
 
 
-# A field by its path, or "body", or a header, and what is wrong with it.
+# A field by its path, or "body", or a header, and the fault in it.
 _names_a_field = re.compile(r"[A-Za-z_-]+(\[[0-9]+\])?(\.[A-Za-z_]+)*: .{3}", re.DOTALL).match
 NO_FIELD = frozenset({401, 403, 405, 408})
 
@@ -989,7 +989,7 @@ class Campaign:
         fits = shot.expected is None or answer.status in shot.expected
         reading = acceptable(shot.body) if accepted or shot.expected is None else None
         if self._key is not None and shot.expected is None:
-            # Whether it is the content or the proof that is refused is told by the status alone.
+            # Only the status shows whether the content or the proof was refused.
             fits = answer.status in {200, 400, 401, 403}
         if accepted:
             fits = fits and reading is not False

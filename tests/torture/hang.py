@@ -42,7 +42,7 @@ HTTP_200, HTTP_503 = 200, 503
 
 
 class Senders:
-    """Post batch after batch to the daemons in turn, again what is not acked, and time every answer."""
+    """Post batch after batch to the daemons in turn, repeat those not acked, and time every answer."""
 
     def __init__(self, daemons: Sequence[Daemon], origin: Origin, name: str) -> None:
         self.acked: set[str] = set()
@@ -86,7 +86,7 @@ class Senders:
                 await self._acks.wait()
 
     async def stop(self) -> None:
-        """Stop once what is under way is answered."""
+        """Stop once the requests under way are answered."""
         self._running = False
         await asyncio.gather(*self._tasks)
 

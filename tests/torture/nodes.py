@@ -178,7 +178,7 @@ async def run(setting: Setting) -> list[Figure]:
             for batch in platform.acked
         )
         lost = platform.acked - verdicts.keys()
-        # Every file is looked up once; what the store does is told not to.
+        # Every file is looked up once.
         await look.execute("SET enable_hashjoin = on")
         rows, once, reported, twice = tuple(await look.fetchrow(RECORDED) or ())
         expected = batches * A_BATCH

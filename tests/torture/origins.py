@@ -177,7 +177,7 @@ def kinds(authority: Authority) -> list[Kind]:
         Kind("61 an answer as the body, later", stray(LIE, 0.005), GONE, whole=True),
         Kind("61 bytes as the body, late", stray(b"\xff\xd8\xff\xe0 JFIF" * 100, 0.001), GONE, whole=True),
         Kind("63 control characters", then_hold(DIRTY), AVAILABLE),
-        # What is not printable is replaced before anybody follows it; so it leads to a path here, and that is answered.
+        # Unprintable characters are replaced before the redirect is followed: it leads to a path here.
         Kind(
             "63 in a Location",
             then_hold(b"HTTP/1.1 302 F\r\nLocation: /\x1b]0;x\x07\r\n", EMPTY),

@@ -14,7 +14,7 @@ from tests.torture.figures import Figure, Setting
 RATES = (50, 200, 1000)
 FILES = 2000
 HEALTHY_FILES = 12_000
-# Answers take so long that the healthy host's slots are what is scarce, and not this machine's processors.
+# Answers take so long that the healthy host's slots are scarce, and not this machine's processors.
 ANSWER_SECONDS = 0.05
 REFUSALS = (Answer(429), Answer(429, {"Retry-After": "1"}), Answer(503, {"Retry-After": "1"}))
 # Beyond twice what a host bears: the start of the daemon's claims and the last rest.

@@ -113,7 +113,7 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Within this, what is due is posted."""
+        """Post due batches within this block."""
         async with asyncio.TaskGroup() as group:
             workers = [group.create_task(self._work()) for _ in range(CONNECTIONS)]
             yield
@@ -121,7 +121,7 @@ class Load:
                 worker.cancel()
 
     async def _work(self) -> None:
-        """Post what is due over one connection, and over another after an error."""
+        """Post due batches over one connection, and over another after an error."""
         while True:
             async with Connection(f"{self._base}/notify") as connection:
                 while await self._post(connection, await self._due.get()):

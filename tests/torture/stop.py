@@ -73,7 +73,7 @@ class Torture:
         fresh = hit.connection not in self._connections
         self._connections.add(hit.connection)
         if kind == "again" and not self._answers[hit.path]:
-            # On a connection that was used before it does not count, and is asked for once more.
+            # On a reused connection it does not count, and is requested once more.
             self._answers[hit.path] += fresh
             return Answer(503, close=True)
         if self._silent and kind in ("again", "held"):

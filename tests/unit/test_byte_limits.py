@@ -35,7 +35,7 @@ def test_gate_lets_in_what_fits_and_the_rest_in_order() -> None:
         gate.enter(size, started(name))
     assert started.names == ["a", "b"]
     gate.leave(4)
-    # What is behind does not overtake.
+    # Later waiters do not overtake.
     assert started.names == ["a", "b"]
     gate.leave(6)
     assert started.names == ["a", "b", "c", "d"]

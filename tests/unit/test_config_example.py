@@ -1,4 +1,4 @@
-"""`config.example.toml` is what people copy, so it may not drift from what is read."""
+"""People copy `config.example.toml`, so it may not drift from the program."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_address_has_its_verdict_and_canonical_host(url: str, verdict: str, host
     target = GUARD.examine(url)
     assert (VERDICTS[target.refusal], target.hostname) == (verdict, host)
     if host:
-        # What is canonical is read the same again.
+        # A canonical address reads as itself.
         assert GUARD.examine(target.url) == target
 
 

@@ -76,7 +76,7 @@ def test_the_field_at_fault_is_marked() -> None:
     body = {"batch_id": "b", "file_list": [{"target_url": "a"}, {"target_url": "b", "status": "FINISHED"}]}
     assert faulty(body, "file_list[1].target_url: is wrong") == ['"target_url": "b",']
     assert faulty({"request_content": body}, "file_list[0].target_url: is wrong") == ['"target_url": "a"']
-    # What is not there is marked where it is missing.
+    # Missing parts are marked at their place.
     assert faulty(body, "file_list[0].status: is missing") == ["{"]
     assert faulty(body, "api_code: is missing") == []
     assert faulty({"file_list": []}, "file_list: must not be empty") == ['"file_list": []']

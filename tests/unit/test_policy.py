@@ -1,4 +1,4 @@
-"""What an answer means and what follows from it: what is retried, when, and what is final."""
+"""The meaning of an answer: which results are retried, when, and which are final."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_the_published_example_altered_does_not_verify(field: str) -> None:
     assert refused(VECTOR["envelope"] | {"timestamp": NOW + 1}, key) == "401001"
 
 
-# What is an envelope
+# Recognising an envelope
 
 
 @SPELLINGS
@@ -354,7 +354,7 @@ def test_of_a_parameter_given_twice_the_same_one_is_signed_and_used(signer: Sign
     assert refused(sealed.replace(b'"file_list"', b'"batch_id": "forged", "file_list"'), signer.key) == "401001"
 
 
-# What is signed
+# The signed text
 
 
 def test_parameters_are_sorted_by_name_and_written_as_in_the_json_text() -> None:

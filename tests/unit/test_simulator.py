@@ -1,5 +1,5 @@
-"""The simulator's halves, each alone: what is planted, what the object store answers, how the platform delivers, and
-that every kind of difference is seen.
+"""The simulator's parts, each alone: the plan, the object store's answers, how the platform delivers,
+and that every kind of difference is seen.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def of_kind(kind: Kind, plan: Plan = PLAN) -> PlantedFile:
     return next(file for file in Platform(plan).files if file.kind is kind)
 
 
-# --- What is planted ---
+# --- The plan ---
 
 
 def test_the_same_seed_plants_and_delivers_the_same() -> None:
@@ -542,7 +542,7 @@ class Played:
         return asyncio.run(compared())
 
     def shown(self) -> tuple[int, str]:
-        """The exit code, and what is printed."""
+        """The exit code and the output."""
         report = Report(self.compare(), 6, 6, 0, 1.0, 2.0, 3.0, 32, 16.0, 32, 2.0, False)
         text = io.StringIO()
         return show(report, Console(file=text, width=200)), text.getvalue()

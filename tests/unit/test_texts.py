@@ -22,7 +22,7 @@ from notify_server.web.language import LANGUAGES, Texts
 WEB = Path(rendering.__file__).parent
 TEMPLATES = sorted((WEB / "templates").glob("*.html"))
 EN, ZH = LANGUAGES["en"], LANGUAGES["zh"]
-# What is put together from a word of the vocabulary: the beginning of its key.
+# Texts chosen by a value: the beginning of their keys.
 FAMILIES: dict[str, Sequence[str]] = {
     "state": list(FileState),
     "state_means": list(FileState),

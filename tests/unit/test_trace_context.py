@@ -47,7 +47,7 @@ def test_of_a_later_version_what_all_versions_have_is_read(
     header = known if more is None else f"{known}-{more}"
     read = parse_traceparent([header])
     assert read == TraceParent(known, *ids, int(flags, 16) % 2)
-    # What is kept of it is a header of that version again.
+    # The kept part is a header of that version again.
     assert parse_traceparent([read.text]) == read
 
 

@@ -74,7 +74,7 @@ def result(*requests: AttemptRow, batch: int = 3, url: str = "https://files.exam
 async def tell(
     traces: Tracing, *results: FileResult, latest: Mapping[int, tuple[str, str | None]] | None = None
 ) -> list[int]:
-    """Have the results told of; the batches that were asked about."""
+    """Report the results; return the batches that were looked up."""
     asked = []
 
     async def find(batch: int) -> tuple[str, str | None] | None:

@@ -46,7 +46,7 @@ def refusal(value: Any, *, max_files: int = MAX_FILES) -> tuple[str, str]:
     return caught.value.field, caught.value.problem
 
 
-# What is accepted
+# Accepted notifications
 
 
 def test_the_published_example_is_read_as_it_stands() -> None:

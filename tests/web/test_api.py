@@ -1,4 +1,4 @@
-"""The JSON API over real sockets: what it tells, what it does, and what it says to what is wrong."""
+"""The JSON API over real sockets: reads, actions, and errors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Origin:
         status = self.statuses.get(request.path, 200)
         if gate := self.gates.get(request.path):
             await gate.wait()
-        # What is bad counts only on a fresh connection.
+        # A bad answer counts only on a fresh connection.
         return web.Response(status=status, headers={"Connection": "close"})
 
 
@@ -283,7 +283,7 @@ async def test_search_and_filter_texts_are_taken_literally(filled: Filled, text:
     assert filled.daemon.count("file") == 9
 
 
-# --- What it says to what is wrong ---
+# --- Errors ---
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ async def test_a_recheck_of_a_file_takes_effect_at_once(start: Start) -> None:
         assert (await act(daemon, "recheck", wanted)).json == {"files": 1, "more": False}
         assert daemon.rows("SELECT state FROM file") == [("unavailable",)]
         assert (await act(daemon, "recheck", {"file": 1})).json == {"files": 1, "more": False}
-        # What is counted over the whole record is counted again after an action.
+        # Totals over the whole record are counted again after an action.
         assert (await daemon.get("/api/v1/totals")).json["batches_incomplete"] == 0
         again = await daemon.events.seen("verdict", since, batch_id=body["batch_id"])
         assert again["verdict"] == "complete"
@@ -517,7 +517,7 @@ async def test_a_dry_run_counts_the_files_that_a_recheck_takes(start: Start) -> 
         await eventually(lambda: daemon.rows("SELECT 1 FROM batch WHERE pending = 1"))
         assert daemon.rows("SELECT count(*) FROM file WHERE reason = 'invalid_url'") == [(1,)]
         ((failed,),) = daemon.rows("SELECT id FROM file WHERE state = 'upload_failed'")
-        # Nothing answers any more: what is asked for anew stays pending.
+        # Nothing answers any more: a recheck stays pending.
         origin.statuses = {"/f": 503, "/later": 503, "/good": 503}
         host = origin.host
         for wanted, files in (
@@ -685,7 +685,7 @@ def impatient_records(path: Path) -> SqliteRecords:
 
 
 class Counted:
-    """The record, and how many pages of files it has been asked for."""
+    """The record, and how many pages of files were read."""
 
     def __init__(self, records: Any) -> None:
         self._records = records
@@ -817,7 +817,7 @@ async def test_an_export_that_cannot_be_finished_is_broken_off(start: Start, tmp
     await impatient.close()
 
 
-# --- What is described ---
+# --- The description ---
 
 
 async def test_the_description_is_valid_and_of_all_that_is_served(filled: Filled) -> None:

@@ -95,7 +95,7 @@ async def test_an_identical_delivery_is_acked_alike_and_counted_in_one_batch(dae
     assert daemon.events.find("verdict", since, batch_id=batch_id) is None
 
 
-# What is accepted
+# Accepted notifications
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ async def test_an_odd_unknown_field_does_no_harm(daemon: AppServer, raw: bytes) 
 
 
 async def refused(daemon: AppServer, body: bytes, field: str) -> str:
-    """Post a body that breaks the contract; check all that comes of it; what is said of the field."""
+    """Post a body that breaks the contract; check all that comes of it; return the message about the field."""
     notifications, rejections = daemon.counts()
     message = (await daemon.post(body)).refusal(400, "400")
     named, colon, problem = message.partition(": ")

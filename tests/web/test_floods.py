@@ -1,4 +1,4 @@
-"""A flood from one source is answered 429 before its bodies are read, and nobody else notices (row 52)."""
+"""A flood from one source is answered 429 before its bodies are read, and other sources are served (row 52)."""
 
 from __future__ import annotations
 

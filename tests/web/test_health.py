@@ -1,4 +1,4 @@
-"""What monitors are told, what is logged, and that neither tells secrets or lies."""
+"""Health checks, metrics and the log, and that none of them shows secrets or untruths."""
 
 from __future__ import annotations
 

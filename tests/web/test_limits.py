@@ -253,7 +253,7 @@ async def test_with_nothing_to_wait_for_it_stops_at_once(start_server: Start) ->
 async def test_it_stops_within_the_grace_whatever_keeps_it(start_server: Start, origin: int) -> None:
     verify = {"allowed_networks": ["127.0.0.1"], "allowed_ports": []}
     daemon = await start_server(server={"shutdown_grace": 1.2, "body_timeout": 60}, verify=verify)
-    # A probe that is not answered, a body that does not end, and one that nobody wants.
+    # A probe without an answer, a body that does not end, and one that is not read.
     body = daemon.notification(daemon.entry(target_url=f"http://127.0.0.1:{origin}/"))
     (await daemon.post(body)).accepted()
     half = await daemon.connect()

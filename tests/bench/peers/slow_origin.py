@@ -24,7 +24,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        # HEADs have no body, and nobody who is measured here pipelines: what comes at once is one request.
+        # HEADs have no body, and no measured client pipelines: each read has one request.
         self._loop.call_later(self._delay, self._answer)
 
     def _answer(self) -> None:
