@@ -76,7 +76,7 @@ def show(path: Path | None, *, as_json: bool) -> None:
         if setting.section != section:
             print(f"\n[{setting.section}]" if section else f"[{setting.section}]")
             section = setting.section
-        if isinstance(setting.value, dict):
+        if _has_tables(setting.value):
             # The tables go last: keys after a table's header belong to that table.
             continue
         if setting.value is None:
@@ -84,7 +84,7 @@ def show(path: Path | None, *, as_json: bool) -> None:
         else:
             print(f"{setting.key} = {toml(setting.value)}  # {printable(setting.source)}")
     for setting in found:
-        for pattern, keys in setting.value.items() if isinstance(setting.value, dict) else ():
+        for pattern, keys in setting.value.items() if _has_tables(setting.value) else ():
             print(f"\n[{setting.section}.{setting.key}.{toml(pattern)}]  # {printable(setting.source)}")
             for key, value in keys.items():
                 print(f"{key} = {toml(value)}")
@@ -223,9 +223,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.15g}ms" if 0 < seconds < 1 else f"{seconds:.15g}s"
 
 
+def _has_tables(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
+
+
 def toml(value: Any) -> str:
-    """Return a text, number, truth value or list as TOML."""
+    """Return a text, number, truth value, list or inline table as TOML."""
     if isinstance(value, list):
         return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{toml(key)} = {toml(inner)}' for key, inner in value.items())}}}"
     # JSON's strings and numbers are valid TOML, except for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -30,6 +30,9 @@ retry_schedule = ["250ms", "90s", "1d"]
 [verify.hosts."*.example.com"]
 timeout = "1m"
 methods = ["GET"]
+headers = {{ "X-Key" = "{TOKEN}" }}
+[alert]
+quiet = {{ "rent.*" = "24h", "sale.room" = "90s" }}
 """
 
 
