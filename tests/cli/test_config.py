@@ -135,7 +135,9 @@ async def test_as_json_it_shows_the_same(tmp_path: Path) -> None:
     assert settings["auth"]["admin_token"] == {"value": None, "source": "default"}
     assert settings["verify"]["accept_status"] == {"value": ["204", "300-302"], "source": "c.toml"}
     assert settings["verify"]["jitter"]["value"] == 0.2
-    assert settings["verify"]["hosts"]["value"] == {"*.example.com": {"methods": ["GET"], "timeout": "1m"}}
+    assert settings["verify"]["hosts"]["value"] == {
+        "*.example.com": {"headers": {"X-Key": "…(set)"}, "methods": ["GET"], "timeout": "1m"}
+    }
 
 
 async def test_the_example_is_written_once_for_its_owner_only(tmp_path: Path) -> None:
