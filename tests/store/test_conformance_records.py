@@ -37,6 +37,7 @@ from notify_server.store.reading.types import (
     RejectionDetail,
     RejectionItem,
 )
+from notify_server.store.reading.walk import MISSING
 from tests.store.backends import Backend
 from tests.store.builders import (
     API_CODE,
@@ -231,6 +232,8 @@ def file_order(wanted: FileFilter) -> Callable[[FileItem], Any]:
         return lambda file: (file.host.encode(), file.state, file.id)
     if wanted.state is FileState.PENDING:
         return lambda file: (file.host.encode(), file.next_attempt_at, file.id)
+    if wanted.state in MISSING:
+        return lambda file: (file.host.encode(), file.id)
     return lambda file: file.id
 
 
@@ -498,7 +501,7 @@ async def test_times_are_utc_and_exact_to_the_millisecond(store: Engine, records
 # Search
 
 
-async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_whole_key(
+async def test_a_search_finds_batches_by_their_beginning_and_a_file_of_each_by_that_of_its_key(
     store: Engine, records: Records, backend: Backend
 ) -> None:
     for n, batch_id in enumerate((*NAMES, *(f"{name}!" for name in NAMES), "plainer", "PLAIN", "批次/1.jpgx", "10")):
@@ -526,9 +529,15 @@ async def test_a_search_finds_batches_by_their_beginning_and_files_by_their_whol
             (batch for batch in batches if batch.batch_id.startswith(text)),
             key=lambda batch: (batch.batch_id.encode(), batch.api_code),
         )
-        named = [file for file in sorted(files, key=lambda file: -file.batch) if file.oss_object_name == text]
+        # Of each batch the first such file, the latest batches first.
+        named = [
+            min(found, key=lambda file: file.oss_object_name.encode())
+            for batch in sorted(batches, key=lambda batch: -batch.id)
+            if (found := [each for each in files if each.batch == batch.id and each.oss_object_name.startswith(text)])
+        ]
+        api_codes = [API_CODE] if API_CODE.startswith(text) else []
         for limit in (1, 5, 1000):
-            assert await records.search(text, limit) == Found(begin[:limit], named[:limit]), text
+            assert await records.search(text, limit) == Found(begin[:limit], named[:limit], [], api_codes), text
     assert len((await records.search("plain", 1000)).files) == 26
 
 

@@ -92,12 +92,13 @@ WITH: dict[str, Sequence[Any]] = {
     "batch_not_expanding": [1],
     "batches_insert": [
         [f"new{n}" for n in IDS], ["a"] * MANY, *[[0] * MANY] * 5, [None] * MANY, [True] * MANY, [NOW] * MANY,
-        [1] * MANY,
+        [1] * MANY, [None] * MANY,
     ],
     "batches_named": [[*(f"w{n}" for n in IDS), "nowhere"], ["a"] * (MANY + 1)],
     "batches_lock": [IDS],
     "batches_expanded": [
-        IDS, *[[0] * MANY] * 5, [None] * MANY, [True] * MANY, [NOW] * MANY, [False] * MANY, [1] * MANY, [None] * MANY,
+        IDS, *[[0] * MANY] * 5, [None] * MANY, [True] * MANY, [NOW] * MANY, [False] * MANY, [1] * MANY,
+        *[[None] * MANY] * 2,
     ],
     "files_existing": [[*IDS, 3], [*(f"k{n % 10}" for n in IDS), "new"]],
     "files_replace": [

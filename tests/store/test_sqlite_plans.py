@@ -57,7 +57,7 @@ WITH: dict[str, Parameters | tuple[int, int, list[Any]]] = {
     "batch_not_expanding": [1],
     "batch_insert": rows(["b1", "a", NOW, NOW], ["new", "a", NOW, NOW]),
     "batch_find": rows(["b1", "a"], ["b2", "a"], ["nowhere", "a"]),
-    "batch_expanded": rows(*([id, 0, 0, 0, 0, 0, None, 1, NOW, 1, 1, None] for id in BATCH_IDS)),
+    "batch_expanded": rows(*([id, 0, 0, 0, 0, 0, None, 1, NOW, 1, 1, None, None] for id in BATCH_IDS)),
     "files_existing": [2, '["k1", "k2", "new"]'],
     "files_insert": rows(*([1, name, "u", "h", "FINISHED", "pending", None, NOW, None, None] for name in ("x", "y"))),
     "file_replace": ["u", "h", "FINISHED", "pending", None, NOW, None, None, 60],
