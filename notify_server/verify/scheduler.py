@@ -222,6 +222,9 @@ class Scheduler:
             host = self._turns.popleft()
             host.in_turn = False
             moment = host.ready_at()
+            if moment is not None and moment > now:
+                # `_ready` gives turns by the clock: by a `now` of the past, such a host would take turn after turn.
+                now = time.monotonic()
             if not (host.queue or host.hops) or moment is None or moment > now:
                 self._ready(host)
                 self._wake(host.address)
