@@ -58,18 +58,26 @@ class Place:
 
 
 class Waiting:
-    """A request that waits for a look-up; `due` is when it is returned unsent."""
+    """A request that waits for a look-up; `due` is when it is returned unsent. `is_late` if the look-up began before it
+    came: its failure may be that of an outage that is over, and is not charged to the request.
+    """
 
-    __slots__ = ("due", "place", "request", "since")
+    __slots__ = ("due", "is_late", "place", "request", "since")
 
     def __init__(self, request: Request, place: Place, now: float) -> None:
         self.request = request
         self.place = place
+        self.is_late = False
+        self.wait(now)
+
+    def wait(self, now: float) -> None:
+        """Wait for a look-up to begin."""
         self.since = now
         self.due = now + PATIENCE_SECONDS
 
     def begin(self, now: float) -> None:
         """Note that the look-up is under way: its time counts from now on."""
+        self.is_late = False
         self.since = now
         self.due = now + min(self.request.connect_timeout_ms, self.request.timeout_ms) / 1000
 
@@ -130,7 +138,7 @@ class Places:
             return
         waiting = Waiting(request, place, now)
         if place.name in self._under_way:
-            waiting.begin(now)
+            waiting.is_late = True
         elif place.name not in self._waiting:
             self._look_ups.add(place.name)
         self._waiting.setdefault(place.name, []).append(waiting)
@@ -158,7 +166,15 @@ class Places:
             self._found[found.name] = (now + KEPT_SECONDS, found.addresses)
             if len(self._found) > MAX_KEPT:
                 del self._found[next(iter(self._found))]
-        for waiting in self._waiting.pop(found.name, ()):
+        group = self._waiting.pop(found.name, [])
+        if not found.addresses and (late := [waiting for waiting in group if waiting.is_late]):
+            for waiting in late:
+                waiting.wait(now)
+                self._first_due = min(self._first_due, waiting.due)
+            group = [waiting for waiting in group if not waiting.is_late]
+            self._waiting[found.name] = late
+            self._look_ups.add(found.name)
+        for waiting in group:
             elapsed_ms = (now - waiting.since) * 1000
             if found.addresses:
                 place = waiting.place
@@ -170,15 +186,16 @@ class Places:
     def _give_up(self, now: float) -> None:
         self._first_due = math.inf
         for name, group in list(self._waiting.items()):
-            why = Unsent.FAILED if name in self._under_way else Unsent.CROWDED
+            has_begun = name in self._under_way
             kept = [waiting for waiting in group if waiting.due > now]
             for waiting in group:
                 if waiting.due <= now:
+                    why = Unsent.FAILED if has_begun and not waiting.is_late else Unsent.CROWDED
                     self._unsent(waiting.request, why, (now - waiting.since) * 1000)
             if kept:
                 self._waiting[name] = kept
                 self._first_due = min(self._first_due, *(waiting.due for waiting in kept))
             else:
                 del self._waiting[name]
-                if why is Unsent.CROWDED:
+                if not has_begun:
                     self._look_ups.drop(name)

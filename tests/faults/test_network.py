@@ -113,13 +113,18 @@ async def test_a_name_that_is_bound_to_another_address_after_it_was_vetted_leads
             first = number % len(turns)
             network.names.on(host, *(turns[first:] + turns[:first]) * 20)
         async with Daemon(tmp_path, guarded(), prefix=network.prefix) as daemon:
-            files = await daemon.settle("b", [f"http://{host}:{PORT}/{n}" for n in range(20) for host in hosts])
-            seen = {(row["state"], row["reason"], row["remote_addr"]) for row in files.values()}
-            assert seen == {("available", None, PUBLIC), ("blocked", "private_address", None)}
-            assert origin.connections == sum(row["state"] == "available" for row in files.values())
+            found = 0
+            for batch in "abc":
+                files = await daemon.settle(batch, [f"http://{host}:{PORT}/{n}" for n in range(7) for host in hosts])
+                seen = {(row["state"], row["reason"], row["remote_addr"]) for row in files.values()}
+                assert seen == {("available", None, PUBLIC), ("blocked", "private_address", None)}
+                found += sum(row["state"] == "available" for row in files.values())
+                # A prober keeps addresses for a minute; another one looks the names up again.
+                await daemon.restart()
+            assert origin.connections == found
             assert [trap.connections for trap in trapped] == [0] * len(trapped)
-            # A look-up makes two queries, one for each family; its addresses serve the host's requests for a while.
-            assert min(network.names.asked[host] for host in hosts) >= 2
+            # A look-up makes two queries, one for each family.
+            assert min(network.names.asked[host] for host in hosts) >= 6
 
 
 async def test_the_neighbours_of_a_private_network_are_dialled(tmp_path: Path) -> None:
@@ -206,10 +211,7 @@ async def test_a_zone_whose_name_server_keeps_silent_does_not_hold_up_the_look_u
             network.names.on(name, [PUBLIC])
         async with Daemon(tmp_path, guarded(connect_timeout="3s"), prefix=network.prefix) as daemon:
             await daemon.deliver("silent", [f"http://n{number}.silent.test:{PORT}/" for number in range(160)])
-            # Any of them may be the first.
-            await network.names.bell.until(
-                lambda: any(network.names.asked[f"n{number}.silent.test"] for number in range(160))
-            )
+            await network.names.bell.until(lambda: any(name.endswith(".silent.test") for name in network.names.asked))
             files = await daemon.settle("good", [f"http://{name}:{PORT}/" for name in good])
             assert {(row["state"], row["reason"], row["attempts"]) for row in files.values()} == {
                 ("available", None, 1)

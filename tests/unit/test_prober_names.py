@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 
 import pytest
 
 from notify_server.model import Request
-from notify_server.processes.prober_names import LATELY, LookUps, Turns, zone_of
+from notify_server.processes import prober_names
+from notify_server.processes.prober_names import LATELY, Found, LookUps, Turns, zone_of
 from notify_server.processes.prober_places import PATIENCE_SECONDS, Place, Places, Unsent
 
 
@@ -115,3 +117,33 @@ def test_a_request_whose_look_up_does_not_begin_is_returned_and_a_literal_addres
     places._give_up(now)
     assert unsent == [(3, Unsent.CROWDED)]
     assert not places.is_active
+
+
+def test_failure_of_a_look_up_is_not_charged_to_a_request_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, answers = threading.Event(), threading.Event()
+
+    def look_up(name: str) -> Found:
+        # The first look-up fails when `silent` ends, the second finds the address.
+        if not answers.is_set():
+            silent.wait(10)
+            answers.set()
+            return Found(name, (), answered=False)
+        return Found(name, ("203.0.113.7",), answered=True)
+
+    monkeypatch.setattr(prober_names, "look_up", look_up)
+    begun: list[int] = []
+    unsent: list[tuple[int, Unsent]] = []
+    places = Places(
+        lambda request, addresses, looked_up_ms: begun.append(request.id),
+        lambda request, why, elapsed_ms: unsent.append((request.id, why)),
+        lambda: 0.0,
+    )
+    places.find(Request(1, "HEAD", "http://files.example.test/x", 1000, 1000))
+    places.advance()
+    places.find(Request(2, "HEAD", "http://files.example.test/y", 1000, 1000))
+    silent.set()
+    while places.is_active:
+        select.select([places.descriptor], [], [], 10)
+        places.advance()
+    assert unsent == [(1, Unsent.FAILED)]
+    assert begun == [2]
