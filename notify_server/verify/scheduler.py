@@ -212,18 +212,16 @@ class Scheduler:
                 self._ready(waiting)
         if self._stopping or not self._turns:
             return
-        now, at = time.monotonic(), self._now()
+        now, at, attempts = time.monotonic(), self._now(), self.attempts
         links = [link for link in self._links if link.alive and link.busy < self._slots_a_prober]
         outgoing: dict[ProberLink, list[Request]] = {link: [] for link in links}
-        if self.attempts.capacity.recover(now):
+        if attempts.capacity.recover(now):
             log.info("this machine has ports and descriptors again")
-        slots, recorder = self.attempts.capacity.limit, self.recorder
-        while self._turns and links and len(self.attempts) < slots and recorder.has_room:
+        while self._turns and links and len(attempts) < attempts.capacity.limit and self.recorder.has_room:
             host = self._turns.popleft()
             host.in_turn = False
-            moment = host.ready_at()
-            if moment is not None and moment > now:
-                # `_ready` gives turns by the clock: by a `now` of the past, such a host would take turn after turn.
+            # `_ready` gives turns by the clock: by a `now` of the past, such a host would take turn after turn.
+            if (moment := host.ready_at()) is not None and moment > now:
                 now = time.monotonic()
             if not (host.queue or host.hops) or moment is None or moment > now:
                 self._ready(host)

@@ -114,7 +114,8 @@ async def test_the_last_attempt_is_made_thirty_seconds_before_the_address_ends(
     daemon: Daemon, origin: Origin, batch: str
 ) -> None:
     origin.default = Answer(404, close=True)
-    end = int(time.time()) + 31
+    # The first attempt has some seconds on a busy machine before it would be the last one.
+    end = int(time.time()) + 34
     (file,) = (await daemon.settle(batch, [finished(origin.url(f"/soon{SIGNED}{end}"), "soon")])).values()
     assert (file["state"], file["reason"], file["attempts"]) == ("unavailable", "http_404", 2)
     last = daemon.attempts(file)[-1]
